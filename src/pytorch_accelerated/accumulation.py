@@ -1,0 +1,200 @@
+"""Gradient accumulation whose update equals that of one large batch.
+
+A *window* is the batches, on all processes, whose gradients make up one update. The
+gradient of the mean loss over all its items is the sum over its batches of
+``gradient(mean loss of the batch) * items of the batch / items of the window``. Data
+parallel training averages over processes instead of adding up, so each batch is weighted
+with ``num_processes`` times that.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from pytorch_accelerated.data import BatchPlan
+from pytorch_accelerated.step_output import NumItems
+
+
+class AccumulationWindow:
+    """Weights the losses of a window so that its update is that of one large batch.
+
+    Where the sizes of all batches are known ahead, each loss is weighted before it is
+    back-propagated and that is all; with one batch in a window it stays untouched. Where
+    they are not known, or a loss is a mean over something other than samples (tokens,
+    boxes), a loss is weighted with ``items / unit``, where the unit is the same for all
+    batches, and the gradients are corrected once the window's items are counted.
+
+    Args:
+        num_steps: Batches of one process in a full window.
+        num_processes: Processes whose gradients are averaged.
+        process_index: Which of them this is.
+        largest: Returns the largest of the numbers that the processes pass. Collective.
+        add_up: Adds a 0-dim tensor up over all processes. Collective.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        largest: Callable[[float], float] = lambda number: number,
+        add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
+        self.num_steps = num_steps
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self._largest = largest
+        self._add_up = add_up
+        self._is_one_batch = num_steps == 1 and num_processes == 1
+        self._plan: BatchPlan | None = None
+        self._num_batches: int | None = None
+        self._items: NumItems = 0
+        # Set by the first batch of the run: whether items must be counted, and in what
+        # unit. A power of two, so that its value changes no rounding.
+        self._counts_items: bool | None = None
+        self._unit = 1.0
+        self._has_warned = False
+
+    def start_epoch(self, plan: BatchPlan | None, num_batches: int | None) -> None:
+        """Tell the sizes of the batches to come.
+
+        Args:
+            plan: The sizes of all batches on all processes, if known.
+            num_batches: Batches of this process in the epoch, if known.
+        """
+        self._plan = plan if num_batches is not None else None
+        self._num_batches = num_batches
+        self._items = 0
+
+    def is_closed_by(self, step: int, *, is_last: bool) -> bool:
+        """Say whether the batch with this number (from 0) ends a window."""
+        return is_last or (step + 1) % self.num_steps == 0
+
+    def is_filler(self, step: int) -> bool:
+        """Say whether this process has a batch only to keep the others company."""
+        return (
+            self.num_processes > 1
+            and self._plan is not None
+            and self._plan.is_filler(step, self.process_index)
+        )
+
+    def num_samples(self, step: int, batch_size: int) -> int:
+        """Return how many samples all processes have in a step.
+
+        Args:
+            step: Number of the batch in the epoch, from 0.
+            batch_size: Samples that this process has; where no plan is known, the other
+                processes are taken to have as many.
+        """
+        if self.num_processes == 1:
+            return batch_size
+        if self._plan is None:
+            return batch_size * self.num_processes
+        return self._plan.window_size(step, step)
+
+    def weigh(
+        self, loss: Tensor, step: int, num_items: NumItems, *, are_samples: bool
+    ) -> Tensor:
+        """Return the loss to back-propagate for a batch.
+
+        Args:
+            loss: Mean loss over the batch's items, 0-dim.
+            step: Number of the batch in the epoch, from 0.
+            num_items: Items that the loss is a mean over.
+            are_samples: Whether the items are samples, whose number is known ahead.
+
+        Raises:
+            ValueError: If items other than samples appear in the middle of a run.
+        """
+        if self._is_one_batch:
+            return loss
+        if self._counts_items is None:
+            self._choose_whether_to_count(step, num_items, are_samples)
+        if not are_samples and not self._counts_items:
+            raise ValueError(
+                "num_items_in_batch was returned for this batch but not for the first "
+                "one of the run. Return it for every batch, on every process."
+            )
+        self._items = self._items + num_items
+        weight = num_items / self._unit_of(step)
+        if isinstance(weight, float) and weight == 1.0:
+            return loss
+        return loss * weight
+
+    def close(self, step: int, parameters: Iterable[Tensor]) -> None:
+        """Bring the gradients of a window to the mean over all its items.
+
+        Args:
+            step: Number of the batch that closed the window.
+            parameters: The parameters whose gradients were accumulated.
+        """
+        if self._is_one_batch:
+            return
+        factor = self._correction(step)
+        self._items = 0
+        if isinstance(factor, float) and factor == 1.0:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def _choose_whether_to_count(
+        self, step: int, num_items: NumItems, are_samples: bool
+    ) -> None:
+        must_count = (
+            not are_samples
+            or self._plan is None
+            or num_items != self._plan.size(step, self.process_index)
+        )
+        self._counts_items = self._largest(float(must_count)) > 0
+        if self._counts_items:
+            items = max(1.0, self._largest(float(num_items)))
+            self._unit = 2.0 ** round(math.log2(items * self.num_steps))
+
+    def _unit_of(self, step: int) -> float:
+        if self._counts_items:
+            return self._unit
+        return self._planned_items(step) / self.num_processes
+
+    def _planned_items(self, step: int) -> int:
+        assert self._plan is not None
+        return self._plan.window_size(*self._window_around(step))
+
+    def _window_around(self, step: int) -> tuple[int, int]:
+        assert self._num_batches is not None
+        first = step - step % self.num_steps
+        return first, min(first + self.num_steps, self._num_batches) - 1
+
+    def _correction(self, step: int) -> float | Tensor:
+        if self._counts_items:
+            total = self._items
+            if self.num_processes > 1:
+                total = self._add_up(torch.as_tensor(total, dtype=torch.float64))
+            # A window without items has no gradient: any factor will do.
+            total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+            return self._unit * self.num_processes / total
+        if self.num_processes == 1:
+            return self._planned_items(step) / max(self._items, 1)
+        self._warn_of_other_sizes(step)
+        return 1.0
+
+    def _warn_of_other_sizes(self, step: int) -> None:
+        assert self._plan is not None
+        first, last = self._window_around(step)
+        planned = sum(
+            self._plan.size(number, self.process_index)
+            for number in range(first, last + 1)
+        )
+        if self._items != planned and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"The batches up to step {step} had {self._items} samples where the "
+                f"sampler gave {planned}; they are weighted as if they had all. Return "
+                "num_items_in_batch for every batch to have the true number counted.",
+                stacklevel=2,
+            )

@@ -1,0 +1,379 @@
+"""Callbacks that save: the best model, and states to resume from."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.best import (
+    BestSoFar,
+    check_watch_metric,
+    decided_by_main_process,
+    latest_value,
+)
+from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints
+from pytorch_accelerated.checkpoint._disk import remove_folder
+from pytorch_accelerated.errors import CheckpointError, NonFiniteLossError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+
+class SaveBestModelCallback(TrainerCallback):
+    """Saves the model whenever a metric is better than before.
+
+    The file also holds the value of the metric, under its name and under ``"loss"``.
+    A value that is NaN or infinite is never the best. All processes follow the decision
+    of the main one.
+
+    Args:
+        save_path: The file to save to. Missing parent folders are created.
+        watch_metric: The name of the metric in the run history.
+        greater_is_better: Whether a greater value of the metric is better.
+        reset_on_train: Whether each call of ``train()`` starts without a best value. A
+            run that is resumed keeps it in any case.
+        save_optimizer: Whether to save the state of the optimizer as well.
+        save_scheduler: Whether to save the state of the scheduler as well.
+        load_saved_checkpoint: Whether the trainer is left with the best weights at the
+            end of the run, if any have been saved. A run that ends with an error keeps
+            those that it has.
+
+    Attributes:
+        best_metric: The best value so far, None before the first.
+        best_metric_epoch: The number of its epoch.
+        operator: Says whether its first argument is better than its second.
+    """
+
+    def __init__(
+        self,
+        save_path: str | Path = "best_model.pt",
+        watch_metric: str = "eval_loss_epoch",
+        greater_is_better: bool = False,
+        reset_on_train: bool = True,
+        save_optimizer: bool = True,
+        save_scheduler: bool = True,
+        load_saved_checkpoint: bool = True,
+    ) -> None:
+        self.save_path = save_path
+        self.watch_metric = watch_metric
+        self.greater_is_better = greater_is_better
+        self.operator = operator.gt if greater_is_better else operator.lt
+        self.reset_on_train = reset_on_train
+        self.save_optimizer = save_optimizer
+        self.save_scheduler = save_scheduler
+        self.load_saved_checkpoint = load_saved_checkpoint
+        self._is_resumed = False
+        self._has_failed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._best = BestSoFar(greater_is_better=self.greater_is_better)
+        self.best_metric_epoch: int | None = None
+
+    @property
+    def best_metric(self) -> float | None:
+        """The best value so far, None before the first."""
+        return self._best.value
+
+    @best_metric.setter
+    def best_metric(self, value: float | None) -> None:
+        self._best.value = value
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget the best value, unless it is to be kept or the run is resumed."""
+        self._check_metric(trainer)
+        if self.reset_on_train and not self._is_resumed:
+            self._reset()
+        self._is_resumed = False
+        self._has_failed = False
+
+    def _check_metric(self, trainer: Trainer) -> None:
+        check_watch_metric(trainer, self.watch_metric)
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save the model if this epoch is the best so far."""
+        value = latest_value(trainer, self.watch_metric)
+        if decided_by_main_process(trainer, self._best.is_beaten_by(value)):
+            self._best.value = float(value)
+            self.best_metric_epoch = trainer.run_history.current_epoch
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(
+            save_path=self.save_path,
+            checkpoint_kwargs={
+                self.watch_metric: self.best_metric,
+                "loss": self.best_metric,
+            },
+            save_optimizer=self.save_optimizer,
+            save_scheduler=self.save_scheduler,
+        )
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Load the best weights, if some have been saved."""
+        self._is_resumed = False
+        if not self.load_saved_checkpoint or self._has_failed:
+            return
+        if self.best_metric_epoch is None:
+            trainer.print("No model was saved in this run; keeping the last weights")
+        elif not Path(self.save_path).exists():
+            warnings.warn(
+                f"The best model, of epoch {self.best_metric_epoch}, is no longer at "
+                f"{self.save_path}; the trainer keeps the last weights.",
+                stacklevel=2,
+            )
+        else:
+            trainer.print(
+                f"Loading the best model, of epoch {self.best_metric_epoch} with "
+                f"{self.watch_metric}: {self.best_metric}"
+            )
+            trainer.load_checkpoint(self.save_path)
+
+    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Remember that the run has failed."""
+        self._has_failed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and its epoch."""
+        return {
+            "best_metric": self.best_metric,
+            "best_metric_epoch": self.best_metric_epoch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the best value and its epoch."""
+        self.best_metric = state["best_metric"]
+        self.best_metric_epoch = state["best_metric_epoch"]
+        self._is_resumed = True
+
+
+class SaveTrainingStateCallback(TrainerCallback):
+    """Saves training states, from which ``train(resume_from=...)`` can go on.
+
+    They are folders: ``epoch_<n>``, saved once an epoch and its evaluation are done,
+    ``step_<n>``, saved after the n-th update, and ``final``, saved at the end of a run
+    that did not fail. The other callbacks have seen the epoch or the step by then, so
+    that their states fit.
+
+    Old folders are deleted only after a new one is complete, by the main process, and
+    only if this callback has written them: in this run, or in an earlier one with the
+    same ``save_dir``.
+
+    Args:
+        save_dir: The folder that holds them.
+        save_every_n_epochs: Epochs between two of them; by default none are saved.
+        save_every_n_steps: Updates between two of them, counted over the whole run,
+            also when it is resumed; by default none are saved.
+        save_at_end: Whether to save ``final``, which does not count as one of
+            ``max_checkpoints``.
+        max_checkpoints: How many of the newest to keep, at least 1; by default all.
+        save_every_n_minutes: Minutes between two of them, saved after an update; by
+            default none are saved.
+        keep_best: How many of the epochs with the best ``watch_metric`` to keep, beside
+            the newest.
+        watch_metric: The metric that says which epochs are best.
+        greater_is_better: Whether a greater value of it is better.
+    """
+
+    called_first = ("on_training_run_end",)  # before the best weights are loaded
+    called_last = ("on_train_step_end", "on_training_run_epoch_end")
+
+    def __init__(
+        self,
+        save_dir: str | Path = "training_states",
+        save_every_n_epochs: int | None = None,
+        save_every_n_steps: int | None = None,
+        save_at_end: bool = True,
+        max_checkpoints: int | None = None,
+        *,
+        save_every_n_minutes: float | None = None,
+        keep_best: int = 0,
+        watch_metric: str = "eval_loss_epoch",
+        greater_is_better: bool = False,
+    ) -> None:
+        _check_at_least_one(
+            save_every_n_epochs=save_every_n_epochs,
+            save_every_n_steps=save_every_n_steps,
+            max_checkpoints=max_checkpoints,
+        )
+        if save_every_n_minutes is not None and not save_every_n_minutes > 0:
+            raise ValueError(
+                f"save_every_n_minutes must be above 0, got {save_every_n_minutes}."
+            )
+        if keep_best and max_checkpoints is None:
+            raise ValueError(
+                f"keep_best={keep_best} has no meaning while all are kept. Say with "
+                "max_checkpoints how many of the newest to keep besides."
+            )
+        self.save_dir = Path(save_dir)
+        self.save_every_n_epochs = save_every_n_epochs
+        self.save_every_n_steps = save_every_n_steps
+        self.save_at_end = save_at_end
+        self.max_checkpoints = max_checkpoints
+        self.save_every_n_minutes = save_every_n_minutes
+        self.keep_best = keep_best
+        self.watch_metric = watch_metric
+        self.greater_is_better = greater_is_better
+        self._saved_checkpoints: list[Path] = []  # oldest first
+        self._global_step = 0
+        self._last_save = time.monotonic()
+        self._is_resumed = False
+        self._has_failed = False
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Find the folders of earlier runs, and where this run starts."""
+        if self.keep_best:
+            check_watch_metric(trainer, self.watch_metric)
+        known = {path.absolute() for path in self._saved_checkpoints}
+        earlier = [path for path in _find_saved(self.save_dir) if path not in known]
+        self._saved_checkpoints = [*earlier, *self._saved_checkpoints]
+        if isinstance(trainer.num_updates, int):
+            self._global_step = trainer.num_updates
+        elif not self._is_resumed:
+            self._global_step = 0
+        self._last_save = time.monotonic()
+        self._is_resumed = False
+        self._has_failed = False
+
+    def on_train_step_end(
+        self,
+        trainer: Trainer,
+        batch: Any = None,
+        batch_output: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save if this step has made an update, and it is time to."""
+        num_updates = trainer.num_updates
+        if not isinstance(num_updates, int):
+            num_updates = self._global_step + 1
+        if num_updates != self._global_step:
+            self._global_step = num_updates
+            if self._is_step_due() or self._is_minute_due(trainer):
+                self._save(trainer, f"step_{num_updates}")
+
+    def _is_step_due(self) -> bool:
+        every = self.save_every_n_steps
+        return every is not None and self._global_step % every == 0
+
+    def _is_minute_due(self, trainer: Trainer) -> bool:
+        if self.save_every_n_minutes is None:
+            return False
+        seconds = time.monotonic() - self._last_save
+        is_due = seconds >= 60 * self.save_every_n_minutes
+        return decided_by_main_process(trainer, is_due)
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save if it is time to."""
+        epoch, every = trainer.run_history.current_epoch, self.save_every_n_epochs
+        if every is not None and epoch % every == 0:
+            self._save(trainer, f"epoch_{epoch}")
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save the last state, unless the run has failed.
+
+        Of a run that was interrupted, it is a ``step_<n>`` to resume from.
+        """
+        self._is_resumed = False
+        if not self.save_at_end or self._has_failed:
+            return
+        try:
+            if trainer.interrupted is True:
+                self._save(trainer, f"step_{self._global_step}")
+            else:
+                self._save_state(trainer, self.save_dir / "final")
+        except NonFiniteLossError:
+            # That is why the run has ended, and train() is about to raise it.
+            trainer.print("The last training state is not saved: a loss was not finite")
+
+    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Remember that the run has failed."""
+        self._has_failed = True
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        path = self.save_dir / name
+        self._save_state(trainer, path)
+        if path in self._saved_checkpoints:
+            self._saved_checkpoints.remove(path)
+        self._saved_checkpoints.append(path)
+        if trainer._accelerator.is_main_process:
+            self._delete_old_ones()
+
+    def _save_state(self, trainer: Trainer, path: Path) -> None:
+        trainer.save_training_state(
+            path, checkpoint_kwargs={"global_step": self._global_step}
+        )
+        self._last_save = time.monotonic()
+
+    def _delete_old_ones(self) -> None:
+        if self.max_checkpoints is None:
+            return
+        newest = self._saved_checkpoints[-self.max_checkpoints :]
+        kept = {*newest, *self._best_ones()}
+        for path in [path for path in self._saved_checkpoints if path not in kept]:
+            self._saved_checkpoints.remove(path)
+            _delete(path)
+
+    def _best_ones(self) -> list[Path]:
+        if not self.keep_best:
+            return []
+        values = {path: self._metric_of(path) for path in self._saved_checkpoints}
+        measured = {path: value for path, value in values.items() if value is not None}
+        ranked = sorted(
+            measured, key=lambda path: measured[path], reverse=self.greater_is_better
+        )
+        return ranked[: self.keep_best]
+
+    def _metric_of(self, path: Path) -> float | None:
+        if not path.name.startswith("epoch_"):
+            return None  # saved amid an epoch: the metric is that of other weights
+        try:
+            value = Checkpoint(path).metrics.get(self.watch_metric, math.nan)
+        except CheckpointError:
+            return None
+        return value if math.isfinite(value) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of updates so far."""
+        return {"global_step": self._global_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from there."""
+        self._global_step = state["global_step"]
+        self._is_resumed = True
+
+
+def _check_at_least_one(**arguments: int | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and value < 1:
+            raise ValueError(
+                f"{name} must be at least 1, got {value}. Leave it out to switch it "
+                "off."
+            )
+
+
+def _find_saved(save_dir: Path) -> list[Path]:
+    """Return the complete training states that this callback named, oldest first."""
+    return [
+        save_dir / checkpoint.path.name
+        for checkpoint in list_checkpoints(save_dir)
+        if re.fullmatch(r"(epoch|step)_\d+", checkpoint.path.name)
+    ]
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        return
+    try:
+        remove_folder(path)
+    except OSError as error:
+        warnings.warn(
+            f"The old training state {path} could not be deleted ({error}).",
+            stacklevel=2,
+        )

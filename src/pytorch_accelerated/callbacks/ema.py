@@ -1,0 +1,171 @@
+"""Training with an exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pytorch_accelerated.callbacks.base import CallbackHandler
+from pytorch_accelerated.callbacks.best import check_watch_metric
+from pytorch_accelerated.callbacks.checkpointing import SaveBestModelCallback
+from pytorch_accelerated.ema import ModelEma
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+_PREFIX = "ema_model_"
+
+
+class ModelEmaCallback(SaveBestModelCallback):
+    """Keeps a moving average of the weights, evaluates it, and saves it when best.
+
+    The average moves once per update. After each epoch's evaluation a second one is run
+    with the averaged weights, whose metrics have ``ema_model_`` before their names. The
+    file that is saved holds the averaged weights as those of the model, and no state
+    of the optimizer and the scheduler. The trainer keeps its own weights.
+
+    The average is saved with the training state, and goes on when a run is resumed, or
+    when ``train()`` is called again with ``reset_run_history=False``. Otherwise each
+    call of ``train()`` starts a new one from the weights at that moment.
+
+    Args:
+        decay: How much of the average is kept at each update: it extends over about
+            ``1 / (1 - decay)`` updates.
+        evaluate_during_training: Whether to evaluate the average after each epoch. If
+            not, it is saved after each epoch.
+        save_path: The file to save to.
+        watch_metric: The metric that says which epoch is best.
+        greater_is_better: Whether a greater value of it is better.
+        model_ema: Called as ``model_ema(model, decay=decay)``; what it returns has an
+            ``update(model)`` and the averaged ``module``, as
+            :class:`~pytorch_accelerated.utils.ModelEma` has.
+        callbacks: Callbacks for the evaluation of the average, such as metrics or a
+            progress bar; the trainer's own do not hear of it.
+        reset_on_train: Whether each call of ``train()`` starts without a best value.
+
+    Attributes:
+        ema_model: The average, None before the first run.
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.99,
+        evaluate_during_training: bool = True,
+        save_path: str | Path = "ema_model.pt",
+        watch_metric: str = "ema_model_eval_loss_epoch",
+        greater_is_better: bool = False,
+        model_ema: Callable[..., Any] = ModelEma,
+        callbacks: Iterable[Any] = (),
+        *,
+        reset_on_train: bool = True,
+    ) -> None:
+        super().__init__(
+            save_path=save_path,
+            watch_metric=watch_metric,
+            greater_is_better=greater_is_better,
+            reset_on_train=reset_on_train,
+            save_optimizer=False,
+            save_scheduler=False,
+            load_saved_checkpoint=False,
+        )
+        self.decay = decay
+        self.evaluate_during_training = evaluate_during_training
+        self.ema_model: Any = None
+        self._model_ema = model_ema
+        self._callback_handler = CallbackHandler(callbacks)
+        self._averaged_model: nn.Module | None = None
+        self._saved_average: Mapping[str, Any] | None = None
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Create the average, unless it goes on."""
+        super().on_training_run_start(trainer)
+        self._averaged_model = trainer.get_model(keep_torch_compile=False)
+        goes_on = trainer.run_history.current_epoch > 1 and self.ema_model is not None
+        if not goes_on or self._saved_average is not None:
+            self.ema_model = self._model_ema(self._averaged_model, decay=self.decay)
+        if self._saved_average is not None:
+            self.ema_model.load_state_dict(self._saved_average)
+            self._saved_average = None
+        if self.evaluate_during_training:
+            self.ema_model.to(trainer.device)
+
+    def _check_metric(self, trainer: Trainer) -> None:
+        if not self.evaluate_during_training:
+            return
+        check_watch_metric(trainer, self.watch_metric)
+        if trainer.eval_dataset is None:
+            raise ValueError(
+                "ModelEmaCallback evaluates the averaged weights after each epoch and "
+                "needs an eval_dataset, but train() was given none. Pass one, or "
+                "create the callback with evaluate_during_training=False."
+            )
+
+    def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Move the average towards the weights."""
+        self.ema_model.update(self._averaged_model)
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Evaluate the average after the model, at the end of a training epoch."""
+        is_in_training_run = self._averaged_model is not None
+        is_intermediate = kwargs.get("is_intermediate", False)
+        if self.evaluate_during_training and is_in_training_run and not is_intermediate:
+            with (
+                self._average_as_model(trainer),
+                self._own_callbacks(trainer),
+                trainer.run_history.prefixed(_PREFIX),
+            ):
+                trainer._run_eval_epoch(trainer._eval_dataloader)
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save the average if it is the best so far, or always if it has no metric."""
+        with self._average_as_model(trainer):
+            if self.evaluate_during_training:
+                super().on_training_run_epoch_end(trainer, **kwargs)
+            else:
+                trainer.save_checkpoint(
+                    save_path=self.save_path, save_optimizer=False, save_scheduler=False
+                )
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let go of the model, and keep the average."""
+        super().on_training_run_end(trainer, **kwargs)
+        self._averaged_model = None
+
+    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let go of the model, and keep the average."""
+        super().on_exception(trainer, **kwargs)
+        self._averaged_model = None
+
+    @contextmanager
+    def _average_as_model(self, trainer: Trainer) -> Iterator[None]:
+        model = trainer.model
+        trainer.model = self.ema_model.module
+        try:
+            yield
+        finally:
+            trainer.model = model
+
+    @contextmanager
+    def _own_callbacks(self, trainer: Trainer) -> Iterator[None]:
+        handler = trainer.callback_handler
+        trainer.callback_handler = self._callback_handler
+        try:
+            yield
+        finally:
+            trainer.callback_handler = handler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average, the best value and its epoch."""
+        state = super().state_dict()
+        if self.ema_model is not None:
+            state["ema_model"] = self.ema_model.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the average, the best value and its epoch."""
+        super().load_state_dict(state)
+        self._saved_average = state.get("ema_model")

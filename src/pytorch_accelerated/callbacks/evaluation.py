@@ -1,0 +1,118 @@
+"""Evaluations amid an epoch, and shorter ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+
+class StepBasedEvaluationCallback(TrainerCallback):
+    """Evaluates the model every n steps, between two steps of a training epoch.
+
+    Steps are counted over the whole run: with n = 100, after step 100, 200 and so on,
+    whatever the length of an epoch. Callbacks hear of the evaluation with
+    ``is_intermediate=True``, and can read its loss in ``on_eval_epoch_end`` as
+    ``intermediate_eval_loss``; afterwards it is deleted. All other metrics recorded
+    meanwhile have ``intermediate_`` before their name, and so do not mix with those of
+    whole epochs.
+
+    Args:
+        eval_every_n_steps: Steps (batches of a process) between evaluations, at least
+            1.
+    """
+
+    def __init__(self, eval_every_n_steps: int) -> None:
+        if eval_every_n_steps < 1:
+            raise ValueError(
+                f"eval_every_n_steps must be at least 1, got {eval_every_n_steps}."
+            )
+        self.eval_every_n_steps = eval_every_n_steps
+        self._num_steps = 0
+        self._is_resumed = False
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Start to count, unless the run is resumed.
+
+        Raises:
+            ValueError: If there is nothing to evaluate on.
+        """
+        if trainer.eval_dataset is None:
+            raise ValueError(
+                "StepBasedEvaluationCallback needs an eval_dataset, and train() was "
+                "given none. Pass one, or leave the callback out."
+            )
+        if not self._is_resumed:
+            self._num_steps = 0
+        self._is_resumed = False
+
+    def on_train_step_end(
+        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
+    ) -> None:
+        """Evaluate if it is time to."""
+        self._num_steps += 1
+        if self._num_steps % self.eval_every_n_steps == 0:
+            trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
+            if "intermediate_eval_loss" in trainer.run_history.get_metric_names():
+                trainer.run_history.delete_metric("intermediate_eval_loss")
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget that a state has been loaded."""
+        self._is_resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps since the run was started for the first time."""
+        return {"num_steps": self._num_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue to count."""
+        self._num_steps = state["num_steps"]
+        self._is_resumed = True
+
+
+class LimitEvalStepsCallback(TrainerCallback):
+    """Ends evaluations after some batches.
+
+    List it before a :class:`ProgressBarCallback`, so that the bar knows.
+
+    Args:
+        num_eval_steps: Batches of all processes together; each does its share, at
+            least one.
+        limit_intermediate_only: Whether to leave evaluations at the end of an epoch,
+            and those of ``evaluate()``, as they are.
+    """
+
+    def __init__(
+        self, num_eval_steps: int, limit_intermediate_only: bool = True
+    ) -> None:
+        if num_eval_steps < 1:
+            raise ValueError(
+                f"num_eval_steps must be at least 1, got {num_eval_steps}."
+            )
+        self.num_eval_steps = num_eval_steps
+        self.limit_intermediate_only = limit_intermediate_only
+        self._previous_limits: list[int | None] = []
+
+    def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Set the limit."""
+        if kwargs.get("is_intermediate", False) or not self.limit_intermediate_only:
+            self._previous_limits.append(trainer.eval_batch_limit)
+            share = self.num_eval_steps // trainer._accelerator.num_processes
+            trainer.eval_batch_limit = max(1, share)
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Put the limit back to what it was before."""
+        if self._previous_limits:
+            trainer.eval_batch_limit = self._previous_limits.pop()
+
+    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Put the limit back to what it was before."""
+        self.on_eval_epoch_end(trainer)
+
+    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Put the limit back to what it was before."""
+        self.on_eval_epoch_end(trainer)

@@ -1,0 +1,108 @@
+"""Reporting the metrics of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+# "train_loss_epoch", "ema_model_train_loss", "training/accuracy"; not "constrained".
+_TRAIN_WORD = re.compile(r"(?<![A-Za-z])[Tt]rain(ing)?(?![a-z])")
+
+
+class LogMetricsCallback(TrainerCallback):
+    """Prints the metrics as they are recorded.
+
+    Those with the word "train" in their name are logged at the end of the training
+    epoch, the others at the end of the evaluation, and what is recorded later at the
+    end of the whole epoch: each value once, in the order of recording.
+
+    Override :meth:`log_metrics` to send them elsewhere::
+
+        class LogToMLflow(LogMetricsCallback):
+            def log_metrics(self, trainer, metrics):
+                if trainer.run_config.is_world_process_zero:
+                    mlflow.log_metrics(metrics, step=trainer.run_history.current_epoch)
+    """
+
+    def __init__(self) -> None:
+        self._num_logged: dict[str, int] = {}
+
+    def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Print one line for each metric; the method to override.
+
+        Called on all processes.
+
+        Args:
+            trainer: The trainer.
+            metrics: Names and values, at least one.
+        """
+        for name, value in metrics.items():
+            trainer.print(f"{name}: {value}")
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Leave out what earlier runs have recorded."""
+        self._num_logged = dict(_num_values(trainer))
+
+    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Leave out what earlier runs have recorded."""
+        self._num_logged = dict(_num_values(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log the new training metrics."""
+        names = [name for name in self._new_names(trainer) if _is_train_metric(name)]
+        self._log_latest_metrics(trainer, names)
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log the other new metrics."""
+        names = self._new_names(trainer)
+        self._log_latest_metrics(
+            trainer, [name for name in names if not _is_train_metric(name)]
+        )
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log what has been recorded since."""
+        self._log_latest_metrics(trainer, self._new_names(trainer))
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log what has been recorded since."""
+        self._log_latest_metrics(trainer, self._new_names(trainer))
+
+    def _new_names(self, trainer: Trainer) -> list[str]:
+        return [
+            name
+            for name, count in _num_values(trainer)
+            if count and count != self._num_logged.get(name, 0)
+        ]
+
+    def _log_latest_metrics(self, trainer: Trainer, names: Iterable[str]) -> None:
+        metrics = self._get_latest_metrics(trainer, names)
+        self._num_logged.update(_num_values(trainer, metrics))
+        if metrics:
+            self.log_metrics(trainer, metrics)
+
+    def _get_latest_metrics(
+        self, trainer: Trainer, names: Iterable[str]
+    ) -> dict[str, Any]:
+        return {name: trainer.run_history.get_latest_metric(name) for name in names}
+
+
+def _num_values(
+    trainer: Trainer, names: Iterable[str] | None = None
+) -> list[tuple[str, int]]:
+    """Return how many values of each metric there are, in the order of recording."""
+    history = trainer.run_history
+    if names is None:
+        names = history.get_metric_names()
+        if isinstance(names, set | frozenset):  # their order changes from run to run
+            names = sorted(names)
+    return [(name, len(list(history.get_metric_values(name)))) for name in names]
+
+
+def _is_train_metric(name: str) -> bool:
+    return _TRAIN_WORD.search(name) is not None

@@ -1,0 +1,340 @@
+"""Callbacks that end a run: no more progress, or a loss that is no number."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.best import (
+    BestSoFar,
+    check_watch_metric,
+    decided_by_main_process,
+    latest_value,
+)
+from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+
+class EarlyStoppingCallback(TrainerCallback):
+    """Stops training once a metric has not improved for some epochs.
+
+    The decision is that of the main process, so that all processes stop together.
+    Callbacks listed after this one still see the epoch that it stops at.
+
+    Args:
+        early_stopping_patience: Epochs in a row without improvement to stop after, at
+            least 1.
+        early_stopping_threshold: An epoch counts as an improvement if the metric is
+            better by more than this, in the metric's own unit, than at the last
+            improvement. With 0 any improvement counts.
+        watch_metric: The name of the metric in the run history.
+        greater_is_better: Whether a greater value of the metric is better.
+        reset_on_train: Whether each call of ``train()`` starts to count anew. A run
+            that is resumed continues to count in any case.
+
+    Attributes:
+        best_metric: The value at the last improvement, None before the first.
+        early_stopping_patience_counter: Epochs in a row without improvement.
+    """
+
+    def __init__(
+        self,
+        early_stopping_patience: int = 1,
+        early_stopping_threshold: float = 0.0,
+        watch_metric: str = "eval_loss_epoch",
+        greater_is_better: bool = False,
+        reset_on_train: bool = True,
+    ) -> None:
+        if early_stopping_patience < 1:
+            raise ValueError(
+                "early_stopping_patience must be at least 1 epoch, got "
+                f"{early_stopping_patience}. To switch early stopping off, leave the "
+                "callback out."
+            )
+        if early_stopping_threshold < 0:
+            raise ValueError(
+                "early_stopping_threshold must not be negative, got "
+                f"{early_stopping_threshold}. With 0 any improvement counts."
+            )
+        self.early_stopping_patience = early_stopping_patience
+        self.early_stopping_threshold = early_stopping_threshold
+        self.watch_metric = watch_metric
+        self.greater_is_better = greater_is_better
+        self.reset_on_train = reset_on_train
+        self._is_resumed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.early_stopping_patience_counter = 0
+        self._best = BestSoFar(
+            greater_is_better=self.greater_is_better,
+            threshold=self.early_stopping_threshold,
+        )
+
+    @property
+    def best_metric(self) -> float | None:
+        """The value at the last improvement, None before the first."""
+        return self._best.value
+
+    @best_metric.setter
+    def best_metric(self, value: float | None) -> None:
+        self._best.value = value
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Start to count anew, unless the run is resumed."""
+        check_watch_metric(trainer, self.watch_metric)
+        if self.reset_on_train and not self._is_resumed:
+            self._reset()
+        if self._is_resumed:
+            # A run that had been stopped here must not go on for an epoch.
+            self._stop_if_patience_is_over(trainer)
+        self._is_resumed = False
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Compare the epoch with the best one.
+
+        Raises:
+            StopTrainingError: If there was no improvement for too long.
+        """
+        if self._best.update(latest_value(trainer, self.watch_metric)):
+            self.early_stopping_patience_counter = 0
+        else:
+            self.early_stopping_patience_counter += 1
+        self._stop_if_patience_is_over(trainer)
+
+    def _stop_if_patience_is_over(self, trainer: Trainer) -> None:
+        counter = self.early_stopping_patience_counter
+        is_over = counter >= self.early_stopping_patience
+        if decided_by_main_process(trainer, is_over):
+            raise StopTrainingError(
+                f"Stopping early: {self.watch_metric} has not improved on "
+                f"{self.best_metric} for {counter} epoch{'s' * (counter != 1)}"
+            )
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget that a state has been loaded."""
+        self._is_resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and the number of epochs without improvement."""
+        return {
+            "best_metric": self.best_metric,
+            "early_stopping_patience_counter": self.early_stopping_patience_counter,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue to count from a state returned by :meth:`state_dict`."""
+        self.best_metric = state["best_metric"]
+        self.early_stopping_patience_counter = state["early_stopping_patience_counter"]
+        self._is_resumed = True
+
+
+class TerminateOnNaNCallback(TrainerCallback):
+    """Stops the run, on all processes together, when a loss is NaN or infinite.
+
+    After the end events of the run, ``train()`` or ``evaluate()`` raises the
+    :class:`NonFiniteLossError`, which names the epoch, the step, the learning rate and
+    the last checkpoint. Nothing is saved in between.
+
+    A step does not wait for the device: training losses are collected there and looked
+    at after 1, 2, 4, ... steps, at intervals that grow until they take about a second,
+    further at the end of each epoch and before anything is saved.
+
+    Attributes:
+        triggered: Whether a loss of the present or last run was not finite.
+    """
+
+    # After the others have ended the run, which must not save anything.
+    called_last = ("on_training_run_end", "on_evaluation_run_end")
+
+    def __init__(self) -> None:
+        self.triggered = False
+        self._error: NonFiniteLossError | None = None
+        self._train_losses = _LossWatch()
+        self._eval_losses = _LossWatch()
+        self._pace = _Pace()
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget the losses of earlier runs."""
+        self.triggered = False
+        self._pace = _Pace()
+        self._let_go()
+
+    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget the losses of earlier runs."""
+        self.on_training_run_start(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Measure time from here."""
+        self._pace.restart()
+
+    def on_train_step_end(
+        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
+    ) -> None:
+        """Collect the loss, and look at those collected if it is time to.
+
+        Raises:
+            NonFiniteLossError: If one of them is not finite.
+        """
+        self._train_losses.add(batch_output["loss"], kwargs.get("step"))
+        if self._pace.is_time_to_look():
+            self._look(trainer, self._train_losses, "training")
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the losses that are left of the epoch."""
+        self._look(trainer, self._train_losses, "training")
+        self._train_losses.clear()
+
+    def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget the losses of an evaluation that was not finished."""
+        self._eval_losses.clear()
+
+    def on_eval_step_end(
+        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
+    ) -> None:
+        """Collect the loss; it is looked at when the evaluation ends."""
+        self._eval_losses.add(batch_output["loss"])
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the losses of the evaluation."""
+        self._look(trainer, self._eval_losses, "evaluation")
+
+    def on_before_save(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Refuse to save anything of a run with a loss that is not finite. Collective.
+
+        Raises:
+            NonFiniteLossError: If there was such a loss, on any process.
+        """
+        # Not by raising on one process alone: the others would wait for it in the save.
+        error = self._error or self._find(trainer, self._train_losses, "training")
+        if trainer.agree(error is not None):
+            raise error or NonFiniteLossError(
+                "Nothing is saved: the loss on another process is NaN or infinite."
+            )
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let go of the losses; saving is up to the user again."""
+        self._let_go()
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let go of the losses; saving is up to the user again."""
+        self._let_go()
+
+    def check_for_nan_after_batch(
+        self, batch_output: Mapping[str, Any], step: int | None = None
+    ) -> None:
+        """Look at one batch at once, which waits for the device.
+
+        Args:
+            batch_output: A dictionary with the ``loss``, a tensor or a number.
+            step: The number of the batch, for the message.
+
+        Raises:
+            NonFiniteLossError: If the loss is not finite.
+        """
+        losses = _LossWatch()
+        losses.add(batch_output["loss"], step)
+        if losses.find_first_bad() is not None:
+            self.triggered = True
+            where = "" if step is None else f" at step {step}"
+            raise NonFiniteLossError(f"The loss is NaN or infinite{where}.")
+
+    def _look(self, trainer: Trainer, losses: _LossWatch, phase: str) -> None:
+        error = self._find(trainer, losses, phase)
+        if error is not None:
+            raise error
+
+    def _find(
+        self, trainer: Trainer, losses: _LossWatch, phase: str
+    ) -> NonFiniteLossError | None:
+        step = losses.find_first_bad()
+        if step is None:
+            return None
+        self.triggered = True
+        self._error = NonFiniteLossError(_describe(trainer, step, phase))
+        return self._error
+
+    def _let_go(self) -> None:
+        self._error = None
+        self._train_losses.clear()
+        self._eval_losses.clear()
+
+
+class _LossWatch:
+    """Collects losses where they are and finds the first that is not finite."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._losses: list[Tensor] = []
+        self._steps: list[int] = []
+        self._next_step = 0
+
+    def add(self, loss: Tensor | float, step: int | None = None) -> None:
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(float(loss))
+        elif loss.dim() > 0:
+            # NaN if any element is NaN or infinite, else 0.
+            loss = (loss.detach() * 0).sum()
+        self._losses.append(loss.detach())
+        self._steps.append(self._next_step if step is None else step)
+        self._next_step = self._steps[-1] + 1
+
+    def find_first_bad(self) -> int | None:
+        """Return the step of the first bad loss, and forget those that were read.
+
+        Waits for the device once.
+        """
+        if not self._losses:
+            return None
+        device = self._losses[-1].device
+        losses = torch.stack([loss.to(device) for loss in self._losses])
+        is_finite = torch.isfinite(losses).tolist()
+        steps, self._losses, self._steps = self._steps, [], []
+        return None if all(is_finite) else steps[is_finite.index(False)]
+
+
+class _Pace:
+    """Says when to look: after 1, 2, 4, ... steps, up to about a second apart."""
+
+    longest_seconds = 1.0
+
+    def __init__(self) -> None:
+        self.interval = 1
+        self.restart()
+
+    def restart(self) -> None:
+        """Start an interval."""
+        self._steps_left = self.interval
+        self._started = time.monotonic()
+
+    def is_time_to_look(self) -> bool:
+        """Count a step, and say whether it ends the interval."""
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return False
+        took_long = time.monotonic() - self._started > self.longest_seconds / 2
+        self.interval = max(1, self.interval // 2) if took_long else self.interval * 2
+        self.restart()
+        return True
+
+
+def _describe(trainer: Trainer, step: int, phase: str) -> str:
+    groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
+    rates = sorted({float(group["lr"]) for group in groups if "lr" in group})
+    checkpoint = getattr(trainer, "last_checkpoint", None)
+    return (
+        f"The {phase} loss became NaN or infinite in epoch "
+        f"{trainer.run_history.current_epoch}, at step {step} (counted from 0). "
+        f"Learning rate: {', '.join(f'{rate:g}' for rate in rates) or 'none'}. "
+        f"Last checkpoint: {checkpoint or 'none'}. "
+        "Try a lower learning rate or clipping, and look for bad samples in the data."
+    )

@@ -1,0 +1,178 @@
+"""Checkpoints at the turning points of a warm-up, stable, decay schedule."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.errors import NonFiniteLossError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+
+class WSDCheckpointCallback(TrainerCallback):
+    """Saves what a :class:`~pytorch_accelerated.schedulers.WSDLrScheduler` leads to.
+
+    Before each decay a training state, ``checkpoint_<n>_wsd_pre_decay``, from which the
+    run can be continued at full learning rate; after each decay the trained model,
+    ``checkpoint_<n>_wsd_post_decay.pt``. n is the number of updates completed in the
+    schedule of this run.
+
+    Args:
+        save_dir: The folder for them, created when the first is saved.
+        save_optimizer: Whether the file after a decay has the optimizer's state.
+        save_scheduler: Whether the file after a decay has the scheduler's state.
+        initial_checkpoint: Either of them, of an earlier run, to start this run from.
+
+    Attributes:
+        last_checkpoint_step: The number of updates at which this run was last saved, or
+            started.
+    """
+
+    called_first = ("on_training_run_end",)  # before the best weights are loaded
+    called_last = ("on_train_step_end",)
+
+    def __init__(
+        self,
+        save_dir: str | Path = "checkpoints",
+        save_optimizer: bool = True,
+        save_scheduler: bool = True,
+        initial_checkpoint: str | Path | None = None,
+    ) -> None:
+        self.save_dir = Path(save_dir)
+        self.save_optimizer = save_optimizer
+        self.save_scheduler = save_scheduler
+        self.initial_checkpoint = initial_checkpoint
+        self.checkpoint_steps: list[int] = []
+        self.decay_phase_ratio: float | None = None
+        self.decay_info: list[dict[str, int]] = []
+        self.last_checkpoint_step: int | None = None
+        self._updates_before_schedule = 0
+        self._is_resumed = False
+        self._has_failed = False
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Load the initial checkpoint and learn the turning points of the schedule.
+
+        Raises:
+            ValueError: If the trainer has no scheduler with checkpoints.
+            FileNotFoundError: If there is no such initial checkpoint.
+        """
+        scheduler = trainer.scheduler
+        if not hasattr(scheduler, "get_checkpoint_steps"):
+            raise ValueError(
+                "WSDCheckpointCallback needs a WSDLrScheduler, got "
+                f"{type(scheduler).__name__}. Pass "
+                "create_scheduler_fn=WSDLrScheduler.create_scheduler_fn() to train(), "
+                "or leave the callback out."
+            )
+        # A run that goes on from a state of its own is past its initial checkpoint.
+        if self.initial_checkpoint is not None and not self._is_resumed:
+            self._load_initial_checkpoint(trainer, Path(self.initial_checkpoint))
+        self.checkpoint_steps = list(scheduler.get_checkpoint_steps())
+        self.decay_phase_ratio = scheduler.decay_phase_ratio
+        self.decay_info = list(scheduler.get_decay_info())
+        updates_in_schedule = max(scheduler.get_current_step(), 0)
+        self._updates_before_schedule = (trainer.num_updates or 0) - updates_in_schedule
+        if not self._is_resumed:
+            self.last_checkpoint_step = updates_in_schedule
+        self._is_resumed = False
+        self._has_failed = False
+
+    def _load_initial_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        if path.is_dir():
+            trainer.load_training_state(str(path))
+        elif path.is_file():
+            trainer.load_checkpoint(str(path))
+        else:
+            raise FileNotFoundError(
+                f"There is no initial_checkpoint {path}. Expected a folder "
+                "checkpoint_<n>_wsd_pre_decay or a file "
+                "checkpoint_<n>_wsd_post_decay.pt of an earlier run."
+            )
+        # With the optimizer came the learning rate at which the earlier run had ended.
+        scheduler = trainer.scheduler
+        scheduler.step_update(max(scheduler.get_current_step(), 0))
+
+    def on_train_step_end(
+        self,
+        trainer: Trainer,
+        batch: Any = None,
+        batch_output: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save if this step has brought the schedule to a turning point."""
+        step = self._updates_in_schedule(trainer)
+        if step == self.last_checkpoint_step:
+            return
+        if any(step == period["pre_decay_step"] for period in self.decay_info):
+            self._save_pre_decay(trainer, step)
+        if self._is_end_of_decay(step):
+            self._save_post_decay(trainer, step)
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save the trained model if the run has ended where a decay does."""
+        self._is_resumed = False
+        step = self._updates_in_schedule(trainer)
+        if self._has_failed or step == self.last_checkpoint_step:
+            return
+        if self._is_end_of_decay(step):
+            try:
+                self._save_post_decay(trainer, step)
+            except NonFiniteLossError:
+                # That is why the run has ended, and train() is about to raise it.
+                trainer.print("The model is not saved: a loss was not finite")
+
+    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Remember that the run has failed."""
+        self._has_failed = True
+
+    def _updates_in_schedule(self, trainer: Trainer) -> int:
+        if isinstance(trainer.num_updates, int):
+            return trainer.num_updates - self._updates_before_schedule
+        # Called by hand in a loop that steps the scheduler afterwards.
+        step: int = trainer.scheduler.get_current_step()
+        return step + 1
+
+    def _is_end_of_decay(self, step: int) -> bool:
+        return any(step == period["period_end"] for period in self.decay_info)
+
+    def _save_pre_decay(self, trainer: Trainer, step: int) -> None:
+        trainer.save_training_state(
+            str(self.save_dir / f"checkpoint_{step}_wsd_pre_decay"),
+            checkpoint_kwargs=self._describe(trainer, step, "wsd_pre_decay"),
+        )
+        self.last_checkpoint_step = step
+
+    def _save_post_decay(self, trainer: Trainer, step: int) -> None:
+        trainer.save_checkpoint(
+            str(self.save_dir / f"checkpoint_{step}_wsd_post_decay.pt"),
+            save_optimizer=self.save_optimizer,
+            save_scheduler=self.save_scheduler,
+            checkpoint_kwargs=self._describe(trainer, step, "wsd_post_decay"),
+        )
+        self.last_checkpoint_step = step
+
+    def _describe(
+        self, trainer: Trainer, step: int, checkpoint_type: str
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "checkpoint_type": checkpoint_type,
+            "total_steps": trainer.run_config.max_num_train_steps,
+            "decay_fraction": self.decay_phase_ratio,
+            "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of updates at which this run was last saved."""
+        return {"last_checkpoint_step": self.last_checkpoint_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.last_checkpoint_step = state["last_checkpoint_step"]
+        self._is_resumed = True

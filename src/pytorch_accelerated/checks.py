@@ -1,0 +1,89 @@
+"""Cheap checks of what a run was asked to do, before anything has changed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import IterableDataset
+
+from pytorch_accelerated.data import length_of
+from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase
+
+
+def check_is_at_least(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(
+            f"{name} must be a whole number of at least {least}, got {value!r}."
+        )
+
+
+def check_clipping(value: float | None, norm: float | None) -> None:
+    if value is not None and norm is not None:
+        raise ValueError(
+            f"Both gradient_clip_value={value} and gradient_clip_norm={norm} were given; "
+            "choose one of them."
+        )
+    for name, limit in (("gradient_clip_value", value), ("gradient_clip_norm", norm)):
+        if limit is not None and not limit > 0:
+            raise ValueError(
+                f"{name} must be greater than 0, got {limit}. To train without clipping, "
+                "leave it out."
+            )
+
+
+def check_scheduler_fn(create_scheduler_fn: Any) -> None:
+    is_scheduler = isinstance(create_scheduler_fn, (LRScheduler, SchedulerBase))
+    if is_scheduler or not (
+        create_scheduler_fn is None or callable(create_scheduler_fn)
+    ):
+        name = type(create_scheduler_fn).__name__
+        raise TypeError(
+            f"create_scheduler_fn must be a function that makes a scheduler from the "
+            f"optimizer, got a {name}. Pass functools.partial({name}, ...) with all its "
+            "arguments but the optimizer."
+        )
+
+
+def check_dataset_is_not_empty(dataset: Any, name: str) -> None:
+    # Iterable datasets may have a length that is only an estimate.
+    if not isinstance(dataset, IterableDataset) and length_of(dataset) == 0:
+        raise ValueError(f"{name} is empty: there is nothing to take a batch from.")
+
+
+def check_optimizer(model: Any, optimizer: Any) -> None:
+    if optimizer is None:
+        raise ValueError(
+            "train() needs an optimizer; the trainer was created with None."
+        )
+    if not isinstance(model, nn.Module):
+        return
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            "No parameter of the model requires a gradient: there is nothing to train. "
+            "Unfreeze some of them, for example with ModelFreezer(model).unfreeze()."
+        )
+    own = {id(parameter) for parameter in parameters}
+    if not any(
+        id(p) in own for group in optimizer.param_groups for p in group["params"]
+    ):
+        raise ValueError(
+            "The optimizer holds no parameter of the model. Create it from the "
+            "parameters of this model: it may have been made for a copy or before the "
+            "model was replaced."
+        )
+
+
+def check_no_loader_arguments(
+    kwargs: Mapping[str, Any] | None, collate_fn: Any
+) -> None:
+    given = sorted(kwargs or {}) + (["collate_fn"] if collate_fn is not None else [])
+    if given:
+        raise ValueError(
+            f"A ready DataLoader is used as it is, but loader arguments were given too: "
+            f"{given}. Give them to the DataLoader, or pass its dataset instead."
+        )

@@ -1,0 +1,752 @@
+"""Batches that are a function of (seed, epoch, batch), whoever loads them.
+
+The order of the samples, their split over processes, and the random numbers that the
+dataset draws do not depend on the number of workers, on prefetching, or on where a run
+was interrupted. The pieces:
+
+* :func:`epoch_order` and :func:`derive_seed`: the order and the seeds, as plain
+  functions, so that a loop written by hand can reproduce a run;
+* :class:`BatchPlan`: which samples make up each batch of each process;
+* :class:`PlannedLoader`: the loader the trainer iterates over in place of a plain
+  ``DataLoader``;
+* :class:`DeviceLoader`: moves the batches of any other iterable to the device.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
+
+
+class _AutoNumWorkers(int):
+    """Stands for "measure what is best" among a loader's arguments."""
+
+
+AUTO_NUM_WORKERS = _AutoNumWorkers(0)
+
+# What it takes to get a batch from a worker process, with room for a slow machine.
+HAND_OVER_SECONDS = 2e-3
+
+LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
+
+
+def derive_seed(*values: int) -> int:
+    """Return a seed between 0 and 2**63 - 1 that is a function of all the values.
+
+    Nearby values give unrelated seeds (SplitMix64; Steele, Lea and Flood, "Fast
+    splittable pseudorandom number generators", 2014).
+    """
+    mask = (1 << 64) - 1
+    state = 0
+    for value in values:
+        state = (state + value + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """Return the order in which a shuffled epoch visits the samples of a dataset.
+
+    A loop written by hand that takes its batches from this order, one after the other,
+    sees the batches of ``Trainer(seed=seed).train(...)``.
+
+    Args:
+        length: Number of samples in the dataset.
+        seed: The data seed of the run, ``trainer.run_config.data_seed``.
+        epoch: Number of the epoch in the run history, from 1.
+
+    Returns:
+        A permutation of ``range(length)``, shape ``(length,)``, int64.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+    return torch.randperm(length, generator=generator)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Says which positions of an epoch's order form each batch of each process.
+
+    Every process gets the same number of batches, so no collective can hang, and the
+    batches of one step are neighbours in the order: the first process has the first.
+
+    In training, a step takes ``num_processes * batch_size`` samples, as one process with
+    that batch size would; the last one shares what is left. When fewer samples than
+    processes are left, some processes have none (see :meth:`is_filler`).
+
+    With ``even``, as in evaluation, the samples are spread so that the sizes of all
+    batches differ by at most one, and none is empty.
+
+    Args:
+        length: Number of samples.
+        batch_size: Samples in a batch of one process.
+        num_processes: Number of processes.
+        drop_last: Leave out the last step if it has fewer samples than the others.
+        even: Spread the samples evenly; has no effect in a single process.
+
+    Raises:
+        ValueError: If ``even`` is asked for and there are too few samples to give every
+            process one in each step.
+    """
+
+    length: int
+    batch_size: int
+    num_processes: int = 1
+    drop_last: bool = False
+    even: bool = False
+
+    def __post_init__(self) -> None:
+        slots = len(self) * self.num_processes
+        if self._is_spread and self.length < slots:
+            raise ValueError(
+                f"{self.length} samples cannot be split into {len(self)} batches of up "
+                f"to {self.batch_size} on each of {self.num_processes} processes without "
+                f"an empty batch: at least {slots} samples are needed. Use a "
+                "larger batch size or fewer processes."
+            )
+
+    @property
+    def _is_spread(self) -> bool:
+        return self.even and self.num_processes > 1
+
+    @property
+    def _step_size(self) -> int:
+        return self.batch_size * self.num_processes
+
+    def __len__(self) -> int:
+        """Return the number of steps, which is the number of batches of a process."""
+        whole, rest = divmod(self.length, self._step_size)
+        return whole if self.drop_last or rest == 0 else whole + 1
+
+    def bounds(self, step: int, process: int) -> tuple[int, int]:
+        """Return the positions ``(first, past_last)`` of a process's batch."""
+        if self._is_spread:
+            total = len(self) * self._step_size if self.drop_last else self.length
+            slots, slot = len(self) * self.num_processes, step * self.num_processes
+            return _share(total, slots, slot + process)
+        start = step * self._step_size
+        first, last = _share(
+            min(self._step_size, self.length - start), self.num_processes, process
+        )
+        return start + first, start + last
+
+    def size(self, step: int, process: int) -> int:
+        """Return the number of samples in a process's batch."""
+        first, last = self.bounds(step, process)
+        return last - first
+
+    def window_size(self, first_step: int, last_step: int) -> int:
+        """Return the number of samples of all processes in the steps, both included."""
+        return (
+            self.bounds(last_step, self.num_processes - 1)[1]
+            - (self.bounds(first_step, 0)[0])
+        )
+
+    def is_filler(self, step: int, process: int) -> bool:
+        """Say whether a process has no sample of its own in this step.
+
+        It is given one that another process has too, so that it takes part in the
+        collectives; the trainer gives that batch no weight.
+        """
+        return self.size(step, process) == 0
+
+
+def _share(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Bounds of one of ``parts`` neighbouring shares that differ by at most one."""
+    size, larger = divmod(total, parts)
+    first = part * size + min(part, larger)
+    return first, first + size + (part < larger)
+
+
+class SeededIndices(list[int]):
+    """The indices of a batch, with the seed that its random numbers come from."""
+
+    def __init__(self, indices: Iterable[int], seed: int) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SeededIndices, (list(self), self.seed)
+
+
+class PlannedBatchSampler(Sampler[SeededIndices]):
+    """Yields the batches of one process, as a plan and a seed say.
+
+    Args:
+        plan: Which positions form which batch.
+        process_index: The process whose batches are yielded.
+        seed: The data seed of the run.
+        shuffle: Whether the order is :func:`epoch_order` or that of the dataset.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, process_index: int, seed: int, shuffle: bool
+    ) -> None:
+        self.plan = plan
+        self.process_index = process_index
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 1
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch."""
+        return len(self.plan)
+
+    def order(self) -> Tensor:
+        """Return the order of the current epoch, shape ``(length,)``, int64."""
+        if self.shuffle:
+            return epoch_order(self.plan.length, self.seed, self.epoch)
+        return torch.arange(self.plan.length)
+
+    def positions(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number and the dataset indices of each batch that is still due."""
+        order = self.order()
+        for step in range(self.first_step, len(self.plan)):
+            first, last = self.plan.bounds(step, self.process_index)
+            if first == last:
+                first, last = self.plan.length - 1, self.plan.length
+            yield step, order[first:last]
+
+    def __iter__(self) -> Iterator[SeededIndices]:
+        """Yield the indices of each batch, with the batch's seed."""
+        for step, indices in self.positions():
+            seed = derive_seed(self.seed, self.epoch, step, self.process_index)
+            yield SeededIndices(indices.tolist(), seed)
+
+
+class _RandomState:
+    """Gives a batch its own random numbers, and leaves the process's as they were.
+
+    Saving and restoring python's and numpy's generators costs more than fetching a small
+    batch. So only torch's generator is always seeded; the other two are from the moment
+    at which a batch is seen to draw from them, which is looked for in the first batch of
+    every epoch.
+    """
+
+    def __init__(self) -> None:
+        self.uses_python = False
+        self.uses_numpy = False
+
+    def fetch(self, fetch: Any, seed: int, *, is_first: bool) -> Any:
+        seed_python = self.uses_python or is_first
+        seed_numpy = self.uses_numpy or is_first
+        torch_before = torch.get_rng_state()
+        python_before = random.getstate() if seed_python else None
+        numpy_before = np.random.get_state() if seed_numpy else None
+        try:
+            torch.default_generator.manual_seed(seed)
+            if python_before is not None:
+                random.seed(seed)
+                python_seeded = random.getstate() if is_first else None
+            if numpy_before is not None:
+                np.random.seed(seed % 2**32)
+                numpy_seeded = np.random.get_state() if is_first else None
+            batch = fetch()
+            if is_first:
+                self.uses_python |= random.getstate() != python_seeded
+                self.uses_numpy |= not _same_numpy_state(numpy_seeded)
+            return batch
+        finally:
+            torch.set_rng_state(torch_before)
+            if python_before is not None:
+                random.setstate(python_before)
+            if numpy_before is not None:
+                np.random.set_state(numpy_before)
+
+
+def _same_numpy_state(state: Any) -> bool:
+    now: Any = np.random.get_state()
+    return now[2:] == state[2:] and bool(np.array_equal(now[1], state[1]))
+
+
+class _BatchDataset(Dataset[Any]):
+    """Fetches and collates a whole batch under the batch's own random seed."""
+
+    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.is_first = True
+        self._random_state = _RandomState()
+
+    def __getitems__(self, indices: SeededIndices) -> Any:
+        if get_worker_info() is not None:
+            seed_everything(indices.seed)
+            return self._fetch(indices)
+        is_first, self.is_first = self.is_first, False
+        return self._random_state.fetch(
+            lambda: self._fetch(indices), indices.seed, is_first=is_first
+        )
+
+    def _fetch(self, indices: list[int]) -> Any:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.collate_fn(self.dataset.__getitems__(list(indices)))
+        return self.collate_fn([self.dataset[index] for index in indices])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of python, numpy and torch in this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@dataclass(frozen=True)
+class InMemoryDataset:
+    """Tensors from which whole batches can be taken by indexing.
+
+    Args:
+        tensors: The tensors of a ``TensorDataset``; all have the same length.
+        index: Which of their entries the dataset holds, or None for all in order.
+    """
+
+    tensors: tuple[Tensor, ...]
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, loader: DataLoader[Any]) -> InMemoryDataset | None:
+        """Return the loader's data as tensors, or None if it is anything else.
+
+        It must be a ``TensorDataset``, or (nested) ``Subset`` of one, with the default
+        collate function. Subclasses may do anything and are left alone.
+        """
+        dataset: Any = loader.dataset
+        index = None
+        while type(dataset) is Subset:
+            subset = torch.as_tensor(dataset.indices, dtype=torch.int64)
+            index = subset if index is None else subset[index]
+            dataset = dataset.dataset
+        if (
+            type(dataset) is not TensorDataset
+            or loader.collate_fn is not default_collate
+        ):
+            return None
+        if any(type(tensor) is not Tensor for tensor in dataset.tensors):
+            return None
+        return cls(dataset.tensors, index)
+
+    def batch(self, indices: Tensor) -> list[Tensor]:
+        """Return what fetching the samples one by one and collating them gives."""
+        if self.index is not None:
+            indices = self.index[indices]
+        return [tensor.index_select(0, indices) for tensor in self.tensors]
+
+
+def is_plain(loader: Any) -> bool:
+    """Say whether a loader has a map-style dataset and no sampler of the user's."""
+    return (
+        type(loader) is DataLoader
+        and not isinstance(loader.dataset, IterableDataset)
+        and isinstance(loader.dataset, Sized)
+        and type(loader.batch_sampler) is BatchSampler
+        and loader.generator is None
+        and (
+            type(loader.sampler) is SequentialSampler
+            or (
+                type(loader.sampler) is RandomSampler
+                and not loader.sampler.replacement
+                and loader.sampler._num_samples is None
+                and loader.sampler.generator is None
+            )
+        )
+    )
+
+
+class PlannedLoader:
+    """The loader that the trainer iterates over in place of a plain ``DataLoader``.
+
+    It yields the same samples, in an order that is a function of (seed, epoch); shares
+    them between processes; gives every batch random numbers of its own; moves it to the
+    device; and takes whole batches by indexing where the data is in memory. Attributes
+    that it does not have are those of the ``DataLoader`` it was made from.
+
+    Args:
+        loader: The plain loader (see :func:`is_plain`).
+        device: Where the batches go.
+        seed: The data seed of the run.
+        num_processes: Number of processes that share the samples.
+        process_index: Which of them this is.
+        even: Spread the samples evenly, as evaluation needs (see :class:`BatchPlan`).
+        persistent_workers: Keep the workers from one epoch to the next.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        device: torch.device,
+        seed: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        even: bool = False,
+        persistent_workers: bool = False,
+    ) -> None:
+        assert isinstance(loader.dataset, Sized)
+        assert loader.batch_size is not None
+        self.loader = loader
+        self.device = device
+        self.plan = BatchPlan(
+            len(loader.dataset),
+            loader.batch_size,
+            num_processes,
+            loader.drop_last,
+            even,
+        )
+        self.batch_sampler = PlannedBatchSampler(
+            self.plan, process_index, seed, type(loader.sampler) is RandomSampler
+        )
+        self._in_memory = InMemoryDataset.of(loader)
+        self._batches = _BatchDataset(loader.dataset, loader.collate_fn)
+        self._loader = self._rebuild(loader, persistent_workers)
+
+    def _rebuild(
+        self, loader: DataLoader[Any], persistent_workers: bool
+    ) -> DataLoader[Any]:
+        has_workers = loader.num_workers > 0
+        return DataLoader(
+            self._batches,
+            batch_sampler=self.batch_sampler,
+            collate_fn=_as_it_is,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            # A generator of its own: without one, each epoch would draw a number from
+            # the global generator, which belongs to the model.
+            generator=torch.Generator().manual_seed(
+                derive_seed(self.batch_sampler.seed)
+            ),
+            prefetch_factor=loader.prefetch_factor if has_workers else None,
+            persistent_workers=has_workers
+            and (loader.persistent_workers or persistent_workers),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch of this process."""
+        return len(self.plan)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration yields.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+            first_step: Batches at the start of the epoch to leave out, unloaded.
+        """
+        self.batch_sampler.epoch = epoch
+        self.batch_sampler.first_step = first_step
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of this process that are due in the chosen epoch."""
+        if self._in_memory is not None and self.loader.num_workers == 0:
+            return to_device(self._in_memory_batches(self._in_memory), self.device)
+        self._batches.is_first = True
+        return to_device(self._loader, self.device)
+
+    def stop_workers(self) -> None:
+        """End worker processes that were kept for another epoch."""
+        self._loader._iterator = None
+
+    def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
+        pin = self.loader.pin_memory and self.device.type != "cpu"
+        for _, indices in self.batch_sampler.positions():
+            batch = data.batch(indices)
+            yield [tensor.pin_memory() for tensor in batch] if pin else batch
+
+
+class DeviceLoader:
+    """Moves the batches of any iterable to the device, and changes nothing else.
+
+    Args:
+        loader: Anything that yields batches; its length may be unknown.
+        device: Where the batches go.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        """Return the length of the iterable; TypeError if it has none."""
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches, on the device."""
+        return to_device(self.loader, self.device)
+
+
+def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Yield the batches on the device.
+
+    On an accelerator the next batch is fetched and its copy started before the present
+    one is yielded, so that copying overlaps with computing.
+    """
+    if device.type == "cpu":
+        return iter(batches)
+    return _one_ahead(batches, device)
+
+
+def _one_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    moved = (send_to_device(batch, device, non_blocking=True) for batch in batches)
+    for batch, _ in mark_last(moved):
+        yield batch
+
+
+def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each batch with whether it is the last, by fetching one batch ahead."""
+    iterator = iter(batches)
+    try:
+        batch = next(iterator)
+    except StopIteration:
+        return
+    for following in iterator:
+        yield batch, False
+        batch = following
+    yield batch, True
+
+
+def length_of(loader: Any) -> int | None:
+    """Return the number of batches of a loader, or None where it is unknown."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+class DataLoaderSlice:
+    """The first batches of a loader.
+
+    Attributes that it does not have are those of the loader.
+
+    Args:
+        dl: The loader.
+        slice_size: Batches to take.
+    """
+
+    def __init__(self, dl: Any, slice_size: int) -> None:
+        self.dl = dl
+        self.slice_size = slice_size
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dl":
+            raise AttributeError(name)
+        return getattr(self.dl, name)
+
+    def __len__(self) -> int:
+        """Return the number of batches: the slice's, or the loader's if it has fewer."""
+        length = length_of(self.dl)
+        return self.slice_size if length is None else min(self.slice_size, length)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the first batches of the loader, and fetch no others."""
+        for _, batch in zip(range(self.slice_size), self.dl, strict=False):
+            yield batch
+
+
+class LimitBatches:
+    """Limits the loaders of every trainer that is created inside a ``with`` block.
+
+    ::
+
+        with LimitBatches(3):
+            trainer = Trainer(...)   # trains and evaluates on three batches an epoch
+
+    Args:
+        num_batches: Batches of each loader to use.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> LimitBatches:
+        """Set the environment variable that a trainer reads when it is created."""
+        self._outer.append(os.environ.get(LIMIT_BATCHES_ENV_VAR))
+        os.environ[LIMIT_BATCHES_ENV_VAR] = str(self.num_batches)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Put back what the variable was before."""
+        outer = self._outer.pop()
+        if outer is None:
+            os.environ.pop(LIMIT_BATCHES_ENV_VAR, None)
+        else:
+            os.environ[LIMIT_BATCHES_ENV_VAR] = outer
+
+
+def batch_limit_from_environment() -> int | None:
+    """Return the limit that ``PT_ACC_LIMIT_BATCHES`` sets, or None.
+
+    Raises:
+        ValueError: If it is neither a whole number nor "none".
+    """
+    value = os.environ.get(LIMIT_BATCHES_ENV_VAR, "none")
+    if value.strip().lower() == "none":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(
+            f"The environment variable {LIMIT_BATCHES_ENV_VAR} must be a number of "
+            f"batches or 'none', got {value!r}."
+        ) from None
+
+
+def worker_init_fn(worker_id: int) -> int:
+    """Seed python's and numpy's generators in a loader's worker from torch's.
+
+    torch's own seed differs from worker to worker and from epoch to epoch and follows
+    from the loader's generator, so a run can be repeated.
+
+    Returns:
+        The seed that was used.
+    """
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    return seed
+
+
+class _TimedBatches(Dataset[float]):
+    """Says how many seconds it took to fetch and collate a batch."""
+
+    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+        self.batches = _BatchDataset(dataset, collate_fn)
+
+    def __getitems__(self, indices: list[int]) -> float:
+        start = time.perf_counter()
+        self.batches.__getitems__(SeededIndices(indices, seed=0))
+        return time.perf_counter() - start
+
+
+def suggest_num_workers(
+    dataset: Any, batch_size: int, collate_fn: Any = None, num_local_processes: int = 1
+) -> int:
+    """Return how many worker processes a loader of this dataset is better off with.
+
+    Handing a batch over from a worker costs about a millisecond, so a dataset whose
+    batches are fetched faster than that is better read in the main process. The time is
+    taken in a worker of its own: a dataset that opens its files at the first access must
+    not do so in the main process, whose open files all workers would then share.
+
+    Args:
+        dataset: A map-style dataset with a length; anything else gets 0 workers.
+        batch_size: Samples in a batch.
+        collate_fn: Makes a batch of samples; None for torch's default.
+        num_local_processes: Training processes that share this machine's cores.
+
+    Returns:
+        0, or as many as this process's share of the cores, at most 8.
+    """
+    most = min(8, usable_cores() // num_local_processes)
+    length = length_of(dataset)
+    if most == 0 or not length or isinstance(dataset, IterableDataset):
+        return 0
+    if InMemoryDataset.of(DataLoader(dataset, collate_fn=collate_fn)) is not None:
+        return 0
+    probe: DataLoader[float] = DataLoader(
+        _TimedBatches(dataset, collate_fn or default_collate),
+        batch_sampler=[list(range(min(batch_size, length)))] * 2,
+        collate_fn=_as_it_is,
+        num_workers=1,
+        generator=torch.Generator(),
+    )
+    seconds = list(probe)[-1]  # the first includes what is done only once
+    return most if seconds > HAND_OVER_SECONDS else 0
+
+
+def usable_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def remove_padding(padded_tensor: Tensor, pad_value: float) -> Tensor:
+    """Drop the entries along the first dimension that hold nothing but padding.
+
+    Args:
+        padded_tensor: A tensor of any shape with at least one dimension.
+        pad_value: The padding; NaN is recognised too.
+
+    Returns:
+        The other entries, in their order.
+    """
+    if pad_value != pad_value:
+        is_padding = torch.isnan(padded_tensor)
+    else:
+        is_padding = padded_tensor == pad_value
+    keep = ~is_padding.reshape(len(padded_tensor), -1).all(dim=1)
+    return padded_tensor[keep]
+
+
+def default_dl_kwargs(batch_size: int, *, shuffle: bool) -> dict[str, Any]:
+    return {
+        "shuffle": shuffle,
+        "pin_memory": torch.cuda.is_available(),
+        "batch_size": batch_size,
+        "num_workers": AUTO_NUM_WORKERS,
+        "worker_init_fn": worker_init_fn,
+    }
+
+
+def merge_dl_kwargs(
+    dataset: Any, defaults: Mapping[str, Any], given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Let the given arguments win, and drop the defaults that they rule out."""
+    given = dict(given or {})
+    ruled_out: set[str] = set()
+    if given.get("sampler") is not None or isinstance(dataset, IterableDataset):
+        ruled_out.add("shuffle")
+    if given.get("batch_sampler") is not None:
+        ruled_out.update(("shuffle", "batch_size"))
+    return {
+        **{name: value for name, value in defaults.items() if name not in ruled_out},
+        **given,
+    }
+
+
+def batch_size_of_loader(
+    loader: Any, kwargs: Mapping[str, Any] | None, default: int
+) -> int | None:
+    if loader is None:
+        return None
+    batch_size = (kwargs or {}).get("batch_size", getattr(loader, "batch_size", None))
+    return default if batch_size is None else batch_size

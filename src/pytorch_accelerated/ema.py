@@ -1,0 +1,220 @@
+"""An exponential moving average of the weights of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+UpdateFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Pairs(NamedTuple):
+    averages: list[torch.Tensor]
+    new_values: list[torch.Tensor]
+
+
+class ModelEma(nn.Module):
+    """Keeps a copy of a model whose weights are the moving average of the model's.
+
+    After each optimizer step, ``update`` moves every weight of the copy a little
+    towards the model's (Polyak and Juditsky, 1992; see also
+    https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage)::
+
+        ema = ModelEma(model, decay=0.999)
+        for inputs, targets in loader:
+            ...
+            optimizer.step()
+            ema.update(model)
+        predictions = ema.module(inputs)
+
+    The weights are averaged, and so are buffers of floating-point numbers, such as the
+    running statistics of batch normalisation. Other buffers are copied: integers, such
+    as the number of batches tracked, and those with infinite entries, such as attention
+    masks. Averages of 16-bit weights are kept in float32 beside the copy, because a
+    16-bit number is too coarse to take steps as small as ``1 - decay``; the copy itself
+    stays in the precision of the model.
+
+    The average may live on another device than the model: ``ema.to("cpu")``. Its
+    ``state_dict`` holds all that is needed to go on exactly.
+
+    Args:
+        model: The model to follow, not wrapped for distributed training or compiled.
+            It is copied, so start from the weights that are to be averaged.
+        decay: How much of the average is kept at each update; an average over about
+            the last ``1 / (1 - decay)`` updates.
+        warmup: Whether to start with a smaller decay, so that the initial weights are
+            soon forgotten: ``min(decay, (1 + n) / (10 + n))`` after ``n`` updates, as
+            in TensorFlow's ``ExponentialMovingAverage``.
+
+    Attributes:
+        module: The copy with the averaged weights, in evaluation mode and without
+            gradients.
+        decay: The decay, which may be changed between updates.
+        warmup: The value of ``warmup``.
+        num_updates: The number of updates made so far.
+
+    Raises:
+        ValueError: If the decay is not between 0 and 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, *, warmup: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(
+                f"decay must be between 0 (no average) and 1 (no change), got {decay}."
+            )
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        entries = _get_entries(self.module)
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        self._copied = frozenset(
+            name
+            for name, entry in entries.items()
+            if not _has_fractions(entry)
+            # The mean of an infinity and itself, taken as x + w * (x - x), is NaN.
+            or (name in buffers and entry.isinf().any())
+        )
+        # Buffers of a module, so that `to()` and the state dict reach them. Their names
+        # must not contain dots.
+        self.shadow = nn.Module()
+        self._shadow_keys: dict[str, str] = {}
+        for name, entry in entries.items():
+            if name not in self._copied and _is_low_precision(entry):
+                self._shadow_keys[name] = f"fp32/{name.replace('.', '/')}"
+                self.shadow.register_buffer(self._shadow_keys[name], entry.float())
+
+    @property
+    def current_decay(self) -> float:
+        """The decay of the next update, with regard to the warm-up."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the weights of the model.
+
+        Call it once after each optimizer step. It does not wait for the device.
+
+        Args:
+            model: The model that this average was made from, as it is now.
+
+        Raises:
+            ValueError: If the entries of the model are not those of the average.
+        """
+        self._update(model, self.update_fn)
+        self.num_updates += 1
+
+    def update_fn(
+        self,
+        ema_model_weights: torch.Tensor,
+        updated_model_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the new average of one entry; override it for another rule.
+
+        An override is called for each averaged entry. Left as it is, all entries are
+        updated together, which is faster and gives the same up to rounding.
+
+        Args:
+            ema_model_weights: The average so far, at least in float32.
+            updated_model_weights: The entry of the model, in the same precision and on
+                the same device.
+        """
+        decay = self.current_decay
+        return decay * ema_model_weights + (1.0 - decay) * updated_model_weights
+
+    def set(self, model: nn.Module) -> None:
+        """Start again from the weights of a model, as if no update had been made."""
+        self._update(model, update_fn=lambda _, weights: weights)
+        self.num_updates = 0
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return what the state dict holds beside the tensors: the update count."""
+        return torch.tensor(self.num_updates)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restore the update count from a state dict."""
+        self.num_updates = int(state)
+
+    @torch.no_grad()
+    def _update(self, model: nn.Module, update_fn: UpdateFn) -> None:
+        entries, new_entries = _get_entries(self.module), _get_entries(model)
+        _check_names_match(entries, new_entries)
+        shadow = {
+            name: self.shadow.get_buffer(key) for name, key in self._shadow_keys.items()
+        }
+        averages, new_values = [], []
+        for name, entry in entries.items():
+            new_value = new_entries[name].to(entry.device)
+            if name in self._copied:
+                entry.copy_(new_value)
+            else:
+                averages.append(shadow.get(name, entry))
+                new_values.append(new_value)
+
+        if getattr(update_fn, "__func__", None) is ModelEma.update_fn:
+            _lerp_(averages, new_values, weight=1.0 - self.current_decay)
+        else:
+            for average, new_value in zip(averages, new_values, strict=True):
+                average.copy_(update_fn(average, new_value.to(average.dtype)))
+
+        for name, average in shadow.items():
+            entries[name].copy_(average)
+
+
+def _get_entries(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of the state dict, those with several names only once."""
+    entries: dict[str, torch.Tensor] = {}
+    seen_ids = set()
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor) and id(value) not in seen_ids:
+            seen_ids.add(id(value))
+            entries[name] = value.detach()
+    return entries
+
+
+def _has_fractions(entry: torch.Tensor) -> bool:
+    return entry.is_floating_point() or entry.is_complex()
+
+
+def _is_low_precision(entry: torch.Tensor) -> bool:
+    return entry.is_floating_point() and entry.element_size() < 4
+
+
+def _check_names_match(
+    entries: dict[str, torch.Tensor], new_entries: dict[str, torch.Tensor]
+) -> None:
+    differing = sorted(entries.keys() ^ new_entries.keys())
+    if differing:
+        raise ValueError(
+            "The model given is not the one that this average was made from: "
+            f"{len(differing)} entries are in one of the two only, such as "
+            f"{', '.join(differing[:3])}. If the model is wrapped for distributed "
+            "training or compiled, pass the model inside, as trainer.get_model() "
+            "returns it."
+        )
+
+
+def _lerp_(
+    averages: list[torch.Tensor], new_values: list[torch.Tensor], weight: float
+) -> None:
+    """Move averages towards new values, many tensors in one call."""
+    same, mixed = _Pairs([], []), _Pairs([], [])
+    for average, new_value in zip(averages, new_values, strict=True):
+        pairs = same if average.dtype == new_value.dtype else mixed
+        pairs.averages.append(average)
+        pairs.new_values.append(new_value)
+    if same.averages:
+        torch._foreach_lerp_(same.averages, same.new_values, weight)
+    if mixed.averages:
+        # `lerp` takes one dtype only, and to convert the whole model at once would take
+        # the memory of a second one.
+        torch._foreach_mul_(mixed.averages, 1.0 - weight)
+        torch._foreach_add_(mixed.averages, mixed.new_values, alpha=weight)

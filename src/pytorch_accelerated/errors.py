@@ -1,0 +1,44 @@
+"""The errors that a caller of the library may want to catch.
+
+::
+
+    Exception
+    ├── StopTrainingError                     ends a run in order, from any hook or callback
+    │   └── NonFiniteLossError                the loss became NaN or infinite
+    ├── CheckpointError                       a checkpoint could not be written or read
+    └── CallbackMethodNotImplementedError     kept for scripts that catch it, never raised
+
+Wrong arguments raise the built-in ``ValueError``, ``TypeError`` and ``KeyError``.
+"""
+
+from __future__ import annotations
+
+
+class StopTrainingError(Exception):
+    """Raise this in a hook or a callback to end the run in order.
+
+    The end events of the run are still called, and ``train()`` returns as if it had
+    reached its last epoch. On several processes all of them stop together.
+    """
+
+
+class NonFiniteLossError(StopTrainingError):
+    """The loss became NaN or infinite.
+
+    The end events of the run are still called; then ``train()`` raises this error.
+    """
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, found, or trusted.
+
+    The message names the file and the reason.
+    """
+
+
+class CallbackMethodNotImplementedError(Exception):
+    """Kept because scripts import it; the library no longer raises it.
+
+    A callback without a method for an event is skipped, and an attribute that is
+    missing inside a callback raises Python's own ``AttributeError``.
+    """

@@ -1,0 +1,297 @@
+"""Freezing and unfreezing parts of a model, for fine-tuning a pretrained one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+BN_MODULES = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d,
+    nn.SyncBatchNorm,
+)
+
+
+def _module_is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, BN_MODULES)
+
+
+class Layer(NamedTuple):
+    """A module without children, or one that owns parameters itself.
+
+    Attributes:
+        layer_group_idx: The index of its layer group, counted from the first group and
+            from the last one, as in ``(0, -3)``.
+        module: The module.
+        is_frozen: Whether its own parameters are frozen; for a module without
+            parameters, whether it is in evaluation mode.
+    """
+
+    layer_group_idx: tuple[int, int]
+    module: nn.Module
+    is_frozen: bool
+
+
+class LayerGroup(NamedTuple):
+    """A direct child of the model, the unit in which a model is frozen.
+
+    Attributes:
+        layer_group_idx: The index of the group, counted from the first group and from
+            the last one, as in ``(0, -3)``.
+        module: The child.
+        is_frozen: Whether any parameter of the group is frozen.
+    """
+
+    layer_group_idx: tuple[int, int]
+    module: nn.Module
+    is_frozen: bool
+
+
+class _Member(NamedTuple):
+    """A module inside a layer group, with the parameters that it owns itself."""
+
+    name: str
+    module: nn.Module
+    parameters: list[nn.Parameter]
+
+
+class _Group(NamedTuple):
+    """A direct child of the model, with everything that counts with it."""
+
+    module: nn.Module
+    members: list[_Member]
+
+
+class ModelFreezer:
+    """Freezes and unfreezes the layer groups of a model.
+
+    The layer groups are the direct children of the model, in order; a model without
+    children is one group. Groups are named by index, where -1 is the last one::
+
+        freezer = ModelFreezer(model)
+        freezer.freeze()  # all but the last group, the head
+        optimizer = torch.optim.SGD(freezer.get_trainable_parameters(), lr=0.1)
+        ...  # train the head
+        for group in freezer.unfreeze(from_index=-2).values():
+            optimizer.add_param_group({**group, "lr": 0.01})
+        ...  # go on training
+
+    Each parameter belongs to exactly one group:
+
+    - Parameters that the model itself owns, such as the ``cls_token`` and ``pos_embed``
+      of a vision transformer, count with the first group: they act on the input, so
+      they freeze with the layers that read it.
+    - A module or a parameter that occurs in several groups, such as the embedding tied
+      to the head of a language model, counts with the first of them.
+
+    Making a freezer unfreezes the whole model: all parameters require gradients, and
+    all modules inside the model are put in training mode. Neither this nor anything
+    else here changes the mode of the model itself.
+
+    Args:
+        model: The model, not wrapped for distributed training or compiled.
+        freeze_batch_norms: Whether :meth:`freeze` also freezes batch normalisation
+            layers. By default they are left alone, so that they go on adapting to the
+            new data.
+
+    Attributes:
+        model: The model.
+        freeze_bn: The value of ``freeze_batch_norms``.
+    """
+
+    def __init__(self, model: nn.Module, freeze_batch_norms: bool = False) -> None:
+        self.model = model
+        self.freeze_bn = freeze_batch_norms
+        for group in self._get_groups():
+            for member in group.members:
+                _set_requires_grad(member.parameters, True)
+                self._set_mode(member.module, training=True)
+
+    @property
+    def num_groups(self) -> int:
+        """The number of layer groups."""
+        return len(self._get_groups())
+
+    def get_layer_groups(self) -> list[LayerGroup]:
+        """Return the layer groups, in order."""
+        groups = self._get_groups()
+        return [
+            LayerGroup(
+                (idx, idx - len(groups)),
+                group.module,
+                any(
+                    not parameter.requires_grad
+                    for member in group.members
+                    for parameter in member.parameters
+                ),
+            )
+            for idx, group in enumerate(groups)
+        ]
+
+    def get_layers(self) -> list[Layer]:
+        """Return the layers of all groups, in order.
+
+        Raises:
+            ValueError: If only some of the parameters of a layer are frozen, which the
+                freezer itself never does; the message names the layer.
+        """
+        groups = self._get_groups()
+        return [
+            Layer((idx, idx - len(groups)), member.module, _is_frozen(member))
+            for idx, group in enumerate(groups)
+            for member in group.members
+            if member.parameters or not any(member.module.children())
+        ]
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the model that are not frozen, for an optimizer."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def freeze(
+        self,
+        from_index: int = 0,
+        to_index: int = -2,
+        set_modules_as_eval: bool = False,
+    ) -> None:
+        """Freeze a range of layer groups, by default all but the last one.
+
+        Args:
+            from_index: One end of the range.
+            to_index: The other end, included. The default leaves out the last group, so
+                a model with a single group stays trainable.
+            set_modules_as_eval: Whether the modules of these groups are also put in
+                evaluation mode, which switches off their dropout. While the model
+                itself is in training mode, a trainer leaves them so.
+
+        Raises:
+            IndexError: If the model has no group with one of these indices.
+        """
+        if to_index == -2 and self.num_groups == 1:
+            return  # "all but the last one" of a single group is none
+        first, last = self._convert_idxs(from_index, to_index)
+        for group in self._get_groups()[first : last + 1]:
+            for member in self._members_to_change(group):
+                _set_requires_grad(member.parameters, False)
+                if set_modules_as_eval:
+                    self._set_mode(member.module, training=False)
+
+    def unfreeze(
+        self,
+        from_index: int = -1,
+        to_index: int = 0,
+        set_modules_as_training: bool = True,
+    ) -> dict[int, dict[str, list[nn.Parameter]]]:
+        """Unfreeze a range of layer groups, by default all.
+
+        Args:
+            from_index: One end of the range.
+            to_index: The other end, included. The default is the first group, so
+                ``unfreeze(-2)`` unfreezes all groups but the last.
+            set_modules_as_training: Whether the modules of these groups are also put in
+                training mode.
+
+        Returns:
+            For each group in which parameters were frozen until now, its index and
+            those parameters, as ``{"params": [...]}``, which an optimizer's
+            ``add_param_group`` takes.
+
+        Raises:
+            IndexError: If the model has no group with one of these indices.
+        """
+        first, last = self._convert_idxs(from_index, to_index)
+        groups = self._get_groups()
+        unfrozen = {}
+        for idx in range(first, last + 1):
+            members = self._members_to_change(groups[idx])
+            parameters = [p for member in members for p in member.parameters]
+            newly_trainable = [p for p in parameters if not p.requires_grad]
+            _set_requires_grad(newly_trainable, True)
+            if newly_trainable:
+                unfrozen[idx] = {"params": newly_trainable}
+            if set_modules_as_training:
+                for member in members:
+                    self._set_mode(member.module, training=True)
+        return unfrozen
+
+    def _convert_idxs(self, from_index: int, to_index: int) -> tuple[int, int]:
+        """Return the ends of a range of groups, in order and counted from the first."""
+        num_groups = self.num_groups
+        for index in (from_index, to_index):
+            if not -num_groups <= index < num_groups:
+                raise IndexError(
+                    f"There is no layer group {index}. The model has {num_groups}: "
+                    f"0 to {num_groups - 1}, or {-num_groups} to -1 counted from the "
+                    "last one. get_layer_groups() lists them."
+                )
+        first, last = sorted(index % num_groups for index in (from_index, to_index))
+        return first, last
+
+    def _get_groups(self) -> list[_Group]:
+        """Return the layer groups as the model is now; its head may be new."""
+        seen_modules = {self.model}
+        seen_parameters: set[nn.Parameter] = set()
+
+        def create_member(name: str, module: nn.Module) -> _Member:
+            own = [p for p in module.parameters(recurse=False) if _can_be_trained(p)]
+            first_seen = [p for p in own if p not in seen_parameters]
+            seen_parameters.update(first_seen)
+            return _Member(name, module, first_seen)
+
+        root = create_member("the model itself", self.model)
+        groups = [
+            _Group(
+                child,
+                [
+                    create_member(name, module)
+                    for name, module in child.named_modules(seen_modules, child_name)
+                ],
+            )
+            for child_name, child in self.model.named_children()
+        ]
+        if not groups:
+            return [_Group(self.model, [root])]
+        groups[0].members.insert(0, root)
+        return groups
+
+    def _members_to_change(self, group: _Group) -> list[_Member]:
+        return [
+            member
+            for member in group.members
+            if self.freeze_bn or not _module_is_batch_norm(member.module)
+        ]
+
+    def _set_mode(self, module: nn.Module, training: bool) -> None:
+        # Not `module.train()`, which would reach batch normalisation layers inside the
+        # module as well. The mode of the model as a whole is its user's.
+        if module is not self.model:
+            module.training = training
+
+
+def _can_be_trained(parameter: nn.Parameter) -> bool:
+    """Whether a parameter may require a gradient, which quantised weights may not."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _set_requires_grad(parameters: list[nn.Parameter], requires_grad: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(requires_grad)
+
+
+def _is_frozen(member: _Member) -> bool:
+    # A layer whose parameters all count with an earlier group still shows their state.
+    parameters = member.parameters or list(member.module.parameters(recurse=False))
+    if not parameters:
+        return not member.module.training
+    states = {parameter.requires_grad for parameter in parameters}
+    if len(states) == 2:
+        raise ValueError(
+            f"The layer {member.name!r} ({type(member.module).__name__}) is frozen in "
+            "part: some of its own parameters require gradients and some do not. "
+            "Freeze and unfreeze whole layers, with freeze() and unfreeze()."
+        )
+    return states == {False}

@@ -1,0 +1,89 @@
+"""What a step is given, and what it returns."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# A number of items: of a batch it may be a 0-dim tensor, which is never read in a step.
+NumItems = int | float | Tensor
+
+# What the dictionary that a step returns holds besides scalars to be recorded.
+RESERVED = frozenset(("loss", "model_outputs", "batch_size", "num_items_in_batch"))
+
+
+def num_items(batch_output: Mapping[str, Any]) -> NumItems:
+    """Return how many items the loss of a batch is a mean over."""
+    num_items = batch_output.get("num_items_in_batch")
+    if num_items is None:
+        num_items = batch_output["batch_size"]
+    return num_items  # type: ignore[no-any-return]
+
+
+def is_scalar(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, numbers.Real)
+
+
+def loss_of(outputs: Any) -> Any:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    loss = getattr(outputs, "loss", None) if loss is None else loss
+    if loss is None:
+        raise ValueError(
+            "loss_func is None, but the model's outputs have no loss; got "
+            f"{type(outputs).__name__}. Transformers models return one if the batch has "
+            "'labels'. Otherwise pass a loss_func, or override "
+            "calculate_train_batch_loss and calculate_eval_batch_loss."
+        )
+    return loss
+
+
+def batch_size_of(batch: Mapping[str, Any]) -> int:
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    raise ValueError(
+        "The batch has no tensor whose first dimension tells its size; got "
+        f"{describe_batch(batch)}. Override calculate_train_batch_loss and "
+        "calculate_eval_batch_loss, and return batch_size."
+    )
+
+
+def describe_batch(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with the keys {list(batch)}"
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, (list, tuple)):
+        return f"a {type(batch).__name__} of length {len(batch)}"
+    return f"a {type(batch).__name__}"
+
+
+def check_loss(batch_output: Any) -> None:
+    """Check what the first step of a run returned."""
+    advice = (
+        "calculate_train_batch_loss must return a dictionary with 'loss', a scalar with "
+        "a graph, and 'batch_size'"
+    )
+    if not isinstance(batch_output, Mapping):
+        raise TypeError(f"{advice}; got {type(batch_output).__name__}.")
+    missing = [key for key in ("loss", "batch_size") if key not in batch_output]
+    if missing:
+        raise KeyError(f"{advice}; {missing} not among {list(batch_output)}.")
+    loss = batch_output["loss"]
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{advice}; the loss is a {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{advice}; the loss has shape {tuple(loss.shape)}. Reduce it to a mean over "
+            "the batch, for example with reduction='mean'."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{advice}; the loss has no graph. Was it detached, turned into a number, or "
+            "computed under no_grad?"
+        )

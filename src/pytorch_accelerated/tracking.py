@@ -1,0 +1,583 @@
+"""What a run recorded: the history of its metrics and the running mean of a loss."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class RunHistory(ABC):
+    """The interface through which a trainer records metrics, for your own storage.
+
+    Subclass it to keep metrics elsewhere, for instance in a database;
+    :class:`InMemoryRunHistory` is what a trainer uses by default. Only the abstract
+    members must be written; the others have a working default.
+
+    Attributes:
+        current_step: The number of updates completed. The trainer assigns it before
+            it records anything.
+    """
+
+    current_step: int = 0
+
+    @abstractmethod
+    def get_metric_names(self) -> AbstractSet[str]:
+        """Return the names of all metrics recorded so far."""
+
+    @abstractmethod
+    def get_metric_values(self, name: str) -> Iterable[float]:
+        """Return all values of a metric, oldest first."""
+
+    @abstractmethod
+    def get_latest_metric(self, name: str) -> float:
+        """Return the newest value of a metric.
+
+        Raises:
+            ValueError: If nothing has been recorded under this name.
+        """
+
+    @abstractmethod
+    def set_metric_name_prefix(self, prefix: str = "") -> None:
+        """Put ``prefix`` before the names of all metrics recorded from now on."""
+
+    @property
+    @abstractmethod
+    def metric_name_prefix(self) -> str:
+        """The text put before the name of each metric that is recorded."""
+
+    @abstractmethod
+    def update_metric(self, name: str, value: Any) -> None:
+        """Record a value of a metric, under its name with the prefix before it."""
+
+    @abstractmethod
+    def delete_metric(self, name: str) -> None:
+        """Forget all values of a metric, named as it was when it was recorded."""
+
+    @property
+    @abstractmethod
+    def current_epoch(self) -> int:
+        """The number of the epoch under way; the first one is 1."""
+
+    @abstractmethod
+    def _increment_epoch(self) -> None:
+        """Called by the trainer once an epoch is finished."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all metrics and start again at epoch 1."""
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Called by the trainer on resume, with the number of the next epoch.
+
+        This default only moves forward, because going back with :meth:`reset` would
+        lose the metrics recorded so far.
+        """
+        for _ in range(epoch - self.current_epoch):
+            self._increment_epoch()
+
+    @contextlib.contextmanager
+    def prefixed(self, prefix: str) -> Iterator[None]:
+        """Record metrics with another prefix inside a ``with`` block.
+
+        The prefix from before comes back at the end of the block, also when the
+        block raises::
+
+            with run_history.prefixed("ema_model_"):
+                run_history.update_metric("accuracy", 0.9)  # ema_model_accuracy
+        """
+        previous = self.metric_name_prefix
+        self.set_metric_name_prefix(prefix)
+        try:
+            yield
+        finally:
+            self.set_metric_name_prefix(previous)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a training state keeps of this history, as plain values.
+
+        This default keeps the epoch and the step. Override it, together with
+        :meth:`load_state_dict`, if the metrics are not stored elsewhere anyway.
+        """
+        return {"current_epoch": self.current_epoch, "current_step": self.current_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state returned by :meth:`state_dict`."""
+        self.current_step = state["current_step"]
+        self._set_epoch(state["current_epoch"])
+
+
+class MetricRecord(NamedTuple):
+    """One value of a metric, and when it was recorded.
+
+    Attributes:
+        name: The name of the metric, with its prefix.
+        value: The recorded number.
+        epoch: The epoch under way at the time; the first one is 1.
+        step: The number of updates completed at the time.
+        unix_time: The time of recording, in seconds since 1970-01-01 UTC.
+
+    The last three are None for values that did not come through ``update_metric``.
+    """
+
+    name: str
+    value: float
+    epoch: int | None
+    step: int | None
+    unix_time: float | None
+
+
+class _Origin(NamedTuple):
+    """When a value was recorded: the last three fields of a `MetricRecord`."""
+
+    epoch: int | None = None
+    step: int | None = None
+    unix_time: float | None = None
+
+
+class InMemoryRunHistory(RunHistory):
+    """Keeps the metrics of a run in memory, each value with its epoch, step and time.
+
+    Example::
+
+        history = trainer.train(dataset, num_epochs=2)
+        history.get_metric_values("train_loss_epoch")   # [0.61, 0.42]
+        history.get_latest_metric("train_loss_epoch")   # 0.42
+        history.records("train_loss_epoch")[0].step     # 235
+        history.save_jsonl("metrics.jsonl")
+        history.to_pandas().pivot(index="epoch", columns="name", values="value")
+
+    Names keep the order in which they were first recorded. Everything that is returned
+    is a copy, so changing it does not change the history.
+    """
+
+    def __init__(self) -> None:
+        self._current_epoch = 1
+        self._prefix = ""
+        # Scripts extend these lists directly, hence the list made on first access and
+        # the origins beside the values, which may lag behind: see `_origins_of`.
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._origins: dict[str, list[_Origin]] = {}
+
+    def get_metric_names(self) -> AbstractSet[str]:
+        """Return the names of all metrics, in the order of their first recording.
+
+        The result compares equal to a ``set`` of the same names.
+        """
+        return dict.fromkeys(self._names()).keys()
+
+    def get_metric_values(self, name: str) -> list[float]:
+        """Return all values of a metric, oldest first; empty if there are none."""
+        return list(self._metrics.get(name, ()))
+
+    def get_latest_metric(self, name: str) -> float:
+        """Return the newest value of a metric.
+
+        Raises:
+            ValueError: If nothing has been recorded under this name.
+        """
+        values = self._metrics.get(name)
+        if not values:
+            raise ValueError(
+                f"{self._no_metric_named(name)} Metrics appear once the epoch that "
+                "records them has ended."
+            )
+        return values[-1]
+
+    def set_metric_name_prefix(self, prefix: str = "") -> None:
+        """Put ``prefix`` before the names of metrics recorded or deleted from now on.
+
+        Reading is not affected: there, names are given in full.
+        """
+        self._prefix = prefix
+
+    @property
+    def metric_name_prefix(self) -> str:
+        """The text put before the name of each metric that is recorded or deleted."""
+        return self._prefix
+
+    def update_metric(self, name: str, value: Any) -> None:
+        """Record a value of a metric, under its name with the prefix before it.
+
+        Args:
+            name: The name of the metric, without the prefix.
+            value: A Python number, or a NumPy scalar or tensor with one element, which
+                is converted to one. Reading a tensor waits for the device.
+
+        Raises:
+            TypeError: If the value is anything else.
+        """
+        full_name = self._prefix + name
+        number = _as_plain_number(full_name, value)
+        origins = self._origins_of(full_name)
+        self._metrics[full_name].append(number)
+        origins.append(_Origin(self._current_epoch, self.current_step, time.time()))
+
+    def delete_metric(self, name: str) -> None:
+        """Forget all values of a metric.
+
+        Args:
+            name: The name as it was given to :meth:`update_metric`: the prefix, if one
+                is set, is put before it.
+
+        Raises:
+            KeyError: If nothing has been recorded under this name.
+        """
+        full_name = self._prefix + name
+        if not self._metrics.get(full_name):
+            raise KeyError(self._no_metric_named(full_name))
+        del self._metrics[full_name]
+        self._origins.pop(full_name, None)
+
+    @property
+    def current_epoch(self) -> int:
+        """The number of the epoch under way; the first one is 1."""
+        return self._current_epoch
+
+    def _increment_epoch(self) -> None:
+        self._current_epoch += 1
+
+    def _set_epoch(self, epoch: int) -> None:
+        self._current_epoch = epoch
+
+    def reset(self) -> None:
+        """Forget all metrics and start again at epoch 1, step 0; keep the prefix."""
+        self._metrics.clear()
+        self._origins.clear()
+        self._current_epoch = 1
+        self.current_step = 0
+
+    def records(self, name: str | None = None) -> list[MetricRecord]:
+        """Return the values with the epoch, step and time of each.
+
+        Args:
+            name: The metric to return, oldest value first. By default all metrics, one
+                after the other in the order of their names.
+        """
+        return [
+            MetricRecord(metric, value, *origin)
+            for metric in self._names()
+            if name in (None, metric)
+            for value, origin in zip(
+                self._metrics[metric], self._origins_of(metric), strict=True
+            )
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole history as dictionaries, lists, strings and numbers.
+
+        :meth:`from_dict` makes an equal history of it, to the last bit of each value.
+
+        Returns:
+            The counters, the prefix, and under ``"metrics"`` for each name the columns
+            ``value``, ``epoch``, ``step`` and ``unix_time``.
+        """
+        return {
+            "current_epoch": self._current_epoch,
+            "current_step": self.current_step,
+            "metric_name_prefix": self._prefix,
+            "metrics": {name: self._columns(name) for name in self._names()},
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> InMemoryRunHistory:
+        """Make a history from what :meth:`to_dict` returned."""
+        history = cls()
+        history.load_state_dict(state)
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole history, as :meth:`to_dict` does."""
+        return self.to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the whole history by what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state lacks an entry; the history is then as before.
+        """
+        expected = ("current_epoch", "current_step", "metric_name_prefix", "metrics")
+        missing = [key for key in expected if key not in state]
+        if missing:
+            raise ValueError(
+                f"The state of a run history lacks {', '.join(missing)}; it holds "
+                f"{', '.join(map(str, state)) or 'nothing'}. Pass what to_dict() or "
+                "state_dict() returned."
+            )
+        records = [
+            MetricRecord(name, *row)
+            for name, columns in state["metrics"].items()
+            for row in zip(
+                columns["value"],
+                columns["epoch"],
+                columns["step"],
+                columns["unix_time"],
+                strict=True,
+            )
+        ]
+        self.reset()
+        self._add(records)
+        self._current_epoch = state["current_epoch"]
+        self.current_step = state["current_step"]
+        self._prefix = state["metric_name_prefix"]
+
+    def save_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write the history to a file of JSON lines, one recorded value a line.
+
+        Numbers keep all their digits; NaN and infinity are written as ``NaN`` and
+        ``Infinity``, which Python reads back and strict JSON readers refuse. Missing
+        parent folders are made, and a file that is there already is overwritten.
+        """
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(record._asdict()) + "\n" for record in self.records()]
+        file.write_text("".join(lines), encoding="utf-8")
+
+    @classmethod
+    def load_jsonl(cls, path: str | os.PathLike[str]) -> InMemoryRunHistory:
+        """Read a history from a file that :meth:`save_jsonl` wrote.
+
+        The file holds values only. So the history comes back without a prefix, at the
+        last epoch and step that a value was recorded in; use :meth:`to_dict` where a
+        run is to continue exactly.
+
+        Raises:
+            ValueError: If a line is not a record of a metric; the message names it.
+        """
+        with open(path, encoding="utf-8") as file:
+            records = [
+                _parse_record(line, f"Line {number} of {os.fspath(path)}")
+                for number, line in enumerate(file, start=1)
+            ]
+        history = cls()
+        history._add(records)
+        epochs = [record.epoch for record in records if record.epoch is not None]
+        steps = [record.step for record in records if record.step is not None]
+        history._current_epoch = max(epochs, default=1)
+        history.current_step = max(steps, default=0)
+        return history
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the records as a table with a column for each of their fields.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "to_pandas() needs pandas, which is not installed. Install it with: "
+                "pip install 'pytorch-accelerated[pandas]'"
+            ) from error
+        table: pd.DataFrame = pd.DataFrame(
+            self.records(), columns=list(MetricRecord._fields)
+        )
+        return table
+
+    def _names(self) -> list[str]:
+        return [name for name, values in self._metrics.items() if values]
+
+    def _no_metric_named(self, name: str) -> str:
+        known = ", ".join(self._names()) or "nothing"
+        return f"No metric named {name!r} in the run history; recorded so far: {known}."
+
+    def _columns(self, name: str) -> dict[str, list[Any]]:
+        origins = self._origins_of(name)
+        return {
+            "value": [_as_plain_number(name, value) for value in self._metrics[name]],
+            "epoch": [origin.epoch for origin in origins],
+            "step": [origin.step for origin in origins],
+            "unix_time": [origin.unix_time for origin in origins],
+        }
+
+    def _origins_of(self, name: str) -> list[_Origin]:
+        """Return the origins of a metric's values, as many as there are values."""
+        num_values = len(self._metrics.get(name, ()))
+        origins = self._origins.setdefault(name, [])
+        del origins[num_values:]
+        origins.extend([_Origin()] * (num_values - len(origins)))
+        return origins
+
+    def _add(self, records: Iterable[MetricRecord]) -> None:
+        for name, value, epoch, step, unix_time in records:
+            origins = self._origins_of(name)
+            self._metrics[name].append(value)
+            origins.append(_Origin(epoch, step, unix_time))
+
+
+def _as_plain_number(name: str, value: Any) -> float:
+    """Return a value as a Python int or float, or say why it is not a number."""
+    number = value
+    if hasattr(value, "item"):
+        # Arrays and tensors of several elements refuse `item()`, each in its own way.
+        with contextlib.suppress(ValueError, RuntimeError):
+            number = value.item()
+    if isinstance(number, int):
+        return int(number)
+    if isinstance(number, float):
+        return float(number)
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    raise TypeError(
+        f"The value of the metric {name!r} must be a single number, got a "
+        f"{type(value).__name__}{shape}. Pass a Python number, a NumPy scalar or a "
+        "tensor with one element, for instance the mean."
+    )
+
+
+def _parse_record(line: str, place: str) -> MetricRecord:
+    """Return the record in a line of JSON, or say what is wrong in which place."""
+    try:
+        record = MetricRecord(**json.loads(line))
+        return record._replace(value=_as_plain_number(record.name, record.value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place} is not a record of a metric: {line.strip()[:80]!r}. Expected a "
+            f"JSON object with the keys {', '.join(MetricRecord._fields)}."
+        ) from error
+
+
+class LossTracker:
+    """Keeps the mean of a loss over all samples (or tokens) seen since the last reset.
+
+    Each batch's loss, a mean over its own samples, is weighted with their number, so
+    that batches of unequal size count as they should::
+
+        tracker = LossTracker()
+        tracker.update(1.0, batch_size=3)
+        tracker.update(5.0, batch_size=1)
+        tracker.average  # (1.0 * 3 + 5.0 * 1) / (3 + 1) = 2.0
+
+    Losses and sizes may be tensors on any device. They are then summed on that device
+    and the host does not wait for them until the mean is read, so :meth:`update` may be
+    called at every step. Sums are kept in float64, whatever the precision of the loss
+    (float32 on devices without float64, such as Apple's ``mps``).
+
+    Attributes:
+        loss_value: The loss of the last batch, as it was given but without its graph.
+        total_loss: The sum of loss times batch size: a float, or a tensor with no
+            dimensions once a loss came as a tensor. It turns NaN or infinite as soon
+            as a loss is, and stays so.
+        running_count: The sum of the batch sizes, likewise.
+    """
+
+    loss_value: float | torch.Tensor
+    total_loss: float | torch.Tensor
+    running_count: float | torch.Tensor
+    _average: float
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all losses."""
+        self.loss_value = 0.0
+        self.total_loss = 0.0
+        self.running_count = 0
+        self._average = math.nan
+
+    def update(
+        self,
+        loss_batch_value: float | torch.Tensor,
+        batch_size: float | torch.Tensor = 1,
+    ) -> None:
+        """Add the loss of one batch, without waiting for the device.
+
+        Args:
+            loss_batch_value: The mean loss of the batch, a number or a tensor with no
+                dimensions; no reference to its graph is kept.
+            batch_size: How many samples (or tokens) the loss is the mean of, a number
+                or a tensor with no dimensions. A batch of the number 0 adds nothing,
+                even if its loss is NaN.
+        """
+        if isinstance(loss_batch_value, torch.Tensor):
+            loss_batch_value = loss_batch_value.detach()
+        self.loss_value = loss_batch_value
+
+        if isinstance(batch_size, torch.Tensor):
+            self._add_counted_on_device(loss_batch_value, batch_size.detach())
+        elif batch_size == 0:
+            return
+        elif isinstance(loss_batch_value, torch.Tensor):
+            total = self._total_on(loss_batch_value.device)
+            # Type promotion makes torch multiply and add in the precision of `total`.
+            total.add_(loss_batch_value, alpha=batch_size)
+            self.running_count += batch_size
+        else:
+            self.total_loss += loss_batch_value * batch_size
+            self.running_count += batch_size
+
+    @property
+    def average(self) -> float:
+        """The mean loss so far, NaN before the first sample.
+
+        Reading it waits for the device once, if the losses are on one.
+        """
+        total, count = self.totals()
+        self._average = total / count if count else math.nan
+        return self._average
+
+    def totals(self) -> tuple[float, float]:
+        """Return the sum of loss times batch size, and the sum of the batch sizes.
+
+        Add both over the processes of a distributed run, in float64, and divide them
+        for the mean of the whole run. Waits for the device once.
+        """
+        total, count = self.total_loss, self.running_count
+        if isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor):
+            total, count = torch.stack((total, count.to(total.device))).tolist()
+        return float(total), float(count)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the two sums as plain numbers, from which tracking goes on exactly."""
+        total, count = self.totals()
+        return {"total_loss": total, "running_count": count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from the sums that :meth:`state_dict` returned."""
+        self.reset()
+        self.total_loss = state["total_loss"]
+        self.running_count = state["running_count"]
+
+    def _add_counted_on_device(
+        self, loss: float | torch.Tensor, batch_size: torch.Tensor
+    ) -> None:
+        if not isinstance(loss, torch.Tensor):
+            loss = _scalar_on(batch_size.device, loss)
+        elif batch_size.device != loss.device:
+            # Asynchronous towards the device only: the host may read what it gets.
+            to_device = loss.device.type != "cpu"
+            batch_size = batch_size.to(loss.device, non_blocking=to_device)
+        self._total_on(loss.device).addcmul_(loss, batch_size)
+        self.running_count = _scalar_on(loss.device, self.running_count)
+        self.running_count.add_(batch_size)
+
+    def _total_on(self, device: torch.device) -> torch.Tensor:
+        total = self.total_loss
+        if not isinstance(total, torch.Tensor) or total.device != device:
+            total = self.total_loss = _scalar_on(device, total)
+        return total
+
+
+def _scalar_on(device: torch.device, value: float | torch.Tensor) -> torch.Tensor:
+    """Return a value as a tensor with no dimensions, itself if it is one already."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    # Not `torch.tensor`, which copies from the host and waits for the device. And not
+    # an inference tensor, which could not be updated outside of inference mode.
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)

@@ -1,0 +1,1623 @@
+"""The trainer: a training loop that can be read, and changed one method at a time.
+
+A run of :meth:`Trainer.train`, from top to bottom. Lines that end in ``()`` are methods
+of the trainer, made to be overridden; ``on_...`` are events, which callbacks listen to
+and which come after the method of the same name::
+
+    create the loaders, prepare with Accelerate, run config, scheduler, (resume)
+    training_run_start(), on_training_run_start
+    for each epoch
+        train_epoch_start(), on_train_epoch_start
+        for each batch
+            on_train_step_start
+            calculate_train_batch_loss(batch)
+            backward_step(loss)
+            where a window of gradient_accumulation_steps batches ends
+                optimizer_step()            after clipping
+                scheduler_step()            if the update was applied
+                optimizer_zero_grad()
+                on_train_update_end         if the update was applied
+            on_train_step_end               after the weights have moved
+        train_epoch_end(), record the losses, on_train_epoch_end
+        if there is an evaluation dataset
+            eval_epoch_start(), on_eval_epoch_start
+            for each batch
+                on_eval_step_start, calculate_eval_batch_loss(batch), on_eval_step_end
+            eval_epoch_end(), record the losses, on_eval_epoch_end
+        training_run_epoch_end(), on_training_run_epoch_end
+    training_run_end(), on_training_run_end
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from pytorch_accelerated import checkpoint, checks, data, distributed, step_output
+from pytorch_accelerated.accumulation import AccumulationWindow
+from pytorch_accelerated.callbacks import (
+    CallbackHandler,
+    LimitBatchesCallback,
+    LogMetricsCallback,
+    MoveModulesToDeviceCallback,
+    PrintProgressCallback,
+    ProgressBarCallback,
+    SaveTrainingStateCallback,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    StopTrainingError,
+)
+from pytorch_accelerated.placeholders import (
+    TrainerPlaceholderValues,
+    replace_trainer_placeholder_values,
+)
+from pytorch_accelerated.progress import RunProgress, Stage
+from pytorch_accelerated.run_config import TrainerRunConfig
+from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.step_output import NumItems
+from pytorch_accelerated.tracking import InMemoryRunHistory, LossTracker, RunHistory
+from pytorch_accelerated.training_state import TrainingState
+
+__all__ = [
+    "DEFAULT_CALLBACKS",
+    "Trainer",
+    "TrainerPlaceholderValues",
+    "TrainerWithTimmScheduler",
+    "replace_trainer_placeholder_values",
+]
+
+DEFAULT_CALLBACKS: tuple[type[TrainerCallback], ...] = (
+    MoveModulesToDeviceCallback,
+    TerminateOnNaNCallback,
+    PrintProgressCallback,
+    ProgressBarCallback,
+    LogMetricsCallback,
+)
+
+
+class Trainer:
+    """Trains and evaluates a PyTorch model, on whatever Accelerate was launched on.
+
+    ::
+
+        trainer = Trainer(model, loss_func=nn.CrossEntropyLoss(), optimizer=optimizer)
+        trainer.train(train_dataset, num_epochs=3, eval_dataset=eval_dataset)
+        trainer.evaluate(test_dataset)
+
+    The module's documentation shows a run from top to bottom. To change what happens,
+    override the method that does it, or add a callback.
+
+    Args:
+        model: The model to train.
+        loss_func: Called as ``loss_func(model_outputs, targets)``, returns the mean loss
+            over the samples of a batch. May be None for models that return their loss,
+            and for subclasses that calculate it themselves.
+        optimizer: The optimizer of the model's parameters. May be None if the trainer
+            only evaluates.
+        callbacks: Callbacks, as objects or as classes that need no arguments, called in
+            this order. None for no callbacks.
+        run_history: Where metrics are recorded. By default a new
+            :class:`~pytorch_accelerated.tracking.InMemoryRunHistory`.
+        seed: Makes runs repeatable: the order of the data is then a function of the
+            seed, and the global random generators are seeded when a run starts, with
+            another number on each process. By default nothing is seeded; a run then
+            draws one number from torch's global generator for the order of the data.
+        accelerator_kwargs: Arguments for :class:`accelerate.Accelerator`, such as
+            ``{"mixed_precision": "bf16"}``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: Callable[[Any, Any], Tensor] | None,
+        optimizer: torch.optim.Optimizer | None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]]
+        | None = DEFAULT_CALLBACKS,
+        run_history: RunHistory | None = None,
+        *,
+        seed: int | None = None,
+        accelerator_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.loss_func = loss_func
+        self.optimizer = optimizer
+        self.seed = seed
+        self._accelerator_kwargs = dict(accelerator_kwargs or {})
+        self._callbacks = callbacks
+        self.callback_handler = self._create_callback_handler()
+        self.run_history = InMemoryRunHistory() if run_history is None else run_history
+        self._accelerator: Accelerator = self._create_accelerator()
+        self._loss_tracker = LossTracker()
+        self._scalar_trackers: dict[str, LossTracker] = {}
+
+        # What a call of train() or evaluate() sets.
+        self.train_dataset: Any = None
+        self.eval_dataset: Any = None
+        self.collate_fn: Callable[[list[Any]], Any] | None = None
+        self.create_scheduler_fn: Callable[..., Any] | None = None
+        self.scheduler: Any = None
+        self.run_config: TrainerRunConfig = None  # type: ignore[assignment]
+        self.num_updates: int | None = None
+        self.num_steps: int | None = None
+        self.num_samples_seen: int | None = None
+        self.gradient_norm: Tensor | None = None
+        self.eval_batch_limit: int | None = None
+        self.interrupted = False
+        self.last_checkpoint: str | None = None
+        self._pad_uneven_eval_batches = False
+        self._train_dataloader: Any = None
+        self._eval_dataloader: Any = None
+        self._train_dl_kwargs: dict[str, Any] | None = None
+        self._eval_dl_kwargs: dict[str, Any] | None = None
+
+        # How the runs of this trainer go on from each other.
+        self._num_runs = 0
+        self._data_seed = 0
+        self._progress = RunProgress()
+        self._window = AccumulationWindow(1)
+        self._backward_is_plain = False
+        self._noted_error: Exception | None = None
+        self._prepared_model: distributed.PreparedModel | None = None
+        self._plain_optimizer: torch.optim.Optimizer | None = None
+        self._learning_rates_left: list[Any] = []
+        self._loaders_made: list[Any] = []
+        self._resume_state: dict[str, Any] = {}
+
+        self._call_event("on_init_end")
+
+    # --------------------------------------------------------------------- the runs
+
+    def train(
+        self,
+        train_dataset: Any,
+        num_epochs: int,
+        eval_dataset: Any = None,
+        per_device_batch_size: int = 8,
+        max_num_train_steps: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        gradient_clip_value: float | None = None,
+        create_scheduler_fn: Callable[..., Any] | None = None,
+        train_dataloader_kwargs: Mapping[str, Any] | None = None,
+        eval_dataloader_kwargs: Mapping[str, Any] | None = None,
+        reset_run_history: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+        *,
+        gradient_clip_norm: float | None = None,
+        eval_per_device_batch_size: int | None = None,
+        plateau_metric: str = "eval_loss_epoch",
+    ) -> RunHistory:
+        """Train the model, and evaluate it after each epoch.
+
+        It may be called again: the next run goes on with the same weights and optimizer
+        state, with limits of its own.
+
+        Args:
+            train_dataset: A map-style or iterable dataset, or a ready ``DataLoader``,
+                which is used as it is.
+            num_epochs: Epochs of this run.
+            eval_dataset: Evaluated after each epoch; none by default.
+            per_device_batch_size: Samples in a batch of one process. A ``batch_size`` in
+                the loader arguments wins over it.
+            max_num_train_steps: Updates after which the run ends, in the middle of an
+                epoch if need be. With ``num_epochs``, the smaller limit holds.
+            gradient_accumulation_steps: Batches of one process that make up an update.
+            gradient_clip_value: Clamp each element of the gradients to ±this value.
+            create_scheduler_fn: Makes a learning rate scheduler from the optimizer, for
+                example ``partial(OneCycleLR, max_lr=0.1, epochs=..., ...)``; arguments
+                may be :class:`TrainerPlaceholderValues`. It is stepped once per update,
+                and ``ReduceLROnPlateau`` once per epoch.
+            train_dataloader_kwargs: Arguments of the training ``DataLoader``.
+            eval_dataloader_kwargs: Arguments of the evaluation ``DataLoader``.
+            reset_run_history: Forget the metrics of earlier runs and count epochs from 1.
+            collate_fn: Makes a batch of a list of samples.
+            resume_from: A training state to go on from: the epochs that were left of its
+                run are trained. "auto" takes the newest whole one that a
+                ``SaveTrainingStateCallback`` of this trainer has saved, if any.
+            gradient_clip_norm: Scale the gradients down to this total norm.
+            eval_per_device_batch_size: Samples in an evaluation batch of one process; by
+                default as in training.
+            plateau_metric: The metric that ``ReduceLROnPlateau`` watches.
+
+        Returns:
+            The run history.
+
+        Raises:
+            ValueError: If the arguments cannot make a run; nothing has changed then.
+            NonFiniteLossError: If the loss became NaN or infinite.
+        """
+        self._check_train_arguments(
+            train_dataset,
+            num_epochs,
+            max_num_train_steps,
+            gradient_accumulation_steps,
+            gradient_clip_value,
+            gradient_clip_norm,
+            create_scheduler_fn,
+        )
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.create_scheduler_fn = create_scheduler_fn
+        self.collate_fn = collate_fn
+        self._plateau_metric = plateau_metric
+        resume_from = self._resolve_resume_from(resume_from)
+        if reset_run_history and resume_from is None:
+            self.run_history.reset()
+        # Arguments that 0.1.61 did not have reach an override only when they are used.
+        clip_norm = (
+            {}
+            if gradient_clip_norm is None
+            else {"gradient_clip_norm": gradient_clip_norm}
+        )
+
+        self._begin_run()
+        try:
+            self._train_dataloader = self.create_train_dataloader(
+                batch_size=per_device_batch_size,
+                train_dl_kwargs=train_dataloader_kwargs,
+            )
+            self._eval_dataloader, self._eval_dl_kwargs = None, None
+            if eval_dataset is not None:
+                self._eval_dataloader = self.create_eval_dataloader(
+                    batch_size=eval_per_device_batch_size or per_device_batch_size,
+                    eval_dl_kwargs=eval_dataloader_kwargs,
+                )
+            self._prepare_model_optimizer_and_dataloaders()
+            self._limit_batches()
+            self.run_config = self._create_run_config(
+                num_epochs=num_epochs,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                max_num_train_steps=max_num_train_steps,
+                per_device_batch_size=per_device_batch_size,
+                gradient_clip_value=gradient_clip_value,
+                **clip_norm,
+            )
+            self._check_eval_batch_size()
+            self.scheduler = None
+            if create_scheduler_fn is not None:
+                self.scheduler = self.create_scheduler()
+            if resume_from is not None:
+                self._resume(resume_from)
+            self._window = self._create_window()
+            self._start_schedule()
+            self._run_training()
+        finally:
+            self._end_run()
+        return self.run_history
+
+    def evaluate(
+        self,
+        dataset: Any = None,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> dict[str, float]:
+        """Evaluate the model; every sample counts once, on any number of processes.
+
+        The metrics are added to the run history under names that start with
+        ``evaluation_``.
+
+        Args:
+            dataset: A dataset or a ready ``DataLoader``.
+            per_device_batch_size: Samples in a batch of one process.
+            dataloader_kwargs: Arguments of the ``DataLoader``.
+            collate_fn: Makes a batch of a list of samples.
+
+        Returns:
+            The metrics that were recorded, such as ``{"evaluation_loss": 0.35}``.
+
+        Raises:
+            ValueError: If there is nothing to evaluate on.
+        """
+        if dataset is None:
+            raise ValueError(
+                "evaluate() needs a dataset or a DataLoader to evaluate on, got None."
+            )
+        checks.check_dataset_is_not_empty(dataset, "dataset")
+        self.eval_dataset = dataset
+        self.collate_fn = collate_fn
+        self._train_dataloader, self._train_dl_kwargs = None, None
+        recorded = self._count_recorded_metrics()
+
+        self._begin_run(is_training=False)
+        try:
+            self._eval_dataloader = self.create_eval_dataloader(
+                batch_size=per_device_batch_size, eval_dl_kwargs=dataloader_kwargs
+            )
+            self._prepare_model_optimizer_and_dataloaders()
+            self._limit_batches()
+            self.run_config = self._create_run_config(
+                num_epochs=1,
+                gradient_accumulation_steps=1,
+                max_num_train_steps=None,
+                per_device_batch_size=per_device_batch_size,
+                gradient_clip_value=None,
+            )
+            self._check_eval_batch_size()
+            self._run_evaluation()
+        finally:
+            self._end_run()
+        return {
+            name: self.run_history.get_latest_metric(name)
+            for name, count in self._count_recorded_metrics().items()
+            if count > recorded.get(name, 0)
+        }
+
+    def _run_training(self) -> None:
+        """Run the epochs that are due, between the events of the run."""
+        with self._ended_by(self._end_training_run):
+            self.training_run_start()
+            self._notify("on_training_run_start")
+            for _ in range(self._progress.epochs_done, self.run_config.num_epochs):
+                if self._run_epoch():
+                    self.print(
+                        f"Stopping after {self._progress.num_updates} updates, "
+                        "as max_num_train_steps asks"
+                    )
+                    break
+
+    def _run_evaluation(self) -> None:
+        """Evaluate once, between the events of the run."""
+        with self._ended_by(self._end_evaluation_run):
+            self.evaluation_run_start()
+            self._notify("on_evaluation_run_start")
+            self._run_eval_epoch(self._eval_dataloader, is_training=False)
+
+    def _end_training_run(self) -> None:
+        self.training_run_end()
+        self._notify("on_training_run_end")
+
+    def _end_evaluation_run(self) -> None:
+        self.evaluation_run_end()
+        self._notify("on_evaluation_run_end")
+
+    # ------------------------------------------------------------------- the epochs
+
+    def _run_epoch(self) -> bool:
+        """Train and evaluate for an epoch; say whether the run's updates are used up."""
+        is_over = self._are_updates_used_up()
+        if self._progress.stage is Stage.TRAINING:
+            is_over = self._run_train_epoch(self._train_dataloader) or is_over
+        if self._progress.stage is not Stage.ENDED:
+            if self.eval_dataset is not None:
+                self._run_eval_epoch(self._eval_dataloader)
+            self._step_plateau_scheduler()
+            self._progress.stage = Stage.ENDED
+            self.training_run_epoch_end()
+            self._notify("on_training_run_epoch_end")
+        self._progress.start_next_epoch()
+        self.run_history._increment_epoch()
+        return is_over
+
+    def _run_train_epoch(self, train_dl: Any) -> bool:
+        """Train on the batches of an epoch.
+
+        Args:
+            train_dl: The training loader.
+
+        Returns:
+            Whether the updates that the run may make are used up.
+        """
+        self.train_epoch_start()
+        self._reset_trackers()
+        self._notify("on_train_epoch_start")
+        is_over = self._run_train_steps(train_dl)
+        self.train_epoch_end()
+        self._add_epoch_loss_to_run_history("train_loss_epoch")
+        self._progress.stage = Stage.EVALUATION
+        self._notify("on_train_epoch_end")
+        return is_over
+
+    def _run_train_steps(self, train_dl: Any) -> bool:
+        for step, batch, is_last in self._batches_that_are_due(train_dl):
+            self._call_event("on_train_step_start")
+            closes_window = self._window.is_closed_by(step, is_last=is_last)
+            with nullcontext() if closes_window else self._without_gradient_sync():
+                batch_output = self._perform_forward_and_backward_passes(batch, step)
+            if closes_window:
+                self._update_weights(step)
+            self._count_step(step, batch_output)
+            # An override from 0.1.61 calls the event itself and returns nothing.
+            if batch_output is not None:
+                self._call_event(
+                    "on_train_step_end",
+                    batch=batch,
+                    batch_output=batch_output,
+                    step=step,
+                )
+            if closes_window:
+                self._agree_to_go_on()
+                if self._are_updates_used_up():
+                    return True
+        return False
+
+    def _perform_forward_and_backward_passes(
+        self, batch: Any, step: int
+    ) -> dict[str, Any] | None:
+        """Calculate and back-propagate the loss of a batch.
+
+        Args:
+            batch: What the loader yielded.
+            step: Number of the batch in the epoch, from 0.
+
+        Returns:
+            What :meth:`calculate_train_batch_loss` returned.
+        """
+        batch_output = self.calculate_train_batch_loss(batch)
+        if self._progress.num_steps == 0:
+            step_output.check_loss(batch_output)
+        loss = batch_output["loss"]
+        num_items, are_samples = self._items_of(batch_output, step)
+        self._update_loss_tracker(loss, num_items)
+        self._track_scalars(batch_output, num_items)
+        self.backward_step(
+            self._window.weigh(loss, step, num_items, are_samples=are_samples)
+        )
+        return batch_output
+
+    def _update_weights(self, step: int) -> None:
+        """Apply the gradients of the window that this step closes."""
+        self._window.close(step, self.model.parameters())
+        if self._clips_gradients:
+            self._clip_gradients()
+        self.optimizer_step()
+        # A scaled fp16 update whose gradients overflowed did not take place.
+        if was_applied := not self._accelerator.optimizer_step_was_skipped:
+            self._progress.num_updates += 1
+            if self._steps_scheduler:
+                self.scheduler_step()
+        self.optimizer_zero_grad()
+        if was_applied:
+            self.num_updates = self._progress.num_updates
+            self.run_history.current_step = self._progress.num_updates
+            self._call_event("on_train_update_end", num_updates=self.num_updates)
+
+    def _run_eval_epoch(
+        self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False
+    ) -> None:
+        """Evaluate on the batches of a loader, and leave modes and trackers as they were.
+
+        Args:
+            valid_dl: The evaluation loader.
+            is_training: Whether this is part of a training run.
+            is_intermediate: Whether it takes place in the middle of an epoch.
+        """
+        if is_intermediate:
+            metric_name = "intermediate_eval_loss"
+        else:
+            metric_name = "eval_loss_epoch" if is_training else "evaluation_loss"
+        with self._modes_and_trackers_kept():
+            self.eval_epoch_start()
+            self._notify("on_eval_epoch_start", is_intermediate=is_intermediate)
+            with torch.no_grad():
+                for batch in islice(valid_dl, self.eval_batch_limit):
+                    self._run_eval_step(batch)
+            self._agree_to_go_on()
+            self.eval_epoch_end()
+            self._add_epoch_loss_to_run_history(metric_name)
+            self._notify("on_eval_epoch_end", is_intermediate=is_intermediate)
+
+    def _run_eval_step(self, batch: Any) -> None:
+        self._call_event("on_eval_step_start")
+        batch_output = self.calculate_eval_batch_loss(batch)
+        num_items = step_output.num_items(batch_output)
+        self._update_loss_tracker(batch_output["loss"], num_items)
+        self._track_scalars(batch_output, num_items)
+        self._call_event("on_eval_step_end", batch_output=batch_output, batch=batch)
+
+    # ---------------------------------------------- the steps: made to be overridden
+
+    def training_run_start(self) -> None:
+        """Called when a training run starts; does nothing by default."""
+
+    def train_epoch_start(self) -> None:
+        """Called when the training part of an epoch starts; sets the training mode.
+
+        Submodules that are in evaluation mode while the model itself is in training
+        mode, such as frozen batch norms, were put there on purpose and stay there.
+        """
+        if not self.get_model(keep_torch_compile=False).training:
+            self.model.train()
+
+    def calculate_train_batch_loss(self, batch: Any) -> dict[str, Any]:
+        """Return the loss of a training batch.
+
+        By default a batch is ``(inputs, targets)``; without a ``loss_func``, a mapping
+        is passed to the model as keyword arguments and the loss is ``outputs.loss``.
+
+        Args:
+            batch: What the loader yielded, on the device.
+
+        Returns:
+            A dictionary with ``loss``, the mean over the batch as a 0-dim tensor with a
+            graph; ``model_outputs``; and ``batch_size``, the number of samples. If the
+            loss is a mean over something else, such as tokens, ``num_items_in_batch`` is
+            how many there are, as a number or a 0-dim tensor. Every other number or
+            0-dim tensor is averaged and recorded as ``train_<name>_epoch``. Everything
+            is passed on to ``on_train_step_end``.
+        """
+        return self._calculate_batch_loss(batch)
+
+    def backward_step(self, loss: Tensor) -> None:
+        """Back-propagate a loss, which is weighted for its accumulation window.
+
+        Args:
+            loss: The loss of a batch, 0-dim.
+        """
+        if self._backward_is_plain:
+            # Accelerate would add a node to the graph that divides the loss by 1.
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._accelerator.backward(loss)
+
+    def optimizer_step(self) -> None:
+        """Let the optimizer update the weights, once per window."""
+        self.optimizer.step()  # type: ignore[union-attr]
+
+    def scheduler_step(self) -> None:
+        """Let the scheduler set the learning rate of the next update."""
+        self.scheduler.step()
+
+    def optimizer_zero_grad(self) -> None:
+        """Clear the gradients after an update."""
+        self.optimizer.zero_grad()  # type: ignore[union-attr]
+
+    def train_epoch_end(self) -> None:
+        """Called when the training part of an epoch ends, before its loss is recorded."""
+
+    def eval_epoch_start(self) -> None:
+        """Called when an evaluation starts; sets the evaluation mode."""
+        self.model.eval()
+
+    def calculate_eval_batch_loss(self, batch: Any) -> dict[str, Any]:
+        """Return the loss of an evaluation batch, without a graph.
+
+        Args:
+            batch: What the loader yielded, on the device.
+
+        Returns:
+            A dictionary as from :meth:`calculate_train_batch_loss`; scalars are recorded
+            as ``eval_<name>_epoch``, or as ``evaluation_<name>`` by :meth:`evaluate`.
+        """
+        with torch.no_grad():
+            return self._calculate_batch_loss(batch)
+
+    def eval_epoch_end(self) -> None:
+        """Called when an evaluation ends, before its loss is recorded."""
+
+    def training_run_epoch_end(self) -> None:
+        """Called when an epoch ends, after its evaluation."""
+
+    def training_run_end(self) -> None:
+        """Called when a training run ends; unwraps the model."""
+        self.model = self.get_model()
+
+    def evaluation_run_start(self) -> None:
+        """Called when an evaluation run starts; does nothing by default."""
+
+    def evaluation_run_end(self) -> None:
+        """Called when an evaluation run ends; unwraps the model."""
+        self.model = self.get_model()
+
+    def _calculate_batch_loss(self, batch: Any) -> dict[str, Any]:
+        if self.loss_func is None and isinstance(batch, Mapping):
+            outputs = self.model(**batch)
+            loss, batch_size = (
+                step_output.loss_of(outputs),
+                step_output.batch_size_of(batch),
+            )
+        else:
+            inputs, targets = self._inputs_and_targets(batch)
+            outputs = self.model(inputs)
+            loss, batch_size = self.loss_func(outputs, targets), targets.size(0)  # type: ignore[misc]
+        return {"loss": loss, "model_outputs": outputs, "batch_size": batch_size}
+
+    def _inputs_and_targets(self, batch: Any) -> tuple[Any, Any]:
+        try:
+            inputs, targets = batch[0], batch[1]
+        except (KeyError, IndexError, TypeError) as error:
+            raise TypeError(
+                "The default step takes batches of (inputs, targets), got "
+                f"{step_output.describe_batch(batch)}. Override calculate_train_batch_loss and "
+                "calculate_eval_batch_loss to use it, or pass loss_func=None for a model "
+                "that takes the members of a mapping and returns a loss."
+            ) from error
+        if self.loss_func is None:
+            raise ValueError(
+                "loss_func is None, and the batch is not a mapping whose members could "
+                "be passed to a model that returns its loss. Pass a loss_func, or "
+                "override calculate_train_batch_loss and calculate_eval_batch_loss."
+            )
+        return inputs, targets
+
+    # ---------------------------------------------------- what a run is created from
+
+    def create_train_dataloader(
+        self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
+    ) -> Iterable[Any]:
+        """Create the training loader from ``self.train_dataset``.
+
+        Args:
+            batch_size: Samples in a batch of one process.
+            train_dl_kwargs: Arguments that win over those of
+                :meth:`get_default_train_dl_kwargs`.
+        """
+        if isinstance(self.train_dataset, DataLoader):
+            checks.check_no_loader_arguments(train_dl_kwargs, self.collate_fn)
+            return self.train_dataset
+        self._train_dl_kwargs = data.merge_dl_kwargs(
+            self.train_dataset,
+            self.get_default_train_dl_kwargs(batch_size),
+            train_dl_kwargs,
+        )
+        return self._create_dataloader(self.train_dataset, self._train_dl_kwargs)
+
+    def create_eval_dataloader(
+        self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None
+    ) -> Iterable[Any]:
+        """Create the evaluation loader from ``self.eval_dataset``.
+
+        Args:
+            batch_size: Samples in a batch of one process.
+            eval_dl_kwargs: Arguments that win over those of
+                :meth:`get_default_eval_dl_kwargs`.
+        """
+        if isinstance(self.eval_dataset, DataLoader):
+            checks.check_no_loader_arguments(eval_dl_kwargs, self.collate_fn)
+            return self.eval_dataset
+        self._eval_dl_kwargs = data.merge_dl_kwargs(
+            self.eval_dataset,
+            self.get_default_eval_dl_kwargs(batch_size),
+            eval_dl_kwargs,
+        )
+        return self._create_dataloader(self.eval_dataset, self._eval_dl_kwargs)
+
+    def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
+        """Return the arguments of the training loader that the user did not give.
+
+        Args:
+            batch_size: Samples in a batch of one process.
+        """
+        return data.default_dl_kwargs(batch_size, shuffle=True)
+
+    def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
+        """Return the arguments of the evaluation loader that the user did not give.
+
+        Args:
+            batch_size: Samples in a batch of one process.
+        """
+        return data.default_dl_kwargs(batch_size, shuffle=False)
+
+    def create_scheduler(self) -> Any:
+        """Create the learning rate scheduler of a run from ``create_scheduler_fn``."""
+        create = replace_trainer_placeholder_values(self, self.create_scheduler_fn)
+        return create(self.optimizer)
+
+    def _create_callback_handler(self) -> CallbackHandler:
+        handler = CallbackHandler(self._callbacks)
+        limit = data.batch_limit_from_environment()
+        if limit is not None:
+            handler.callbacks.insert(0, LimitBatchesCallback(limit))
+        return handler
+
+    def _create_accelerator(self) -> Accelerator:
+        """Create the accelerator; override to configure it in code."""
+        return distributed.create_accelerator(**self._accelerator_kwargs)
+
+    def _prepare_model_optimizer_and_dataloaders(self) -> None:
+        """Hand the model, the optimizer and the loaders to Accelerate."""
+        accelerator = self._accelerator
+        self._prepared_model = distributed.PreparedModel(self.model)
+        self._plain_optimizer = self.optimizer
+        if self._train_dataloader is None:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+        else:
+            self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+            self._backward_is_plain = distributed.is_plain(accelerator)
+            if self._backward_is_plain:
+                # Accelerate's wrapper would do nothing else than cost time.
+                self.optimizer = self._plain_optimizer
+            # What an earlier run or a learning rate finder may have left.
+            self.optimizer.zero_grad()  # type: ignore[union-attr]
+        self._train_dataloader = self._prepare_dataloader(self._train_dataloader)
+        self._eval_dataloader = self._prepare_dataloader(
+            self._eval_dataloader, is_evaluation=True
+        )
+
+    def _prepare_dataloader(self, loader: Any, is_evaluation: bool = False) -> Any:
+        accelerator = self._accelerator
+        is_ours = is_evaluation or any(loader is made for made in self._loaders_made)
+        if loader is None:
+            return None
+        if is_ours and data.is_plain(loader):
+            kwargs = self._eval_dl_kwargs if is_evaluation else self._train_dl_kwargs
+            return data.PlannedLoader(
+                loader,
+                self.device,
+                self._data_seed,
+                num_processes=accelerator.num_processes,
+                process_index=accelerator.process_index,
+                even=is_evaluation,
+                persistent_workers=(kwargs or {}).get("persistent_workers", True),
+            )
+        if accelerator.num_processes == 1 or not isinstance(loader, DataLoader):
+            return data.DeviceLoader(loader, self.device)
+        prepared = accelerator.prepare_data_loader(loader)
+        if is_evaluation and hasattr(prepared.batch_sampler, "even_batches"):
+            prepared.batch_sampler.even_batches = self._pad_uneven_eval_batches
+        return prepared
+
+    def _create_dataloader(
+        self, dataset: Any, kwargs: dict[str, Any]
+    ) -> DataLoader[Any]:
+        if kwargs.get("num_workers") is data.AUTO_NUM_WORKERS:
+            kwargs["num_workers"] = data.suggest_num_workers(
+                dataset,
+                kwargs.get("batch_size") or 1,
+                self.collate_fn,
+                distributed.num_local_processes(),
+            )
+        kwargs = {"collate_fn": self.collate_fn, **kwargs}
+        loader: DataLoader[Any] = DataLoader(dataset=dataset, **kwargs)
+        self._loaders_made.append(loader)
+        return loader
+
+    def _create_run_config(
+        self,
+        num_epochs: int,
+        gradient_accumulation_steps: int,
+        max_num_train_steps: int | None,
+        per_device_batch_size: int,
+        gradient_clip_value: float | None,
+        gradient_clip_norm: float | None = None,
+    ) -> TrainerRunConfig:
+        """Record what the run was asked to do, and work out what follows from it."""
+        accelerator = self._accelerator
+        num_processes = accelerator.num_processes
+        train_batch_size = data.batch_size_of_loader(
+            self._train_dataloader, self._train_dl_kwargs, per_device_batch_size
+        )
+        eval_batch_size = data.batch_size_of_loader(
+            self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size
+        )
+        steps = self._count_updates_per_epoch(gradient_accumulation_steps)
+        if steps:
+            if max_num_train_steps is None:
+                max_num_train_steps = num_epochs * steps + 1
+            num_epochs = min(num_epochs, math.ceil(max_num_train_steps / steps))
+        return TrainerRunConfig(
+            num_epochs=num_epochs,
+            train_per_device_batch_size=train_batch_size,
+            train_dl_kwargs=self._train_dl_kwargs,
+            eval_per_device_batch_size=eval_batch_size,
+            eval_dl_kwargs=self._eval_dl_kwargs,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_clip_value=gradient_clip_value,
+            train_total_batch_size=train_batch_size
+            and train_batch_size * num_processes * gradient_accumulation_steps,
+            eval_total_batch_size=eval_batch_size and eval_batch_size * num_processes,
+            num_update_steps_per_epoch=steps,
+            num_local_update_steps_per_epoch=steps,
+            max_num_train_steps=max_num_train_steps,
+            is_local_process_zero=accelerator.is_local_main_process,
+            is_world_process_zero=accelerator.is_main_process,
+            is_distributed=accelerator.distributed_type != DistributedType.NO,
+            mixed_precision=accelerator.mixed_precision,
+            num_processes=num_processes,
+            gradient_clip_norm=gradient_clip_norm,
+            seed=self.seed,
+            data_seed=self._data_seed,
+        )
+
+    def _count_updates_per_epoch(self, gradient_accumulation_steps: int) -> int | None:
+        if self._train_dataloader is None:
+            return 0
+        num_batches = data.length_of(self._train_dataloader)
+        if num_batches is None:
+            return None
+        if num_batches == 0:
+            raise ValueError(
+                "The training loader has no batches: the dataset is empty, or drop_last "
+                "leaves out the only batch. Use more data or a smaller batch size."
+            )
+        return math.ceil(num_batches / gradient_accumulation_steps)
+
+    def _create_window(self) -> AccumulationWindow:
+        accelerator = self._accelerator
+        return AccumulationWindow(
+            self.run_config.gradient_accumulation_steps,
+            accelerator.num_processes,
+            accelerator.process_index,
+            largest=partial(distributed.largest, device=self.device),
+            add_up=lambda tensor: accelerator.reduce(tensor.to(self.device), "sum"),
+        )
+
+    def _limit_batches(self) -> None:
+        # Before the run config, so that schedules know the true length of the run.
+        for callback in self.callback_handler:
+            if isinstance(callback, LimitBatchesCallback):
+                callback.limit(self)
+
+    def _check_eval_batch_size(self) -> None:
+        """Raise ValueError if evaluation would leave a process without samples."""
+        if self.eval_dataset is None or not self.run_config.is_distributed:
+            return
+        num_samples = data.length_of(self.eval_dataset)
+        batch_size = self.run_config.eval_per_device_batch_size
+        if (
+            num_samples is not None
+            and batch_size is not None
+            and not isinstance(self.eval_dataset, DataLoader)
+        ):
+            data.BatchPlan(
+                num_samples, batch_size, self.run_config.num_processes, even=True
+            )
+
+    # --------------------------------------------------------- the parts of the story
+
+    def _begin_run(self, is_training: bool = True) -> None:
+        self.interrupted = False
+        self._noted_error = None
+        self._loaders_made = []
+        if not is_training:
+            return
+        self._progress = RunProgress()
+        self._publish_progress()
+        self.gradient_norm = None
+        self._seed_run()
+        # A scheduler starts from "initial_lr", which an earlier one has left behind, and
+        # not from a learning rate that the user has set since.
+        for group, left in zip(
+            self.optimizer.param_groups,  # type: ignore[union-attr]
+            self._learning_rates_left,
+            strict=False,
+        ):
+            if group["lr"] != left:
+                group.pop("initial_lr", None)
+
+    def _end_run(self) -> None:
+        """Give the user's model and optimizer back as they came, only trained."""
+        if self._prepared_model is not None:
+            self.model = self.get_model(
+                keep_torch_compile=self._prepared_model.was_compiled
+            )
+            self._prepared_model.restore()
+            self.optimizer = self._plain_optimizer
+            self._prepared_model, self._plain_optimizer = None, None
+            self._backward_is_plain = False
+            distributed.forget_prepared(self._accelerator)
+        if self.optimizer is not None:
+            self._learning_rates_left = [
+                group["lr"] for group in self.optimizer.param_groups
+            ]
+        for loader in (self._train_dataloader, self._eval_dataloader):
+            if hasattr(loader, "stop_workers"):
+                loader.stop_workers()
+        self._resume_state = {}
+
+    def _seed_run(self) -> None:
+        if self.seed is None:
+            drawn = int(torch.randint(2**63 - 1, ()))
+            self._data_seed = distributed.from_main_process(drawn, self.device)
+        else:
+            # Another run on the same trainer goes on, so it is not to repeat the first.
+            self._data_seed = (
+                data.derive_seed(self.seed, self._num_runs)
+                if self._num_runs
+                else self.seed
+            )
+            data.seed_everything(self._data_seed + self._accelerator.process_index)
+        self._num_runs += 1
+
+    def _start_schedule(self) -> None:
+        """Apply the first value of a scheduler whose counter starts before it."""
+        if (
+            isinstance(self.scheduler, StatefulSchedulerBase)
+            and self.scheduler._num_updates < 0
+        ):
+            self.scheduler.step()
+
+    @property
+    def _steps_scheduler(self) -> bool:
+        return self.scheduler is not None and not isinstance(
+            self.scheduler, ReduceLROnPlateau
+        )
+
+    def _step_plateau_scheduler(self) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            name = self._plateau_metric
+            if self.eval_dataset is None and name == "eval_loss_epoch":
+                name = "train_loss_epoch"
+            self.scheduler.step(self.run_history.get_latest_metric(name))
+
+    @property
+    def _clips_gradients(self) -> bool:
+        config = self.run_config
+        return (
+            config.gradient_clip_value is not None
+            or config.gradient_clip_norm is not None
+        )
+
+    def _clip_gradients(self) -> None:
+        """Clip the gradients of an update as the run config says."""
+        config, parameters = self.run_config, self.model.parameters()
+        if config.gradient_clip_norm is not None:
+            self.gradient_norm = self._accelerator.clip_grad_norm_(
+                parameters, config.gradient_clip_norm
+            )
+        else:
+            self._accelerator.clip_grad_value_(
+                parameters, clip_value=config.gradient_clip_value
+            )
+
+    def _without_gradient_sync(self) -> AbstractContextManager[Any]:
+        if self._accelerator.num_processes == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(self.model)
+        return context
+
+    def _batches_that_are_due(self, train_dl: Any) -> Iterator[tuple[int, Any, bool]]:
+        """Yield the number of each batch, the batch, and whether it is the epoch's last.
+
+        A resumed epoch starts where it was interrupted.
+        """
+        first_step = self._progress.step
+        num_batches = data.length_of(train_dl)
+        plan = getattr(train_dl, "plan", None)
+        self._window.start_epoch(plan, num_batches)
+        if first_step == 0:
+            self._restore_random_states()
+        batches = self._start_iteration(train_dl, first_step)
+        # In the middle of an epoch they are those after the loader was started.
+        self._restore_random_states()
+        if num_batches is None:
+            for step, (batch, is_last) in enumerate(
+                data.mark_last(batches), first_step
+            ):
+                yield step, batch, is_last
+        else:
+            for step, batch in zip(
+                range(first_step, num_batches), batches, strict=False
+            ):
+                yield step, batch, step == num_batches - 1
+        if self._progress.step == 0:
+            raise ValueError("The training loader yielded no batch: it has no data.")
+
+    def _start_iteration(self, train_dl: Any, first_step: int) -> Iterator[Any]:
+        epoch = self.run_history.current_epoch
+        if isinstance(getattr(train_dl, "plan", None), data.BatchPlan):
+            train_dl.set_epoch(epoch, first_step)
+            first_step = 0
+        elif hasattr(train_dl, "set_epoch"):
+            train_dl.set_epoch(epoch)
+        batches: Iterator[Any] = iter(train_dl)
+        for _ in range(first_step):
+            next(batches, None)
+        return batches
+
+    def _count_step(self, step: int, batch_output: Mapping[str, Any] | None) -> None:
+        progress = self._progress
+        progress.step = step + 1
+        progress.num_steps += 1
+        progress.num_samples_seen += self._window.num_samples(
+            step, (batch_output or {}).get("batch_size", 0)
+        )
+        self.num_steps = progress.num_steps
+        self.num_samples_seen = progress.num_samples_seen
+
+    def _publish_progress(self) -> None:
+        self.num_updates = self._progress.num_updates
+        self.num_steps = self._progress.num_steps
+        self.num_samples_seen = self._progress.num_samples_seen
+        self.run_history.current_step = self._progress.num_updates
+
+    def _are_updates_used_up(self) -> bool:
+        limit = self.run_config.max_num_train_steps
+        return limit is not None and self._progress.num_updates >= limit
+
+    def _items_of(
+        self, batch_output: Mapping[str, Any], step: int
+    ) -> tuple[NumItems, bool]:
+        """Return how many items a batch has, and whether these are samples."""
+        if self._window.is_filler(step):
+            return 0, True
+        return step_output.num_items(batch_output), batch_output.get(
+            "num_items_in_batch"
+        ) is None
+
+    def _reset_trackers(self) -> None:
+        self._loss_tracker.reset()
+        self._scalar_trackers.clear()
+        for name, state in self._resume_state.pop("trackers", {}).items():
+            tracker = self._loss_tracker if name == "loss" else LossTracker()
+            tracker.load_state_dict(state)
+            if name != "loss":
+                self._scalar_trackers[name] = tracker
+
+    def _update_loss_tracker(self, batch_loss: Tensor, batch_size: NumItems) -> None:
+        """Add a batch's loss to the epoch's, without waiting for the device."""
+        self._loss_tracker.update(batch_loss, batch_size)
+
+    def _track_scalars(
+        self, batch_output: Mapping[str, Any], num_items: NumItems
+    ) -> None:
+        for name, value in batch_output.items():
+            if name in step_output.RESERVED or not step_output.is_scalar(value):
+                continue
+            if name not in self._scalar_trackers:
+                self._scalar_trackers[name] = LossTracker()
+            self._scalar_trackers[name].update(value, num_items)
+
+    def _add_epoch_loss_to_run_history(self, metric_name: str) -> None:
+        """Record the means over all items on all processes.
+
+        Args:
+            metric_name: The name for the loss. Those of other scalars have their own
+                name in place of "loss".
+        """
+        totals = {"loss": self._loss_tracker.totals()}
+        for name, tracker in self._scalar_trackers.items():
+            totals[name] = tracker.totals()
+        for name, (total, count) in distributed.sum_over_processes(totals).items():
+            if count > 0:
+                self.run_history.update_metric(
+                    metric_name.replace("loss", name, 1), total / count
+                )
+
+    @contextmanager
+    def _modes_and_trackers_kept(self) -> Iterator[None]:
+        """Put submodules back into their modes, and give the block its own trackers."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        trackers = self._loss_tracker, self._scalar_trackers
+        self._loss_tracker, self._scalar_trackers = LossTracker(), {}
+        try:
+            yield
+        finally:
+            self._loss_tracker, self._scalar_trackers = trackers
+            for module, mode in modes:
+                module.training = mode
+
+    def _count_recorded_metrics(self) -> dict[str, int]:
+        history = self.run_history
+        return {
+            name: len(list(history.get_metric_values(name)))
+            for name in history.get_metric_names()
+        }
+
+    # ------------------------------------------------- events, and how a run may end
+
+    def _call_event(self, event: str, **kwargs: Any) -> None:
+        """Call the callbacks for an event within an epoch.
+
+        With several processes an error waits until all can act on it together: a
+        process that left alone would leave the others waiting for it.
+        """
+        if self._accelerator.num_processes == 1:
+            self.callback_handler.call_event(event, self, **kwargs)
+            return
+        try:
+            self.callback_handler.call_event(event, self, **kwargs)
+        except Exception as error:
+            self._noted_error = self._noted_error or error
+
+    def _notify(self, event: str, **kwargs: Any) -> None:
+        """Call the callbacks for an event at which all processes can act on an error."""
+        self._call_event(event, **kwargs)
+        self._agree_to_go_on()
+
+    def _agree_to_go_on(self) -> None:
+        """Raise on all processes what a callback has raised on any of them."""
+        if self._accelerator.num_processes == 1:
+            return
+        error, self._noted_error = self._noted_error, None
+        if not self.agree(error is not None):
+            return
+        raised: list[tuple[int, str, str]] = [
+            (process, kind, text)
+            for process, kind, text in gather_object(
+                [
+                    (
+                        self._accelerator.process_index,
+                        distributed.kind_of(error),
+                        repr(error),
+                    )
+                ]
+            )
+            if kind
+        ]
+        if error is not None:
+            raise error
+        process, kind, text = raised[0]
+        raise distributed.ERRORS_BY_KIND[kind](f"Process {process} raised {text}")
+
+    def agree(self, flag: bool) -> bool:
+        """Return True on all processes if any of them passes True.
+
+        All processes must call it. In a single process it returns ``flag``.
+
+        Args:
+            flag: What this process says.
+        """
+        return distributed.agree(flag, self.device)
+
+    @contextmanager
+    def _ended_by(self, end: Callable[[], None]) -> Iterator[None]:
+        """Call the end events of a run, however it ends."""
+        try:
+            yield
+        except StopTrainingError as stop:
+            self.print(stop)
+            self._notify("on_stop_training_error")
+            self._call_quietly(end)
+            if isinstance(stop, NonFiniteLossError):
+                raise
+        except BaseException as error:
+            self._clean_up_after(error, end)
+            raise
+        else:
+            self._call_quietly(end)
+
+    def _call_quietly(self, end: Callable[[], None]) -> None:
+        try:
+            end()
+        except NonFiniteLossError:
+            raise
+        except StopTrainingError as stop:
+            self.print(stop)  # the run is over as it is
+
+    def _clean_up_after(self, error: BaseException, end: Callable[[], None]) -> None:
+        """Let callbacks close what they opened; an error of theirs hides no other."""
+        for clean_up in (
+            partial(
+                self.callback_handler.call_event, "on_exception", self, exception=error
+            ),
+            end,
+        ):
+            if clean_up is end and self._accelerator.num_processes > 1:
+                return  # it may wait for processes that are not coming
+            try:
+                clean_up()
+            except Exception as another:
+                self.print(f"While cleaning up after an error: {another!r}")
+
+    # ------------------------------------------------------------ saving and resuming
+
+    def save_checkpoint(
+        self,
+        save_path: str | os.PathLike[str],
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        save_optimizer: bool = True,
+        save_scheduler: bool = True,
+        save_per_node: bool = True,
+    ) -> None:
+        """Save the model, and what belongs to it, in one file.
+
+        The file is written beside its place and moved there once it is complete, so that
+        an interruption leaves an older file as it was. All processes must call this.
+
+        Args:
+            save_path: The file; missing folders are created.
+            checkpoint_kwargs: What else to put into the file, at its top level.
+            save_optimizer: Whether the optimizer's state is saved.
+            save_scheduler: Whether the scheduler's state is saved.
+            save_per_node: Write one file on each machine instead of one in all.
+
+        Raises:
+            TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
+                again safely.
+            CheckpointError: If the file could not be written.
+        """
+        self._call_event("on_before_save")
+        contents: dict[str, Any] = {"model_state_dict": self._model_state_dict()}
+        if save_optimizer and self.optimizer is not None:
+            contents["optimizer_state_dict"] = self.optimizer.state_dict()
+        if save_scheduler and self.scheduler is not None:
+            contents.update(self._scheduler_contents("scheduler_state_dict"))
+        contents.update(checkpoint_kwargs or {})
+        state = self._accelerator.state
+        with self._on_all_processes_or_none():
+            if state.is_local_main_process if save_per_node else state.is_main_process:
+                checkpoint.save_file(contents, save_path)
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        load_optimizer: bool = True,
+        load_scheduler: bool = True,
+    ) -> dict[str, Any]:
+        """Load a file that :meth:`save_checkpoint` wrote.
+
+        Args:
+            checkpoint_path: The file.
+            load_optimizer: Whether the optimizer's state is loaded, if the file has it.
+            load_scheduler: Whether the scheduler's state is loaded, if the file has it
+                and the trainer has a scheduler, which it only has during a run.
+
+        Returns:
+            All that the file holds.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or does not fit the model.
+            ValueError: If the optimizer's state is to be loaded and there is no optimizer.
+        """
+        contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
+        load_optimizer = load_optimizer and "optimizer_state_dict" in contents
+        if load_optimizer and self.optimizer is None:
+            raise ValueError(
+                f"{checkpoint_path} holds the state of an optimizer, but the trainer has "
+                "none. Pass load_optimizer=False to load only the model."
+            )
+        self._load_model(contents["model_state_dict"], checkpoint_path)
+        if load_optimizer:
+            self._load_optimizer(contents["optimizer_state_dict"], checkpoint_path)
+        if load_scheduler and self.scheduler is not None:
+            if "scheduler_state_dict" in contents:
+                self.scheduler.load_state_dict(contents["scheduler_state_dict"])
+        return contents
+
+    def save_training_state(
+        self,
+        output_dir: str | os.PathLike[str],
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save everything that a run needs to go on from here, in a folder.
+
+        The folder appears once it is complete, and replaces one of its name only then.
+        All processes must call this.
+
+        Args:
+            output_dir: The folder.
+            checkpoint_kwargs: What :meth:`load_training_state` is to return besides the
+                epoch.
+
+        Raises:
+            TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
+                again safely.
+            CheckpointError: If the folder could not be written.
+        """
+        self._call_event("on_before_save")
+        accelerator = self._accelerator
+        token = distributed.object_from_main_process(checkpoint.new_token())
+        writer = checkpoint.CheckpointWriter(output_dir, token=token)
+        epoch = self.run_history.current_epoch + (self._progress.stage is Stage.ENDED)
+        metadata = {"current_epoch": epoch, **(checkpoint_kwargs or {})}
+        try:
+            with self._on_all_processes_or_none():
+                if accelerator.is_main_process:
+                    writer.begin()
+            with self._on_all_processes_or_none():
+                TrainingState.write_random_states(writer, accelerator.process_index)
+                if accelerator.is_main_process:
+                    self._training_state(metadata).write(writer)
+            with self._on_all_processes_or_none():
+                if accelerator.is_main_process:
+                    writer.commit(
+                        {
+                            "num_updates": self._progress.num_updates,
+                            "epoch": epoch,
+                            "metrics": self._latest_metrics(),
+                        },
+                        accelerator.num_processes,
+                    )
+        finally:
+            if accelerator.is_main_process:
+                writer.abort()
+        self.last_checkpoint = str(writer.path)
+
+    def _training_state(self, metadata: dict[str, Any]) -> TrainingState:
+        progress = self._progress_to_save()
+        scaler = self._accelerator.scaler
+        run: dict[str, Any] = {
+            "progress": progress.to_dict(),
+            "data_seed": self._data_seed,
+            "num_runs": self._num_runs,
+            "callbacks": self._callback_states(),
+        }
+        if hasattr(self.run_history, "state_dict"):
+            run["run_history"] = self.run_history.state_dict()
+        if progress.step > 0:
+            run["trackers"] = {
+                "loss": self._loss_tracker.state_dict(),
+                **{name: t.state_dict() for name, t in self._scalar_trackers.items()},
+            }
+        return TrainingState(
+            model=self._model_state_dict(),
+            optimizer=None if self.optimizer is None else self.optimizer.state_dict(),
+            scheduler=self._scheduler_contents("scheduler").get("scheduler"),
+            scaler=None if scaler is None else scaler.state_dict(),
+            metadata=metadata,
+            run=run,
+        )
+
+    def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
+        """Load the weights and the optimizer, scheduler and random states of a run.
+
+        To go on with the run itself, use ``train(resume_from=...)``, which calls this.
+
+        Args:
+            input_dir: A folder that :meth:`save_training_state` wrote; those of the
+                published version 0.1.61 are read too.
+
+        Returns:
+            ``current_epoch``, the number of the epoch to go on with, and the
+            ``checkpoint_kwargs`` that were saved.
+
+        Raises:
+            CheckpointError: If the folder is not whole, or does not fit the model.
+        """
+        state = TrainingState.read(input_dir, self._accelerator.process_index)
+        self._load_model(state.model, input_dir)
+        if self.optimizer is not None and state.optimizer is not None:
+            self._load_optimizer(dict(state.optimizer), input_dir)
+        if self.scheduler is not None and state.scheduler is not None:
+            self.scheduler.load_state_dict(state.scheduler)
+        if self._accelerator.scaler is not None and state.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state.scaler)
+        if state.random_states is not None:
+            checkpoint.set_random_states(state.random_states)
+        self._resume_state = {
+            **state.run,
+            "random_states": state.random_states,
+            "has_scheduler": state.scheduler is not None,
+        }
+        return dict(state.metadata)
+
+    def _resolve_resume_from(
+        self, resume_from: str | os.PathLike[str] | None
+    ) -> str | os.PathLike[str] | None:
+        if resume_from != "auto":
+            return resume_from
+        folders = [
+            callback.save_dir
+            for callback in self.callback_handler
+            if isinstance(callback, SaveTrainingStateCallback)
+        ]
+        if not folders:
+            raise ValueError(
+                "resume_from='auto' looks for the newest training state that a "
+                "SaveTrainingStateCallback of this trainer has saved; it has no such "
+                "callback. Add one, or give the path of a training state."
+            )
+        found: str | None = None
+        if self._accelerator.is_main_process:
+            newest = checkpoint.newest(folders[0])
+            found = None if newest is None else str(newest.path)
+        found = distributed.object_from_main_process(found)
+        if found is None:
+            self.print(f"No training state in {folders[0]}: starting afresh")
+        return found
+
+    def _resume(self, resume_from: str | os.PathLike[str]) -> None:
+        """Put the run where a training state says that it stood."""
+        metadata = self.load_training_state(resume_from)
+        state = self._resume_state
+        if "progress" in state:
+            self._check_schedule_was_saved(resume_from)
+            self._progress = RunProgress.from_dict(state["progress"])
+            self._num_runs = state["num_runs"]
+            self._follow_data_seed(state["data_seed"])
+            if "run_history" in state and hasattr(self.run_history, "load_state_dict"):
+                self.run_history.load_state_dict(state["run_history"])
+            if self._progress.stage is not Stage.TRAINING:
+                state["random_states"] = None  # they hold as of now
+        epoch = metadata.get("current_epoch", 1)
+        if "progress" not in state:
+            self._progress.epochs_done = max(epoch - 1, 0)
+        self._restore_callbacks()
+        self.run_history._set_epoch(epoch)
+        self._publish_progress()
+        self.print(f"Resuming from {resume_from} at epoch {epoch}")
+
+    def _check_schedule_was_saved(self, resume_from: str | os.PathLike[str]) -> None:
+        if self._resume_state["has_scheduler"] != (self.scheduler is not None):
+            was, now = (
+                ("with", "without") if self.scheduler is None else ("without", "with")
+            )
+            raise ValueError(
+                f"{resume_from} was saved by a run {was} a scheduler, but train() was "
+                f"called {now} one (create_scheduler_fn). Use the arguments of that run."
+            )
+
+    def _follow_data_seed(self, data_seed: int) -> None:
+        self._data_seed = data_seed
+        self.run_config = replace(self.run_config, data_seed=data_seed)
+        for loader in (self._train_dataloader, self._eval_dataloader):
+            if isinstance(getattr(loader, "plan", None), data.BatchPlan):
+                loader.batch_sampler.seed = data_seed
+
+    def _restore_random_states(self) -> None:
+        states = self._resume_state.pop("random_states", None)
+        if states is not None:
+            checkpoint.set_random_states(states)
+
+    def _restore_callbacks(self) -> None:
+        """Give callbacks the state they had, as counted among those of their class."""
+        saved = self._resume_state.pop("callbacks", {})
+        for name, callback in self._named_callbacks():
+            if name in saved:
+                callback.load_state_dict(saved[name])
+
+    def _callback_states(self) -> dict[str, Any]:
+        return {
+            name: state
+            for name, callback in self._named_callbacks()
+            if (state := callback.state_dict())
+        }
+
+    def _named_callbacks(self) -> Iterator[tuple[str, Any]]:
+        counts: Counter[str] = Counter()
+        for callback in self.callback_handler:
+            name = type(callback).__name__
+            counts[name] += 1
+            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
+                yield f"{name}_{counts[name]}", callback
+
+    def _progress_to_save(self) -> RunProgress:
+        progress = replace(self._progress)
+        if progress.stage is Stage.ENDED:
+            progress.start_next_epoch()
+        return progress
+
+    def _latest_metrics(self) -> dict[str, float]:
+        return {
+            name: self.run_history.get_latest_metric(name)
+            for name in self.run_history.get_metric_names()
+        }
+
+    def _model_state_dict(self) -> dict[str, Any]:
+        state_dict: dict[str, Any] = self.get_model(
+            keep_torch_compile=False
+        ).state_dict()
+        return state_dict
+
+    def _scheduler_contents(self, key: str) -> dict[str, Any]:
+        """Return the scheduler's state under a key, or nothing if it cannot be saved."""
+        try:
+            state = checkpoint.to_storable(self.scheduler.state_dict(), key)
+        except Exception as error:
+            self.print(f"The state of the scheduler is not saved: {error}")
+            return {}
+        return {key: state}
+
+    def _load_model(
+        self, state_dict: Mapping[str, Any], source: str | os.PathLike[str]
+    ) -> None:
+        model = self.get_model(keep_torch_compile=False)
+        state_dict = checkpoint.fit_to_model(model, state_dict)
+        if mismatch := checkpoint.explain_mismatch(model, state_dict):
+            raise CheckpointError(f"{source} does not fit the model: {mismatch}")
+        model.load_state_dict(state_dict)
+
+    def _load_optimizer(
+        self, state_dict: dict[str, Any], source: str | os.PathLike[str]
+    ) -> None:
+        try:
+            self.optimizer.load_state_dict(state_dict)  # type: ignore[union-attr]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"The optimizer's state in {source} does not fit the optimizer: {error}. "
+                "Create it with the same kind and parameter groups, or load only the "
+                "model."
+            ) from error
+
+    @contextmanager
+    def _on_all_processes_or_none(self) -> Iterator[None]:
+        """Wait for all processes; an error on one of them is raised on all."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if self.agree(error is not None):
+            raise error or CheckpointError("Another process could not write its files.")
+
+    # ---------------------------------------------------------------- small helpers
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print, once on each machine."""
+        if self._accelerator.is_local_main_process:
+            print(*args, **kwargs)  # noqa: T201 (this is what it is for)
+
+    def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
+        """Concatenate a tensor over all processes along its first dimension.
+
+        All processes must call it; their first dimensions may differ.
+
+        Args:
+            tensor: A tensor, or a nested list, tuple or mapping of tensors.
+            padding_value: Not needed, since no padding is left in the result.
+
+        Returns:
+            The same structure with the tensors of all processes, in process order.
+        """
+        return distributed.gather_uneven(tensor)
+
+    def get_model(self, keep_torch_compile: bool = True) -> nn.Module:
+        """Return the model without the wrappers of distributed training.
+
+        Args:
+            keep_torch_compile: Whether a compiled model stays compiled.
+        """
+        model: nn.Module = self._accelerator.unwrap_model(
+            self.model, keep_torch_compile=keep_torch_compile
+        )
+        return model
+
+    def _check_train_arguments(
+        self,
+        train_dataset: Any,
+        num_epochs: int,
+        max_num_train_steps: int | None,
+        gradient_accumulation_steps: int,
+        gradient_clip_value: float | None,
+        gradient_clip_norm: float | None,
+        create_scheduler_fn: Any,
+    ) -> None:
+        checks.check_is_at_least("num_epochs", num_epochs, 0)
+        checks.check_is_at_least(
+            "gradient_accumulation_steps", gradient_accumulation_steps, 1
+        )
+        if max_num_train_steps is not None:
+            checks.check_is_at_least("max_num_train_steps", max_num_train_steps, 1)
+        checks.check_clipping(gradient_clip_value, gradient_clip_norm)
+        checks.check_scheduler_fn(create_scheduler_fn)
+        checks.check_dataset_is_not_empty(train_dataset, "train_dataset")
+        checks.check_optimizer(self.model, self.optimizer)
+
+
+class TrainerWithTimmScheduler(Trainer):
+    """A trainer for the schedulers of timm, which are told the time.
+
+    ``step_update`` is called after each update with the number of updates completed, and
+    ``step`` after each epoch with the number of epochs completed, so that schedules in
+    updates and in epochs both work. Arguments are those of :class:`Trainer`.
+    """
+
+    def _start_schedule(self) -> None:
+        """Apply the value of the point from which the run goes on."""
+        if self.scheduler is not None:
+            self.scheduler.step(self._progress.epochs_done)
+            self.scheduler.step_update(num_updates=self._progress.num_updates)
+
+    @property
+    def _steps_scheduler(self) -> bool:
+        return self.scheduler is not None
+
+    def scheduler_step(self) -> None:
+        """Tell the scheduler how many updates are completed."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self._progress.num_updates)
+
+    def _step_plateau_scheduler(self) -> None:
+        """Tell the scheduler how many epochs are completed, and the watched metric."""
+        if self.scheduler is not None:
+            name = self._plateau_metric
+            if self.eval_dataset is None and name == "eval_loss_epoch":
+                name = "train_loss_epoch"
+            self.scheduler.step(
+                self._progress.epochs_done + 1, self.run_history.get_latest_metric(name)
+            )
