@@ -285,10 +285,10 @@ def _call_all(
     for listener in listeners:
         try:
             listener(*args, **kwargs)
-        except StopTrainingError as error:
+        except StopTrainingError as error:  # noqa: PERF203 (each one on its own)
             if stop is None or isinstance(error, NonFiniteLossError):
                 stop = error
-        except Exception as error:  # noqa: PERF203 (each callback on its own)
+        except Exception as error:
             _note_origin(error, listener, event)
             if event != "on_exception":
                 raise

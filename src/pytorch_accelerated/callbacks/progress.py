@@ -59,8 +59,9 @@ class ProgressBarCallback(TrainerCallback):
         length, limit = length_of(trainer._eval_dataloader), trainer.eval_batch_limit
         if length is not None and limit is not None:
             length = min(length, limit)
-        is_intermediate = kwargs.get("is_intermediate", False)
-        self.eval_pbar = _open_bar(trainer, length, leave=not is_intermediate)
+        self.eval_pbar = _open_bar(
+            trainer, length, is_passing=kwargs.get("is_intermediate", False)
+        )
         self._read_later()
 
     def on_eval_step_end(
@@ -112,13 +113,15 @@ class ProgressBarCallback(TrainerCallback):
             self.eval_pbar = None
 
 
-def _open_bar(trainer: Trainer, total: int | None, *, leave: bool = True) -> Any:
-    is_disabled = not trainer._accelerator.is_local_main_process
-    seconds = _SECONDS_BETWEEN_READS / 2 if _is_live() else _SECONDS_BETWEEN_LOG_LINES
+def _open_bar(trainer: Trainer, total: int | None, *, is_passing: bool = False) -> Any:
+    """Create a bar; one that is passing disappears once it is full."""
+    is_live = _is_live()
+    seconds = _SECONDS_BETWEEN_READS / 2 if is_live else _SECONDS_BETWEEN_LOG_LINES
+    is_shown = trainer._accelerator.is_local_main_process
     return tqdm(
         total=total,
-        disable=is_disabled,
-        leave=leave,
+        disable=not is_shown or (is_passing and not is_live),
+        leave=not is_passing,
         mininterval=seconds,
         maxinterval=max(seconds, 10.0),
     )

@@ -1,0 +1,65 @@
+# The commands of this project. `make` alone lists them.
+#
+# Everything is installed in .venv, from the package registry, at the versions in
+# constraints.txt. Another interpreter: make PYTHON=python3.12 ...
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Tests and benchmarks use one torch thread: with more, small tensors get slower, and
+# two test processes fight for the cores.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: quickstart
+quickstart: $(VENV)/.library ## Train on real handwritten digits, in under a minute
+	$(BIN)/python examples/quickstart.py
+
+.PHONY: test
+test: $(VENV)/.tools ## Run all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+.PHONY: test-promises
+test-promises: $(VENV)/.tools ## Run the tests of what the library promises as a whole
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/promises $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.tools ## Lint, check the format, the types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: bench
+bench: $(VENV)/.library ## Measure a training step against the loop written by hand
+	$(ONE_THREAD) $(BIN)/python benchmarks/step_overhead.py
+
+.PHONY: docs
+docs: $(VENV)/.tools ## Build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -n -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+.PHONY: clean
+clean: ## Remove what was built, keep .venv
+	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# The library alone, as its users install it.
+$(VENV)/.library: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) editables hatchling
+	$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
+# The library and the tools that develop it.
+$(VENV)/.tools: $(VENV)/.library
+	$(PIP_INSTALL) --no-build-isolation -e '.[test,docs,check]'
+	@touch $@

@@ -1,0 +1,341 @@
+import copy
+import pickle
+import sys
+from unittest.mock import MagicMock, Mock
+
+import pytest
+
+from pytorch_accelerated.callbacks import (
+    CallbackHandler,
+    CallbackMethodNotImplementedError,
+    EarlyStoppingCallback,
+    LimitBatchesCallback,
+    LogMetricsCallback,
+    ModelEmaCallback,
+    MoveModulesToDeviceCallback,
+    PrintProgressCallback,
+    ProgressBarCallback,
+    SaveBestModelCallback,
+    SaveTrainingStateCallback,
+    StopTrainingError,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+    get_default_callbacks,
+)
+from pytorch_accelerated.errors import NonFiniteLossError
+from pytorch_accelerated.trainer import DEFAULT_CALLBACKS
+
+SOME_OF_EACH = [
+    EarlyStoppingCallback(),
+    LimitBatchesCallback(1),
+    LogMetricsCallback(),
+    ModelEmaCallback(),
+    MoveModulesToDeviceCallback(),
+    PrintProgressCallback(),
+    ProgressBarCallback(),
+    SaveBestModelCallback(),
+    SaveTrainingStateCallback(),
+    TerminateOnNaNCallback(),
+    TrainerCallback(),
+]
+
+
+class Recorder(TrainerCallback):
+    def __init__(self, name="recorder", log=None):
+        self.name = name
+        self.log = [] if log is None else log
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        self.log.append(self.name)
+
+
+def test_callbacks_are_called_in_the_order_of_the_list():
+    log = []
+    handler = CallbackHandler([Recorder("first", log), Recorder("second", log)])
+    handler.call_event("on_train_epoch_end", None)
+    assert log == ["first", "second"]
+
+
+def test_a_class_is_instantiated():
+    handler = CallbackHandler([Recorder])
+    assert isinstance(handler.callbacks[0], Recorder)
+    assert list(handler) == handler.callbacks
+    assert handler.callback_list == ["Recorder"]
+
+
+@pytest.mark.parametrize("nothing", [None, (), []])
+def test_no_callbacks_may_be_none_or_empty(nothing):
+    """Defect 56."""
+    handler = CallbackHandler(nothing)
+    handler.call_event("on_init_end", None)
+    assert handler.callbacks == []
+
+
+def test_several_callbacks_of_one_class_are_allowed():
+    """Defect 56."""
+    handler = CallbackHandler([SaveBestModelCallback("a.pt"), SaveBestModelCallback])
+    assert handler.callback_list == ["SaveBestModelCallback", "SaveBestModelCallback"]
+
+
+def test_the_same_instance_twice_is_refused():
+    recorder = Recorder()
+    with pytest.raises(ValueError, match=r"added already.*Present: Recorder"):
+        CallbackHandler([recorder, recorder])
+
+
+@pytest.mark.parametrize("wrong", ["ProgressBarCallback", 3, {}, lambda: None])
+def test_something_that_is_no_callback_is_refused(wrong):
+    with pytest.raises(TypeError, match="must be a TrainerCallback, or have a method"):
+        CallbackHandler([wrong])
+
+
+def test_a_class_that_needs_arguments_is_refused_with_the_way_out():
+    with pytest.raises(
+        TypeError,
+        match=r"num_batches.*Pass an instance, LimitBatchesCallback\(\.\.\.\)",
+    ):
+        CallbackHandler([LimitBatchesCallback])
+
+
+def test_an_error_of_the_constructor_of_a_callback_surfaces():
+    class Broken(TrainerCallback):
+        def __init__(self):
+            raise TypeError("my own mistake")
+
+    with pytest.raises(TypeError, match="my own mistake"):
+        CallbackHandler([Broken])
+
+
+def test_a_callback_in_place_of_a_list_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match="Put it in a list"):
+        CallbackHandler(Recorder())
+
+
+def test_any_event_name_may_be_called_and_callbacks_without_it_are_skipped():
+    class Interested(TrainerCallback):
+        def on_lunch(self, trainer, dish):
+            self.eaten = (trainer, dish)
+
+    interested = Interested()
+    handler = CallbackHandler([Recorder, interested])
+    handler.call_event("on_lunch", trainer="me", dish="soup")
+    assert interested.eaten == ("me", "soup")
+
+
+def test_callbacks_need_not_inherit():
+    """Defect 56."""
+
+    class Duck:
+        def on_train_epoch_end(self, trainer, **kwargs):
+            self.called_with = trainer
+
+    duck = Duck()
+    handler = CallbackHandler([duck])
+    handler.call_event("on_train_epoch_start", 1)
+    handler.call_event("on_train_epoch_end", 2)
+    assert duck.called_with == 2
+
+
+@pytest.mark.parametrize("mock_class", [Mock, MagicMock])
+def test_mocks_hear_of_all_events(mock_class):
+    mock = mock_class()
+    CallbackHandler([mock]).call_event("on_train_epoch_end", 1, a=2)
+    mock.on_train_epoch_end.assert_called_once_with(1, a=2)
+
+
+def test_a_method_set_on_an_instance_is_called():
+    recorder = Recorder()
+    recorder.on_eval_epoch_end = Mock()
+    CallbackHandler([recorder]).call_event("on_eval_epoch_end", 1)
+    recorder.on_eval_epoch_end.assert_called_once_with(1)
+
+
+def test_only_callbacks_that_override_an_event_are_called_for_it():
+    handler = CallbackHandler([Recorder, TrainerCallback])
+    assert handler.listeners("on_train_step_end") == []
+    assert handler.listeners("on_train_epoch_end") == [
+        handler.callbacks[0].on_train_epoch_end
+    ]
+
+
+def test_methods_are_looked_up_once():
+    class Counting(TrainerCallback):
+        lookups = 0
+
+        def __getattribute__(self, name):
+            if name == "on_train_step_end":
+                type(self).lookups += 1
+            return super().__getattribute__(name)
+
+    handler = CallbackHandler([Counting])
+    lookups_of_creation = Counting.lookups
+    for _ in range(10):
+        handler.call_event("on_train_step_end", None)
+    assert Counting.lookups == lookups_of_creation + 1
+
+
+def test_callbacks_that_are_added_and_removed_later_are_noticed():
+    log = []
+    handler = CallbackHandler()
+    handler.call_event("on_train_epoch_end", None)
+    handler.add_callbacks([Recorder("added", log)])
+    handler.call_event("on_train_epoch_end", None)
+    handler.callbacks.insert(0, Recorder("inserted", log))
+    handler.call_event("on_train_epoch_end", None)
+    handler.callbacks[1] = Recorder("replaced", log)
+    handler.call_event("on_train_epoch_end", None)
+    handler.clear_callbacks()
+    handler.call_event("on_train_epoch_end", None)
+    assert log == ["added", "inserted", "added", "inserted", "replaced"]
+
+
+def test_methods_replaced_between_runs_are_noticed():
+    recorder = Recorder()
+    handler = CallbackHandler([recorder])
+    handler.call_event("on_eval_epoch_end", None)
+    recorder.on_eval_epoch_end = Mock()
+    handler.call_event("on_training_run_start", None)
+    handler.call_event("on_eval_epoch_end", None)
+    recorder.on_eval_epoch_end.assert_called_once()
+
+
+def test_a_disabled_handler_calls_nobody():
+    recorder = Recorder()
+    handler = CallbackHandler([recorder])
+    handler._enabled = False
+    handler.call_event("on_train_epoch_end", None)
+    assert recorder.log == []
+
+
+def test_a_missing_attribute_inside_a_callback_surfaces_as_it_is():
+    """Defect 10: it was taken for an event that the callback does not have."""
+
+    class Forgetful(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            self.counter += 1
+
+    with pytest.raises(AttributeError, match="counter") as info:
+        CallbackHandler([Forgetful]).call_event("on_train_epoch_end", None)
+    assert not isinstance(info.value, CallbackMethodNotImplementedError)
+    assert info.traceback[-1].name == "on_train_epoch_end"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
+def test_an_error_names_the_callback_and_the_event():
+    class Broken(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise KeyError("x")
+
+    with pytest.raises(KeyError) as info:
+        CallbackHandler([Broken]).call_event("on_train_epoch_end", None)
+    assert info.value.__notes__ == [
+        "Raised by the callback Broken in the event on_train_epoch_end."
+    ]
+
+
+@pytest.mark.parametrize("callback", SOME_OF_EACH, ids=lambda c: type(c).__name__)
+def test_callbacks_can_be_copied_pickled_and_asked_for_attributes(callback):
+    """Defect 10: hasattr, copy, deepcopy and unpickling raised an error."""
+    assert not hasattr(callback, "no_such_attribute")
+    for twin in (
+        copy.copy(callback),
+        copy.deepcopy(callback),
+        pickle.loads(pickle.dumps(callback)),
+    ):
+        assert type(twin) is type(callback)
+        assert vars(twin).keys() == vars(callback).keys()
+
+
+def test_a_handler_can_be_copied_after_its_methods_were_looked_up():
+    handler = CallbackHandler([Recorder])
+    handler.call_event("on_train_epoch_end", None)
+    twin = copy.deepcopy(handler)
+    twin.call_event("on_train_epoch_end", None)
+    assert handler.callbacks[0].log == ["recorder"]
+    assert twin.callbacks[0].log == ["recorder", "recorder"]
+
+
+class Raiser(TrainerCallback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        raise self.error
+
+    def on_exception(self, trainer, **kwargs):
+        raise self.error
+
+
+def test_callbacks_after_one_that_stops_the_run_still_hear_of_the_event():
+    stop, recorder = StopTrainingError("enough"), Recorder()
+    handler = CallbackHandler([Raiser(stop), recorder])
+    with pytest.raises(StopTrainingError, match="enough") as info:
+        handler.call_event("on_train_epoch_end", None)
+    assert info.value is stop
+    assert recorder.log == ["recorder"]
+
+
+def test_a_loss_that_is_not_finite_outweighs_another_reason_to_stop():
+    handler = CallbackHandler(
+        [Raiser(StopTrainingError("early")), Raiser(NonFiniteLossError("NaN"))]
+    )
+    with pytest.raises(NonFiniteLossError, match="NaN"):
+        handler.call_event("on_train_epoch_end", None)
+
+
+def test_another_error_ends_the_event_at_once():
+    recorder = Recorder()
+    handler = CallbackHandler([Raiser(ValueError("wrong")), recorder])
+    with pytest.raises(ValueError, match="wrong"):
+        handler.call_event("on_train_epoch_end", None)
+    assert recorder.log == []
+
+
+def test_all_callbacks_clean_up_after_an_error_even_if_one_fails_to():
+    last = Mock()
+    handler = CallbackHandler([Raiser(ValueError("wrong")), last])
+    with pytest.raises(ValueError, match="wrong"):
+        handler.call_event("on_exception", None, exception=KeyError("x"))
+    last.on_exception.assert_called_once()
+
+
+def test_callbacks_may_ask_to_be_called_first_or_last():
+    class First(Recorder):
+        called_first = ("on_train_epoch_end",)
+
+    class Last(Recorder):
+        called_last = ("on_train_epoch_end",)
+
+    log = []
+    handler = CallbackHandler(
+        [Last("last", log), Recorder("a", log), First("first", log), Recorder("b", log)]
+    )
+    handler.call_event("on_train_epoch_end", None)
+    assert log == ["first", "a", "b", "last"]
+
+
+def test_states_go_back_to_the_callbacks_they_came_from():
+    class Stateful(TrainerCallback):
+        value = None
+
+        def state_dict(self):
+            return {"value": self.value}
+
+        def load_state_dict(self, state):
+            self.value = state["value"]
+
+    first, second = Stateful(), Stateful()
+    first.value, second.value = 1, 2
+    state = CallbackHandler([first, Recorder(), second, Mock(spec=[])]).state_dict()
+    assert state == {"Stateful": {"value": 1}, "Stateful_2": {"value": 2}}
+
+    handler = CallbackHandler([Recorder, Stateful, Stateful, Stateful])
+    handler.load_state_dict(state)
+    assert [callback.value for callback in handler.callbacks[1:]] == [1, 2, None]
+
+
+def test_the_default_callbacks_are_those_of_the_trainer():
+    assert get_default_callbacks() == DEFAULT_CALLBACKS
+    assert get_default_callbacks(progress_bar=False) == tuple(
+        each for each in DEFAULT_CALLBACKS if each is not ProgressBarCallback
+    )

@@ -1,0 +1,259 @@
+import io
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytorch_accelerated.placeholders import TrainerPlaceholderValues
+
+# A busy machine must not fail a test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from pytorch_accelerated.schedulers import CosineLrScheduler
+
+
+def create_optimizer(*lrs):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in lrs]
+    return torch.optim.SGD(groups or [torch.nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+def run_schedule(scheduler, num_updates):
+    """Return the learning rates of all groups that each update trains with."""
+    curve = []
+    for _ in range(num_updates):
+        scheduler.step()
+        curve.append([group["lr"] for group in scheduler.optimizer.param_groups])
+    return curve
+
+
+def curve_of_one_group(num_updates, *args, lr=0.1, **kwargs):
+    scheduler = CosineLrScheduler(create_optimizer(lr), *args, **kwargs)
+    return [lr for (lr,) in run_schedule(scheduler, num_updates)]
+
+
+def half_cosine(progress):
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def test_plain_annealing_follows_half_a_cosine_from_first_to_last_update():
+    """Defect 34: the last value was never trained with, the first one twice."""
+    curve = curve_of_one_group(20, 5, 4, lr_min=0.01)
+    expected = [0.01 + 0.09 * half_cosine(n / 20) for n in range(20)]
+    assert curve == pytest.approx(expected, rel=1e-12)
+    assert curve[0] == 0.1
+    assert curve[10] == pytest.approx(0.055)
+
+
+def test_the_lowest_value_follows_the_last_update():
+    assert curve_of_one_group(25, 5, 4, lr_min=0.01)[20:] == [0.01] * 5
+
+
+def test_warmup_rises_to_the_peak_and_the_annealing_fills_the_rest():
+    """Defect 18: the annealing ended early, with a jump, by the warm-up's length."""
+    curve = curve_of_one_group(
+        100, 100, 1, num_warmup_epochs=20, warmup_starting_lr=0.02, lr_min=0.0
+    )
+    warmup = [0.02 + n * 0.08 / 20 for n in range(20)]
+    annealing = [0.1 * half_cosine((n - 20) / 80) for n in range(20, 100)]
+    assert curve == pytest.approx(warmup + annealing, rel=1e-12)
+    assert curve[20] == 0.1, "the peak is trained with"
+    steps = [curve[n] - curve[n + 1] for n in range(20, 99)]
+    assert max(steps) < 0.1 * math.pi / 2 / 80 * 1.01, "no jump"
+
+
+def test_warmup_as_a_ratio_ends_at_the_peak_and_not_above_it():
+    """Defect 19: it rose to 0.145, and the first update had 1e-6."""
+    optimizer = create_optimizer(0.1)
+    scheduler = CosineLrScheduler(
+        optimizer, 10, 2, num_warmup_epochs=5, warmup_starting_lr_ratio=0.5
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    curve = [lr for (lr,) in run_schedule(scheduler, 20)]
+    assert curve[:11] == pytest.approx([0.05 + 0.005 * n for n in range(11)])
+    assert max(curve) == curve[10] == 0.1
+
+
+def test_cooldown_trains_its_epochs_at_the_lowest_value():
+    curve = curve_of_one_group(
+        40, 10, 4, num_warmup_epochs=2, num_cooldown_epochs=3, lr_min=0.001
+    )
+    warmup = [1e-6 + n * (0.1 - 1e-6) / 8 for n in range(8)]
+    annealing = [0.001 + 0.099 * half_cosine((n - 8) / 20) for n in range(8, 28)]
+    assert curve == pytest.approx(warmup + annealing + [0.001] * 12, rel=1e-12)
+
+
+def test_warmup_and_cooldown_may_leave_nothing_to_anneal():
+    curve = curve_of_one_group(
+        5, 4, 1, num_warmup_epochs=2, num_cooldown_epochs=2, warmup_starting_lr=0.0
+    )
+    assert curve == [0.0, 0.05, 1e-6, 1e-6, 1e-6]
+
+
+@pytest.mark.parametrize("k", [0.5, 2.0, 3.0])
+def test_k_decay_raises_the_progress_to_its_power(k):
+    curve = curve_of_one_group(10, 10, 1, k_decay=k, num_warmup_epochs=2, lr_min=0.0)
+    expected = [0.1 * half_cosine((n - 2) ** k / 8**k) for n in range(2, 10)]
+    assert curve[2:] == pytest.approx(expected, rel=1e-9)
+
+
+def test_ratios_are_taken_of_the_learning_rate_of_each_group():
+    scheduler = CosineLrScheduler(
+        create_optimizer(0.1, 0.02),
+        4,
+        2,
+        min_lr_ratio=0.1,
+        num_warmup_epochs=1,
+        warmup_starting_lr_ratio=0.5,
+        num_cooldown_epochs=1,
+    )
+    curve = run_schedule(scheduler, 8)
+    shape = [0.5, 0.75] + [0.1 + 0.9 * half_cosine(n / 4) for n in range(4)]
+    expected = [[0.1 * s, 0.02 * s] for s in [*shape, 0.1, 0.1]]
+    assert curve == [pytest.approx(lrs, rel=1e-12) for lrs in expected]
+
+
+def test_a_part_of_an_epoch_can_be_warmup():
+    curve = curve_of_one_group(
+        20, 2, 10, num_warmup_epochs=0.5, warmup_starting_lr=0.0, lr_min=0.0
+    )
+    assert curve[:6] == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.1])
+    assert curve[19] == pytest.approx(0.1 * half_cosine(14 / 15))
+
+
+lengths = st.integers(1, 12)
+
+
+@unhurried
+@given(
+    epochs=lengths,
+    updates=lengths,
+    warmup=st.floats(0, 15),
+    cooldown=st.floats(0, 15),
+    k_decay=st.floats(0.1, 10),
+    lr_min=st.floats(0, 0.1),
+    start=st.floats(0, 0.1),
+)
+def test_values_stay_between_the_lowest_and_the_peak(
+    epochs, updates, warmup, cooldown, k_decay, lr_min, start
+):
+    curve = curve_of_one_group(
+        epochs * updates + 3,
+        epochs,
+        updates,
+        k_decay=k_decay,
+        lr_min=lr_min,
+        num_warmup_epochs=warmup,
+        warmup_starting_lr=start,
+        num_cooldown_epochs=cooldown,
+    )
+    slack = 1e-12
+    assert all(min(lr_min, start) - slack <= lr <= 0.1 + slack for lr in curve)
+    annealed = curve[math.ceil(warmup * updates) :]
+    assert annealed == sorted(annealed, reverse=True)
+
+
+@unhurried
+@given(stop=st.integers(0, 30), warmup=st.integers(0, 4), cooldown=st.integers(0, 4))
+def test_a_saved_schedule_goes_on_as_if_never_interrupted(stop, warmup, cooldown):
+    settings = {"num_warmup_epochs": warmup, "num_cooldown_epochs": cooldown}
+    whole = curve_of_one_group(30, 10, 3, **settings)
+
+    original = CosineLrScheduler(create_optimizer(0.1), 10, 3, **settings)
+    run_schedule(original, stop)
+    file = io.BytesIO()
+    torch.save(original.state_dict(), file)
+    file.seek(0)
+
+    optimizer = create_optimizer(0.1)
+    restored = CosineLrScheduler(optimizer, 1, 1)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+
+    if stop:
+        assert optimizer.param_groups[0]["lr"] == whole[stop - 1]
+    rest = [lr for (lr,) in run_schedule(restored, 30 - stop)]
+    assert rest == whole[stop:]
+
+
+def test_the_state_has_the_names_that_scripts_read():
+    scheduler = CosineLrScheduler(
+        create_optimizer(0.1),
+        10,
+        4,
+        k_decay=2.0,
+        lr_min=0.01,
+        min_lr_ratio=0.2,
+        num_warmup_epochs=1,
+        warmup_starting_lr=0.03,
+        warmup_starting_lr_ratio=0.4,
+        num_cooldown_epochs=2,
+    )
+    run_schedule(scheduler, 6)
+    assert scheduler.state_dict() == {
+        "total_iterations": 40,
+        "lr_min_ratio": 0.2,
+        "lr_min": 0.01,
+        "warmup_iterations": 4,
+        "warmup_lr_init": 0.03,
+        "warmup_lr_ratio": 0.4,
+        "k_decay": 2.0,
+        "num_cooldown_iterations": 8,
+        "num_updates": 5,
+    }
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_num_epochs": 0}, "must be above 0, but their product is 0"),
+        ({"num_update_steps_per_epoch": -1}, "their product is -3"),
+        ({"lr_min": -0.1}, "lr_min must not be negative"),
+        ({"num_warmup_epochs": -1}, "num_warmup_epochs must not be negative"),
+        ({"num_cooldown_epochs": -1}, "num_cooldown_epochs must not be negative"),
+    ],
+)
+def test_arguments_out_of_range_are_errors(settings, message, error):
+    arguments = {"total_num_epochs": 3, "num_update_steps_per_epoch": 4, **settings}
+    with pytest.raises(error, match=message):
+        CosineLrScheduler(create_optimizer(0.1), **arguments)
+
+
+def test_the_factory_leaves_the_length_of_the_run_to_the_trainer():
+    factory = CosineLrScheduler.create_scheduler_fn(lr_min=0.01, num_warmup_epochs=2)
+    assert isinstance(factory, partial)
+    assert factory.func is CosineLrScheduler
+    assert factory.keywords == {
+        "total_num_epochs": TrainerPlaceholderValues.NUM_EPOCHS,
+        "num_update_steps_per_epoch": (
+            TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+        ),
+        "k_decay": 1.0,
+        "lr_min": 0.01,
+        "min_lr_ratio": None,
+        "num_warmup_epochs": 2,
+        "warmup_starting_lr": 1e-6,
+        "warmup_starting_lr_ratio": None,
+        "num_cooldown_epochs": 0,
+    }
+
+
+def test_a_factory_of_a_subclass_creates_the_subclass():
+    class Mine(CosineLrScheduler):
+        pass
+
+    factory = Mine.create_scheduler_fn(2, 3)
+    assert type(factory(create_optimizer(0.1))) is Mine
+
+
+def test_a_new_schedule_starts_from_the_learning_rate_set_since_the_last_one():
+    """Defect 5: asked 0.001, used 0.1."""
+    optimizer = create_optimizer(0.1)
+    run_schedule(CosineLrScheduler(optimizer, 2, 5), 10)
+    optimizer.param_groups[0]["lr"] = 0.001
+
+    curve = run_schedule(CosineLrScheduler(optimizer, 2, 5, lr_min=0.0), 10)
+
+    expected = [[pytest.approx(0.001 * half_cosine(n / 10))] for n in range(10)]
+    assert curve == expected

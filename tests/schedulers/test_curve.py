@@ -1,0 +1,168 @@
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+
+from pytorch_accelerated.placeholders import TrainerPlaceholderValues
+from pytorch_accelerated.schedulers import (
+    CosineLrScheduler,
+    SchedulerBase,
+    WSDLrScheduler,
+    plot_schedule,
+    schedule_curve,
+)
+
+EPOCHS = TrainerPlaceholderValues.NUM_EPOCHS
+UPDATES = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+
+
+def create_optimizer(**settings):
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], **settings)
+
+
+def train_by_hand(create_scheduler, num_updates):
+    """Return the learning rate of each update of a loop with a scheduler of torch."""
+    optimizer = create_optimizer(lr=0.1, momentum=0.9)
+    scheduler = create_scheduler(optimizer)
+    lrs = []
+    for update in range(num_updates):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if update < num_updates - 1:
+            scheduler.step()
+    return lrs
+
+
+def create_sequence(optimizer):
+    first = ConstantLR(optimizer, factor=0.1, total_iters=2)
+    second = CosineAnnealingLR(optimizer, T_max=4)
+    return SequentialLR(optimizer, [first, second], milestones=[2])
+
+
+def test_the_curve_of_the_librarys_schedulers_starts_with_value_0():
+    factory = CosineLrScheduler.create_scheduler_fn(lr_min=0.0)
+    curve = schedule_curve(factory, num_epochs=2, steps_per_epoch=2, lr=0.4)
+    assert curve == pytest.approx([0.4, 0.34142, 0.2, 0.05858], rel=1e-4)
+
+
+def test_schedulers_without_a_counter_are_drawn_too():
+    class Halving(SchedulerBase):
+        def get_updated_values(self, num_updates):
+            return [value / 2**num_updates for value in self.base_lr_values]
+
+    assert schedule_curve(Halving, 3, lr=0.4) == [0.4, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    "create_scheduler",
+    [
+        partial(StepLR, step_size=2),
+        partial(LinearLR, total_iters=3),
+        partial(OneCycleLR, max_lr=0.5, total_steps=6),
+        create_sequence,
+    ],
+    ids=["StepLR", "LinearLR", "OneCycleLR", "SequentialLR"],
+)
+def test_the_curve_of_torchs_schedulers_is_that_of_a_loop_by_hand(create_scheduler):
+    expected = train_by_hand(create_scheduler, 6)
+    assert schedule_curve(create_scheduler, 6) == expected
+    assert len(set(expected)) > 1
+
+
+def test_placeholders_are_filled_in():
+    factory = partial(OneCycleLR, max_lr=0.5, epochs=EPOCHS, steps_per_epoch=UPDATES)
+    expected = train_by_hand(partial(OneCycleLR, max_lr=0.5, total_steps=6), 6)
+    assert schedule_curve(factory, num_epochs=3, steps_per_epoch=2) == expected
+    assert schedule_curve(factory, 6, num_epochs=9, steps_per_epoch=4) == expected
+    assert schedule_curve(factory, 6, steps_per_epoch=4) == expected
+    assert schedule_curve(factory, 6) == expected
+
+
+def test_the_given_optimizer_is_followed_but_not_touched():
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    lr = torch.tensor(0.5)
+    optimizer = torch.optim.Adam(
+        [{"params": weights[0]}, {"params": weights[1], "lr": 0.2}], lr=lr
+    )
+    before = [dict(group) for group in optimizer.param_groups]
+
+    factory = partial(WSDLrScheduler, total_steps=10, decay_phase_ratio=0.2)
+    curve = schedule_curve(factory, 10, optimizer=optimizer, param_group=1)
+
+    assert curve[:9] == [0.2] * 9
+    assert curve[9] < 0.1
+    assert [dict(group) for group in optimizer.param_groups] == before
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == 0.5
+
+
+def test_a_scheduler_that_refuses_the_optimizer_refuses_its_stand_in():
+    factory = partial(OneCycleLR, max_lr=1.0, total_steps=10)
+    weights = [torch.nn.Parameter(torch.ones(1))]
+    with_betas = torch.optim.Adam(weights)
+    without_momentum = torch.optim.Adagrad(weights)
+
+    assert max(schedule_curve(factory, 10, optimizer=with_betas)) == 1.0
+    with pytest.raises(ValueError, match="must support momentum"):
+        schedule_curve(factory, 10, optimizer=without_momentum)
+
+
+def test_another_field_can_be_followed():
+    factory = partial(OneCycleLR, max_lr=0.5, total_steps=10)
+    curve = schedule_curve(factory, 10, param_group_field="momentum")
+    assert curve[0] == pytest.approx(0.95)
+    assert min(curve) == pytest.approx(0.85)
+
+
+def test_a_curve_without_length_is_an_error():
+    with pytest.raises(ValueError, match="Give num_updates, or both num_epochs and"):
+        schedule_curve(CosineLrScheduler.create_scheduler_fn(), num_epochs=3)
+
+
+def test_a_schedule_that_depends_on_a_metric_has_no_curve():
+    with pytest.raises(TypeError, match="The curve of a ReduceLROnPlateau cannot be"):
+        schedule_curve(ReduceLROnPlateau, 3)
+
+
+def test_what_is_not_a_scheduler_has_no_curve():
+    with pytest.raises(TypeError, match="The curve of a list cannot be drawn"):
+        schedule_curve(lambda optimizer: [], 3)
+
+
+def test_drawing_without_matplotlib_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ImportError, match=r"pip install pytorch-accelerated\[plot\]"):
+        plot_schedule(CosineLrScheduler.create_scheduler_fn(), 3)
+
+
+def test_a_line_is_drawn_for_each_group():
+    matplotlib = pytest.importorskip("matplotlib")
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    assert matplotlib
+    optimizer = create_optimizer(lr=0.4)
+    optimizer.add_param_group({"params": [torch.ones(1)], "lr": 0.2})
+
+    ax = plot_schedule(
+        WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0),
+        num_epochs=2,
+        steps_per_epoch=5,
+        optimizer=optimizer,
+        ax=figure.subplots(),
+    )
+
+    lines = ax.get_lines()
+    assert [list(line.get_xdata()) for line in lines] == [list(range(10))] * 2
+    assert [line.get_ydata()[0] for line in lines] == [0.4, 0.2]
+    assert ax.get_xlabel() == "update"
+    assert ax.get_ylabel() == "lr"

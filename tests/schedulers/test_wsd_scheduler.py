@@ -1,0 +1,485 @@
+import io
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytorch_accelerated.placeholders import (
+    TrainerPlaceholderValues,
+    replace_trainer_placeholder_values,
+)
+from pytorch_accelerated.schedulers import WSDLrScheduler
+from pytorch_accelerated.schedulers.wsd_scheduler import estimate_checkpoint_steps
+
+# A busy machine must not fail a test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+FLOOR = 1e-6
+
+
+def create_optimizer(*lrs):
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr}
+        for lr in lrs or (0.1,)
+    ]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def run_schedule(scheduler, num_updates):
+    """Return the learning rate of the first group that each update trains with."""
+    curve = []
+    for _ in range(num_updates):
+        scheduler.step()
+        curve.append(scheduler.optimizer.param_groups[0]["lr"])
+    return curve
+
+
+def curve_of(num_updates, **settings):
+    return run_schedule(WSDLrScheduler(create_optimizer(), **settings), num_updates)
+
+
+def sqrt_decay(t, base=0.1, r=FLOOR):
+    return base * (r + (1 - r) * (1 - math.sqrt(t)))
+
+
+def harmonic_decay(t, base=0.1, r=FLOOR):
+    return base / (t / r + (1 - t))
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_one_period_is_stable_and_decays_to_one_step_before_the_floor():
+    """Defects 32 and 34: the last update trained at 10% of the peak."""
+    scheduler = WSDLrScheduler(create_optimizer(), total_steps=100)
+    curve = run_schedule(scheduler, 101)
+    decay = [sqrt_decay(i / 10) for i in range(10)]
+    assert curve[:100] == pytest.approx([0.1] * 90 + decay, rel=1e-12)
+    assert curve[99] == pytest.approx(0.1 * (1 - math.sqrt(0.9)), rel=1e-4)
+    assert curve[100] == 0.1 * FLOOR, "the end of the period"
+    assert scheduler.get_updated_values(150) == [0.1 * FLOOR], "and after it"
+
+
+def test_the_other_decay_is_harmonic():
+    curve = curve_of(100, total_steps=100, lr_min=0.1, use_inverse_sqrt_decay=False)
+    decay = [harmonic_decay(i / 10, r=0.1) for i in range(10)]
+    assert curve == pytest.approx([0.1] * 90 + decay, rel=1e-12)
+
+
+@pytest.mark.parametrize("inverse_sqrt", [True, False])
+@pytest.mark.parametrize(
+    ("num_checkpoints", "ends"),
+    [(1, [200]), (2, [100, 200]), (3, [50, 100, 200]), (4, [25, 50, 100, 200])],
+)
+def test_each_period_decays_before_its_checkpoint(num_checkpoints, ends, inverse_sqrt):
+    """Defect 2: the second half of two checkpoints trained at the floor."""
+    curve = curve_of(
+        201,
+        total_steps=200,
+        num_checkpoints=num_checkpoints,
+        decay_phase_ratio=0.2,
+        use_inverse_sqrt_decay=inverse_sqrt,
+        lr_min=0.01,
+    )
+    decay = sqrt_decay if inverse_sqrt else harmonic_decay
+    expected = [0.1] * 201
+    for start, end in zip([0, *ends], ends, strict=False):
+        d = (end - start) // 5
+        for i in range(d + 1):
+            expected[end - d + i] = decay(i / d, r=0.01)
+    assert curve == pytest.approx(expected, rel=1e-9)
+    for end in ends:
+        assert curve[end] == pytest.approx(0.001, rel=1e-9)
+
+
+def test_warmup_rises_linearly_to_the_stable_value():
+    optimizer = create_optimizer()
+    scheduler = WSDLrScheduler(
+        optimizer, total_steps=50, num_warmup_steps=5, warmup_starting_lr=0.05
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    curve = run_schedule(scheduler, 50)
+    decay = [sqrt_decay(i / 5) for i in range(5)]
+    expected = [0.05, 0.06, 0.07, 0.08, 0.09] + [0.1] * 40 + decay
+    assert curve == pytest.approx(expected, rel=1e-12)
+
+
+def test_each_group_follows_the_schedule_from_its_own_learning_rate():
+    scheduler = WSDLrScheduler(
+        create_optimizer(0.1, 0.02), total_steps=20, decay_phase_ratio=0.2, lr_min=0.5
+    )
+    assert scheduler.get_updated_values(10) == [0.1, 0.02]
+    assert scheduler.get_updated_values(17) == pytest.approx([0.075, 0.015])
+    assert scheduler.get_updated_values(20) == [0.05, 0.01]
+
+
+def test_the_length_is_given_in_updates_or_in_epochs():
+    assert WSDLrScheduler(create_optimizer(), 3, 8).total_steps == 24
+    assert WSDLrScheduler(create_optimizer(), total_steps=24).total_steps == 24
+
+
+def test_warmup_left_to_the_scheduler_is_one_percent():
+    """Other WSD: the documentation said 10%."""
+    scheduler = WSDLrScheduler(
+        create_optimizer(), total_steps=2_950, num_warmup_steps=None
+    )
+    assert scheduler.num_warmup_steps == 29
+
+
+@pytest.mark.parametrize(
+    ("total", "num_checkpoints", "expected"),
+    [
+        (100_000, 1, [100_000]),
+        (100_000, 2, [50_000, 100_000]),
+        (200_000, 3, [50_000, 100_000, 200_000]),
+        (200_000, 4, [25_000, 50_000, 100_000, 200_000]),
+        (7, 3, [1, 3, 7]),
+        (3, 4, [1, 3]),
+        (2, 2, [1, 2]),
+        (1, 3, [1]),
+    ],
+)
+def test_each_checkpoint_comes_half_way_to_the_next(total, num_checkpoints, expected):
+    """Defect 2: 2 gave [25%, 50%], 4 gave three, and tiny lengths [0, 0]."""
+    assert estimate_checkpoint_steps(total, num_checkpoints) == expected
+    scheduler = WSDLrScheduler(
+        create_optimizer(), total_steps=total, num_checkpoints=num_checkpoints
+    )
+    assert scheduler.get_checkpoint_steps() == expected
+    assert scheduler.checkpoint_steps == expected
+
+
+def test_three_checkpoints_are_the_default_of_the_estimate():
+    assert estimate_checkpoint_steps(8) == [2, 4, 8]
+
+
+def test_the_decay_info_tells_where_each_period_starts_decays_and_ends():
+    scheduler = WSDLrScheduler(
+        create_optimizer(), total_steps=200, num_checkpoints=2, decay_phase_ratio=0.15
+    )
+    first = {
+        "period_start": 0,
+        "period_end": 100,
+        "decay_steps": 15,
+        "pre_decay_step": 85,
+    }
+    second = {
+        "period_start": 100,
+        "period_end": 200,
+        "decay_steps": 15,
+        "pre_decay_step": 185,
+    }
+    assert scheduler.get_decay_info() == [first, second]
+    assert scheduler.checkpoint_decay_info == [first, second]
+    assert scheduler.get_phase_info(0) == first
+    assert scheduler.get_phase_info(100) == first
+    assert scheduler.get_phase_info(101) == second
+    assert scheduler.get_phase_info(300) == second
+    assert scheduler.get_updated_values(85) == [0.1], "the state before the decay"
+    assert scheduler.get_updated_values(86)[0] < 0.1
+
+
+def test_the_present_position_can_be_read():
+    scheduler = WSDLrScheduler(
+        create_optimizer(), total_steps=20, num_checkpoints=2, decay_phase_ratio=0.2
+    )
+    assert scheduler.get_current_step() == -1
+    assert scheduler.get_current_phase_info()["period_end"] == 10
+    run_schedule(scheduler, 12)
+    assert scheduler.get_current_step() == 11
+    assert scheduler.get_current_phase_info()["period_end"] == 20
+    assert scheduler._get_checkpoint_info(11) == (10, 1)
+    assert scheduler._get_checkpoint_info(10) == (10, 10)
+    scheduler._get_checkpoint_info.cache_clear()
+
+
+def test_a_decay_that_rounds_to_no_update_is_left_out():
+    """Other WSD: it was a division by zero."""
+    for inverse_sqrt in (True, False):
+        settings = {"use_inverse_sqrt_decay": inverse_sqrt, "num_checkpoints": 2}
+        curve = curve_of(9, total_steps=8, **settings)
+        assert curve == [0.1] * 8 + [0.1 * FLOOR]
+
+
+def test_a_harmonic_decay_to_zero_is_no_division_by_zero():
+    """Other WSD: ``lr_min=0`` was."""
+    curve = curve_of(
+        11,
+        total_steps=10,
+        decay_phase_ratio=0.3,
+        lr_min=0,
+        use_inverse_sqrt_decay=False,
+    )
+    assert curve == [0.1] * 8 + [0.0] * 3
+
+
+def test_a_low_learning_rate_needs_no_warmup_value_below_it():
+    """Other WSD: below 1e-6 it was refused, although no warm-up was asked for."""
+    scheduler = WSDLrScheduler(create_optimizer(1e-8), total_steps=10)
+    assert run_schedule(scheduler, 3) == [1e-8] * 3
+
+
+def test_two_schedulers_do_not_disturb_each_other():
+    """Other WSD: they shared a cache of one entry."""
+    short = WSDLrScheduler(create_optimizer(), total_steps=10)
+    long = WSDLrScheduler(create_optimizer(), total_steps=100)
+    assert short._get_checkpoint_info(5) == (10, 5)
+    assert long._get_checkpoint_info(5) == (100, 5)
+    assert short._get_checkpoint_info(5) == (10, 5)
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "length of the schedule is missing. Give total_steps, or both"),
+        ({"num_epochs": 3}, "length of the schedule is missing"),
+        (
+            {"num_epochs": 3, "num_update_steps_per_epoch": 8, "total_steps": 24},
+            "not all three",
+        ),
+        ({"total_steps": 0}, "at least 1 update long, got 0"),
+        ({"num_epochs": 0, "num_update_steps_per_epoch": 8}, "1 update long, got 0"),
+        ({"total_steps": 9, "decay_phase_ratio": 1.1}, "between 0 and 1, got 1.1"),
+        ({"total_steps": 9, "decay_phase_ratio": -0.1}, "between 0 and 1, got -0.1"),
+        ({"total_steps": 9, "lr_min": -1}, "lr_min must not be negative, got -1"),
+        ({"total_steps": 9, "num_checkpoints": 0}, "at least 1, got 0"),
+        ({"total_steps": 9, "num_warmup_steps": -2}, "not be negative, got -2"),
+        (
+            {"total_steps": 9, "decay_phase_ratio": 0.4, "num_checkpoints": 2},
+            "at most 1/3 with several checkpoints, got 0.4",
+        ),
+        (
+            {"total_steps": 9, "num_warmup_steps": 1, "warmup_starting_lr": 0.2},
+            "warmup_starting_lr is 0.2, above .* 0.1. Lower it",
+        ),
+    ],
+)
+def test_arguments_out_of_range_are_errors(settings, message, error):
+    """Other WSD: no length was a TypeError about None."""
+    with pytest.raises(error, match=message):
+        WSDLrScheduler(create_optimizer(), **settings)
+
+
+def test_settings_at_the_edge_of_their_range_are_accepted():
+    WSDLrScheduler(
+        create_optimizer(), total_steps=9, decay_phase_ratio=1 / 3, num_checkpoints=2
+    )
+    WSDLrScheduler(create_optimizer(), total_steps=9, decay_phase_ratio=1, lr_min=0)
+    WSDLrScheduler(create_optimizer(), total_steps=9, decay_phase_ratio=0)
+
+
+any_settings = st.fixed_dictionaries(
+    {
+        "total_steps": st.integers(1, 60),
+        "num_warmup_steps": st.none() | st.integers(0, 70),
+        "decay_phase_ratio": st.floats(0, 1 / 3),
+        "lr_min": st.floats(0, 1),
+        "warmup_starting_lr": st.floats(0, 0.1),
+        "use_inverse_sqrt_decay": st.booleans(),
+        "num_checkpoints": st.integers(1, 8),
+    }
+)
+
+
+@unhurried
+@given(settings=any_settings)
+def test_values_stay_between_the_floor_and_the_peak(settings):
+    curve = curve_of(settings["total_steps"] + 3, **settings)
+    lowest = min(settings["lr_min"] * 0.1, settings["warmup_starting_lr"])
+    assert all(lowest - 1e-12 <= lr <= 0.1 + 1e-12 for lr in curve)
+
+
+@unhurried
+@given(total=st.integers(1, 10**6), num_checkpoints=st.integers(1, 30))
+def test_checkpoints_grow_strictly_and_end_with_the_schedule(total, num_checkpoints):
+    steps = estimate_checkpoint_steps(total, num_checkpoints)
+    assert steps[-1] == total
+    assert steps[0] > 0
+    assert steps == sorted(set(steps))
+    assert len(steps) <= num_checkpoints
+
+
+@unhurried
+@given(settings=any_settings, stop=st.integers(0, 60))
+def test_a_saved_schedule_goes_on_as_if_never_interrupted(settings, stop):
+    """Defect 3: every resumed schedule started again."""
+    total = settings["total_steps"]
+    stop = min(stop, total)
+    whole = curve_of(total + 1, **settings)
+
+    original = WSDLrScheduler(create_optimizer(), **settings)
+    run_schedule(original, stop)
+    optimizer = create_optimizer()
+    restored = WSDLrScheduler(optimizer, total_steps=5)
+    restored.load_state_dict(saved_and_loaded(original.state_dict()))
+
+    if stop:
+        assert optimizer.param_groups[0]["lr"] == whole[stop - 1]
+    assert run_schedule(restored, total + 1 - stop) == whole[stop:]
+
+
+def test_the_state_holds_the_position():
+    """Defect 3: at update 95 of 100 the next value was 1e-6 instead of 0.029."""
+    original = WSDLrScheduler(create_optimizer(), total_steps=100, num_warmup_steps=10)
+    run_schedule(original, 95)
+    state = original.state_dict()
+    assert state["num_updates"] == 94
+    assert not [name for name in state if name.startswith("_")]
+    assert "optimizer" not in state
+
+    restored = WSDLrScheduler(create_optimizer(), total_steps=100, num_warmup_steps=10)
+    restored.load_state_dict(state)
+    assert run_schedule(restored, 1) == pytest.approx([0.0293], rel=1e-2)
+
+
+def state_of_0_1_61():
+    """Return what version 0.1.61 saved for two checkpoints: without the position."""
+    decay_info = [
+        {"period_start": 0, "period_end": 25, "decay_steps": 5, "pre_decay_step": 20},
+        {"period_start": 25, "period_end": 50, "decay_steps": 5, "pre_decay_step": 45},
+    ]
+    return {
+        "param_group_field": "lr",
+        "base_lr_values": [0.1],
+        "num_epochs": None,
+        "num_update_steps_per_epoch": None,
+        "total_steps": 100,
+        "num_warmup_steps": 10,
+        "decay_phase_ratio": 0.2,
+        "lr_min": 0.01,
+        "warmup_starting_lr": 1e-6,
+        "use_inverse_sqrt_decay": True,
+        "num_checkpoints": 2,
+        "is_continuation_from_checkpoint": False,
+        "checkpoint_steps": [25, 50],
+        "checkpoint_decay_info": decay_info,
+        "previous_checkpoint_step": None,
+    }
+
+
+def test_a_state_without_position_is_loaded_with_a_warning():
+    scheduler = WSDLrScheduler(create_optimizer(), total_steps=30)
+    run_schedule(scheduler, 4)
+    with pytest.warns(UserWarning, match="goes on from update 3"):
+        scheduler.load_state_dict(state_of_0_1_61())
+    assert scheduler.total_steps == 100
+    assert scheduler.checkpoint_steps == [50, 100], "and not those of defect 2"
+    assert scheduler.get_current_step() == 3
+
+
+def test_a_continuation_starts_at_the_stable_value_without_warmup():
+    """Defect 3: loading a state switched the continuation off."""
+    scheduler = WSDLrScheduler(
+        create_optimizer(),
+        total_steps=40,
+        num_warmup_steps=5,
+        is_continuation_from_checkpoint=True,
+    )
+    scheduler.load_state_dict(state_of_0_1_61())
+
+    assert scheduler.is_continuation_from_checkpoint is True
+    assert scheduler.total_steps == 40
+    assert scheduler.decay_phase_ratio == 0.2
+    assert scheduler.checkpoint_steps == [20, 40]
+    assert scheduler.previous_checkpoint_step is None
+    assert scheduler.get_updated_values(0) == scheduler.base_lr_values == [0.1]
+    decay = [sqrt_decay(i / 4, r=0.01) for i in range(5)]
+    expected = [0.1] * 16 + decay + [0.1] * 15 + decay
+    assert run_schedule(scheduler, 41) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stop", [90, 100])
+def test_a_continuation_starts_again_from_any_checkpoint_of_another_run(stop):
+    """Defect 49: its first update had the decayed learning rate."""
+    original = WSDLrScheduler(create_optimizer(), total_steps=100)
+    run_schedule(original, stop + 1)
+
+    optimizer = create_optimizer()
+    scheduler = WSDLrScheduler(
+        optimizer, total_steps=100, is_continuation_from_checkpoint=True
+    )
+    scheduler.step()
+    optimizer.load_state_dict(original.optimizer.state_dict())
+    scheduler.load_state_dict(original.state_dict())
+
+    assert optimizer.param_groups[0]["lr"] == 0.1, "for the first update"
+    rest = run_schedule(scheduler, 99)
+    assert rest[:89] == [0.1] * 89
+    assert rest[98] == pytest.approx(sqrt_decay(0.9))
+
+
+def test_a_continuation_accepts_an_incomplete_state():
+    scheduler = WSDLrScheduler(
+        create_optimizer(), total_steps=40, is_continuation_from_checkpoint=True
+    )
+    scheduler.load_state_dict({"decay_phase_ratio": 0.25})
+    assert scheduler.get_decay_info()[0]["pre_decay_step"] == 30
+    assert scheduler.get_updated_values(0) == [0.1]
+
+
+@unhurried
+@given(stop=st.integers(0, 40))
+def test_an_interrupted_continuation_goes_on_where_it_stopped(stop):
+    settings = {"total_steps": 40, "is_continuation_from_checkpoint": True}
+    whole = curve_of(41, **settings)
+    original = WSDLrScheduler(create_optimizer(), **settings)
+    run_schedule(original, stop)
+
+    restored = WSDLrScheduler(create_optimizer(), **settings)
+    restored.load_state_dict(saved_and_loaded(original.state_dict()))
+    assert run_schedule(restored, 41 - stop) == whole[stop:]
+
+    restored.restart()
+    assert restored.optimizer.param_groups[0]["lr"] == whole[0]
+    assert run_schedule(restored, 40) == whole[1:]
+
+
+def test_the_factory_leaves_the_length_of_the_run_to_the_trainer():
+    factory = WSDLrScheduler.create_scheduler_fn(num_checkpoints=2)
+    assert isinstance(factory, partial)
+    assert factory.func is WSDLrScheduler
+    assert factory.keywords == {
+        "num_epochs": TrainerPlaceholderValues.NUM_EPOCHS,
+        "num_update_steps_per_epoch": (
+            TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH
+        ),
+        "num_warmup_steps": None,
+        "decay_phase_ratio": 0.1,
+        "lr_min": 1e-6,
+        "warmup_starting_lr": 1e-6,
+        "use_inverse_sqrt_decay": True,
+        "num_checkpoints": 2,
+        "is_continuation_from_checkpoint": False,
+    }
+
+
+class LimitedRun:
+    """Two and a half epochs of 8 updates."""
+
+    class run_config:
+        num_epochs = 10
+        num_update_steps_per_epoch = 8
+        max_num_train_steps = 20
+
+    _train_dataloader = _eval_dataloader = None
+
+
+def test_the_schedule_ends_with_a_run_that_is_limited():
+    """Defect 58: planned for all epochs, it never decayed and had no checkpoint."""
+    factory = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0.5)
+    scheduler = replace_trainer_placeholder_values(LimitedRun, factory)(
+        create_optimizer()
+    )
+    assert scheduler.num_warmup_steps == 4
+    assert scheduler.get_checkpoint_steps() == [20]
+    state = saved_and_loaded(scheduler.state_dict())
+    assert state["total_steps"] == 20
+    assert run_schedule(scheduler, 20)[-1] == pytest.approx(sqrt_decay(0.5))

@@ -1,0 +1,368 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pytorch_accelerated.ema import ModelEma
+
+
+def create_model(weight=0.0, dtype=torch.float32):
+    model = nn.Linear(2, 1, bias=False, dtype=dtype)
+    nn.init.constant_(model.weight, weight)
+    return model
+
+
+def set_weight(model, value):
+    nn.init.constant_(model.weight, value)
+
+
+def create_norm_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def train_step(model, optimizer, seed):
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    model(torch.randn(8, 3)).square().mean().backward()
+    optimizer.step()
+
+
+def equal_states(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+class OwnRule(ModelEma):
+    """A subclass as it was written for 0.1.61."""
+
+    def update_fn(self, ema_model_weights, updated_model_weights):
+        return torch.maximum(ema_model_weights, updated_model_weights)
+
+
+def test_the_average_moves_by_one_minus_decay_at_each_update():
+    model = create_model(weight=1.0)
+    ema = ModelEma(model, decay=0.75)
+    set_weight(model, 5.0)
+
+    ema.update(model)  # 0.75 * 1 + 0.25 * 5
+    assert ema.module.weight.tolist() == [[2.0, 2.0]]
+    ema.update(model)  # 0.75 * 2 + 0.25 * 5
+    assert ema.module.weight.tolist() == [[2.75, 2.75]]
+    assert ema.num_updates == 2
+    assert model.weight.tolist() == [[5.0, 5.0]]
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20),
+    st.floats(0.0, 1.0),
+)
+def test_the_average_follows_its_formula(values, decay):
+    model = create_model().double()
+    ema = ModelEma(model, decay=decay)
+    expected = 0.0
+    for value in values:
+        set_weight(model, value)
+        ema.update(model)
+        expected = decay * expected + (1 - decay) * value
+    assert ema.module.weight[0, 0].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_the_default_decay_is_0_9999():
+    assert ModelEma(create_model()).decay == 0.9999
+
+
+def test_the_copy_is_independent_in_eval_mode_and_without_gradients():
+    model = create_norm_model()
+    ema = ModelEma(model)
+
+    assert not any(module.training for module in ema.module.modules())
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert own.isdisjoint(parameter.data_ptr() for parameter in ema.parameters())
+
+
+def test_no_graph_is_kept():
+    model = create_norm_model()
+    ema = ModelEma(model, decay=0.5)
+    for fused in (True, False):
+        if not fused:
+            ema.update_fn = lambda average, new: 0.5 * average + 0.5 * new
+        ema.update(model)
+        for value in ema.state_dict(keep_vars=True).values():
+            assert value.grad_fn is None
+            assert not value.requires_grad
+
+
+def test_floating_point_buffers_are_averaged_and_integer_buffers_copied():
+    """Defect 54: num_batches_tracked stayed 0."""
+    model = create_norm_model()
+    ema = ModelEma(model, decay=0.75)
+    model[1].running_mean.fill_(4.0)
+    model[1].num_batches_tracked.fill_(7)
+    ema.update(model)
+
+    assert ema.module[1].running_mean.tolist() == [1.0] * 4
+    assert ema.module[1].num_batches_tracked.item() == 7
+
+
+def test_integer_buffers_are_copied_under_an_own_rule_too():
+    """Defect 54."""
+    model = create_norm_model()
+    ema = OwnRule(model)
+    model[1].num_batches_tracked.fill_(7)
+    ema.update(model)
+    model[1].num_batches_tracked.fill_(3)
+    ema.update(model)
+    assert ema.module[1].num_batches_tracked.item() == 3
+
+
+@pytest.mark.parametrize("ema_class", [ModelEma, OwnRule])
+def test_a_mask_of_infinities_stays_what_it_is(ema_class):
+    model = create_model()
+    mask = torch.full((2, 2), -torch.inf).triu(1)
+    model.register_buffer("mask", mask.clone())
+    ema = ema_class(model, decay=0.5)
+    ema.update(model)
+    assert torch.equal(ema.module.mask, mask)
+
+
+def test_a_tied_weight_is_moved_once():
+    model = nn.Sequential(create_model(), create_model())
+    model[1].weight = model[0].weight
+    ema = ModelEma(model, decay=0.75)
+    set_weight(model[0], 4.0)
+    ema.update(model)
+    assert ema.module[1].weight.tolist() == [[1.0, 1.0]]
+    assert ema.module[0].weight is ema.module[1].weight
+
+
+def test_constant_weights_stay_exactly_what_they_are():
+    model = create_norm_model()
+    ema = ModelEma(model, decay=0.9999)
+    for _ in range(50):
+        ema.update(model)
+    assert equal_states(ema.module, model)
+
+
+def test_an_overridden_rule_is_called_for_the_averaged_entries():
+    model = create_model(weight=3.0)
+    ema = OwnRule(model, decay=0.5)
+    set_weight(model, 1.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[3.0, 3.0]]
+    set_weight(model, 8.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[8.0, 8.0]]
+    assert ema.num_updates == 2
+
+
+def test_an_overridden_update_is_called():
+    class EveryOther(ModelEma):
+        def _update(self, model, update_fn):
+            if self.num_updates % 2:
+                super()._update(model, update_fn)
+
+    model = create_model()
+    ema = EveryOther(model, decay=0.5)
+    set_weight(model, 4.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[0.0, 0.0]]
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[2.0, 2.0]]
+
+
+def test_the_fused_rule_equals_the_rule_it_stands_for():
+    class Spelled(ModelEma):
+        def update_fn(self, ema_model_weights, updated_model_weights):
+            return super().update_fn(ema_model_weights, updated_model_weights)
+
+    model = create_norm_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    fused, spelled = ModelEma(model, 0.9, warmup=True), Spelled(model, 0.9, warmup=True)
+    for seed in range(5):
+        train_step(model, optimizer, seed)
+        fused.update(model)
+        spelled.update(model)
+
+    torch.testing.assert_close(fused.module.state_dict(), spelled.module.state_dict())
+
+
+def test_update_accepts_any_rule():
+    model = create_model(weight=1.0)
+    ema = ModelEma(model)
+    set_weight(model, 3.0)
+    ema._update(model, update_fn=lambda average, new: average + new)
+    assert ema.module.weight.tolist() == [[4.0, 4.0]]
+
+
+def test_set_copies_the_model_and_starts_the_count_again():
+    model = create_norm_model()
+    ema = ModelEma(model, decay=0.9, warmup=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    train_step(model, optimizer, seed=1)
+    ema.update(model)
+    ema.set(model)
+    assert equal_states(ema.module, model)
+    assert ema.num_updates == 0
+    assert ema.current_decay == 0.1
+
+
+def test_warmup_grows_the_decay_up_to_the_one_asked_for():
+    model = create_model()
+    ema = ModelEma(model, decay=0.25, warmup=True)
+    set_weight(model, 110.0)
+
+    decays, weights = [], []
+    for _ in range(4):
+        decays.append(ema.current_decay)
+        ema.update(model)
+        weights.append(ema.module.weight[0, 0].item())
+
+    # (1 + n) / (10 + n), and 4 / 13 is more than 0.25
+    assert decays == [1 / 10, 2 / 11, 3 / 12, 0.25]
+    assert weights[:2] == pytest.approx([99.0, 108.0])
+    assert ModelEma(model, decay=0.25).current_decay == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ema_class", [ModelEma, OwnRule])
+def test_the_average_of_16_bit_weights_keeps_the_precision_of_the_model(
+    dtype, ema_class
+):
+    model = create_model(dtype=dtype)
+    ema = ema_class(model, decay=0.9)
+    ema.update(model)
+    assert ema.module.weight.dtype == dtype
+    assert ema.module(torch.ones(1, 2, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_averaged_in_float32(dtype):
+    """In 16 bits, 1 + 0.001 * (2 - 1) rounds back to 1 at every update."""
+    model = create_model(weight=1.0, dtype=dtype)
+    reference = create_model(weight=1.0)
+    ema, exact = ModelEma(model, decay=0.9999), ModelEma(reference, decay=0.9999)
+    set_weight(model, 2.0)
+    set_weight(reference, 2.0)
+    for _ in range(1000):
+        ema.update(model)
+        exact.update(reference)
+
+    expected = 2 - 0.9999**1000  # 1.0952
+    assert exact.module.weight[0, 0].item() == pytest.approx(expected, abs=1e-4)
+    assert ema.module.weight[0, 0].item() == pytest.approx(
+        expected, abs=torch.finfo(dtype).eps
+    )
+
+
+def test_a_model_of_mixed_precision_is_averaged_as_a_whole():
+    model = nn.Sequential(create_model(), create_model(dtype=torch.bfloat16))
+    model.append(create_model(dtype=torch.float64))
+    ema = ModelEma(model, decay=0.75)
+    for layer in model:
+        set_weight(layer, 4.0)
+    ema.update(model)
+    assert [layer.weight[0, 0].item() for layer in ema.module] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_goes_on_exactly_from_its_state(tmp_path, dtype, warmup):
+    def create_ema():
+        return ModelEma(create_norm_model().to(dtype), decay=0.9, warmup=warmup)
+
+    snapshots = []
+    model = create_norm_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for seed in range(6):
+        train_step(model, optimizer, seed)
+        snapshots.append(copy.deepcopy(model).to(dtype))
+
+    uninterrupted, first_half, resumed = create_ema(), create_ema(), create_ema()
+    for snapshot in snapshots:
+        uninterrupted.update(snapshot)
+    for snapshot in snapshots[:3]:
+        first_half.update(snapshot)
+    torch.save(first_half.state_dict(), tmp_path / "ema.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
+    assert resumed.num_updates == 3
+    for snapshot in snapshots[3:]:
+        resumed.update(snapshot)
+
+    assert equal_states(resumed, uninterrupted)
+    assert resumed.num_updates == 6
+
+
+def test_the_state_holds_tensors_only():
+    ema = ModelEma(create_norm_model().to(torch.bfloat16))
+    assert all(isinstance(value, torch.Tensor) for value in ema.state_dict().values())
+
+
+def test_a_deep_copy_of_an_average_is_one_of_its_own():
+    model = create_model(dtype=torch.bfloat16)
+    ema = ModelEma(model, decay=0.5)
+    twin = copy.deepcopy(ema)
+    set_weight(model, 4.0)
+    ema.update(model)
+    assert twin.module.weight.tolist() == [[0.0, 0.0]]
+    twin.update(model)
+    assert twin.module.weight.tolist() == [[2.0, 2.0]]
+
+
+@pytest.mark.parametrize("ema_class", [ModelEma, OwnRule])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_stays_on_its_own_device(ema_class, dtype):
+    model = create_norm_model().to(dtype)
+    ema = ema_class(model).to("meta")
+    ema.update(model)
+    ema.set(model)
+    assert {value.device.type for value in ema.module.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ema_device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_and_average_may_live_on_different_devices(ema_device, dtype):
+    model = create_norm_model().to("cuda", dtype)
+    ema = ModelEma(model, decay=0.75).to(ema_device)
+    nn.init.constant_(model[0].bias, 0.0)
+    ema.set(model)
+    nn.init.constant_(model[0].bias, 4.0)
+    ema.update(model)
+    assert ema.module[0].bias.tolist() == [1.0] * 4
+    assert ema.module[0].bias.device.type == ema_device
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_updates_never_wait_for_the_device():
+    model = create_norm_model().to("cuda")
+    ema = ModelEma(model, warmup=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ema.update(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1])
+def test_a_decay_that_is_no_fraction_is_refused(decay):
+    with pytest.raises(ValueError, match=f"between 0 .* and 1 .*got {decay}"):
+        ModelEma(create_model(), decay=decay)
+
+
+def test_a_wrapped_model_is_refused_with_a_hint_to_unwrap_it():
+    model = create_model()
+    ema = ModelEma(model)
+    with pytest.raises(ValueError, match=r"0\.weight, weight.*get_model\(\)"):
+        ema.update(nn.Sequential(model))
+    assert ema.num_updates == 0

@@ -1,0 +1,428 @@
+import pytest
+import torch
+from torch import nn
+
+from pytorch_accelerated.finetuning import (
+    BN_MODULES,
+    Layer,
+    LayerGroup,
+    ModelFreezer,
+    _module_is_batch_norm,
+)
+
+
+class TinyViT(nn.Module):
+    """Owns parameters itself, and holds attention whose weights have no leaf module."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 3, 4))
+        self.patch_embed = nn.Linear(2, 4)
+        self.blocks = nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, batch_first=True)
+        )
+        self.head = nn.Linear(4, 2)
+
+
+class TiedLanguageModel(nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.body = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 5, bias=bias)
+        self.head.weight = self.embedding.weight
+
+
+def create_convnet():
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5)),
+        nn.Flatten(),
+        nn.Linear(2, 2),
+    )
+
+
+def frozen_names(model):
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def names_in(model, parameters):
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for p in parameters]
+
+
+# --- what there is
+
+
+def test_groups_are_the_direct_children_and_layers_the_modules_without_children():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+
+    assert freezer.num_groups == 4
+    groups = freezer.get_layer_groups()
+    assert groups[1] == LayerGroup((1, -3), model[1], is_frozen=False)
+    assert [group.module for group in groups] == list(model)
+    assert [
+        (layer.layer_group_idx, layer.module) for layer in freezer.get_layers()
+    ] == [
+        ((0, -4), model[0][0]),
+        ((0, -4), model[0][1]),
+        ((0, -4), model[0][2]),
+        ((1, -3), model[1][0]),
+        ((1, -3), model[1][1]),
+        ((1, -3), model[1][2]),
+        ((2, -2), model[2]),
+        ((3, -1), model[3]),
+    ]
+
+
+def test_making_a_freezer_unfreezes_everything_and_leaves_the_models_own_mode():
+    model = create_convnet().eval().requires_grad_(False)
+    freezer = ModelFreezer(model)
+
+    assert frozen_names(model) == set()
+    assert not any(layer.is_frozen for layer in freezer.get_layers())
+    assert not model.training
+
+
+def test_a_new_head_is_seen_by_a_freezer_made_before():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    model[3] = nn.Linear(2, 7)
+    freezer.freeze(-1, -1)
+    assert frozen_names(model) == {"3.weight", "3.bias"}
+
+
+def test_trainable_parameters_are_a_list_in_model_order():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    assert names_in(model, freezer.get_trainable_parameters()) == [
+        "0.1.weight",
+        "0.1.bias",
+        "1.1.weight",
+        "1.1.bias",
+        "3.weight",
+        "3.bias",
+    ]
+
+
+def test_batch_norm_of_every_kind_is_known_as_such():
+    norms = [nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)]
+    assert all(map(_module_is_batch_norm, [*norms, nn.LazyBatchNorm2d()]))
+    assert not _module_is_batch_norm(nn.LayerNorm(2))
+    assert nn.BatchNorm2d in BN_MODULES
+
+
+# --- freezing
+
+
+def test_freeze_keeps_the_last_group_trainable_and_leaves_batch_norms_alone():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+
+    assert freezer.freeze() is None
+
+    assert frozen_names(model) == {"0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"}
+    assert [group.is_frozen for group in freezer.get_layer_groups()] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_freeze_includes_batch_norms_when_asked_to():
+    model = create_convnet()
+    freezer = ModelFreezer(model, freeze_batch_norms=True)
+    freezer.freeze(1, 1)
+    assert freezer.freeze_bn
+    assert frozen_names(model) == {
+        f"1.{n}.{p}" for n in (0, 1) for p in ("weight", "bias")
+    }
+
+
+def test_a_frozen_layer_is_reported_as_such():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    freezer.freeze(0, 0)
+    assert freezer.get_layers()[:3] == [
+        Layer((0, -4), model[0][0], is_frozen=True),
+        Layer((0, -4), model[0][1], is_frozen=False),
+        Layer((0, -4), model[0][2], is_frozen=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("from_index", "to_index", "expected"),
+    [(0, 1, {0, 1}), (1, 0, {0, 1}), (-1, -2, {2, 3}), (-4, 1, {0, 1}), (2, 2, {2})],
+)
+def test_ranges_are_inclusive_in_either_order_and_may_be_negative(
+    from_index, to_index, expected
+):
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(4)])
+    freezer = ModelFreezer(model)
+    freezer.freeze(from_index, to_index)
+
+    groups = freezer.get_layer_groups()
+    assert {group.layer_group_idx[0] for group in groups if group.is_frozen} == expected
+    assert freezer._convert_idxs(from_index, to_index) == (min(expected), max(expected))
+
+
+@pytest.mark.parametrize(("from_index", "to_index"), [(0, 4), (-5, 0), (7, 7)])
+@pytest.mark.parametrize("method", ["freeze", "unfreeze"])
+def test_an_index_without_a_group_is_an_error_that_says_which_there_are(
+    method, from_index, to_index
+):
+    freezer = ModelFreezer(create_convnet())
+    with pytest.raises(IndexError, match="0 to 3, or -4 to -1"):
+        getattr(freezer, method)(from_index, to_index)
+
+
+def test_a_model_with_one_child_stays_trainable_by_default():
+    """Defect 46: the default froze all of a model with one child."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    freezer = ModelFreezer(model)
+    freezer.freeze(set_modules_as_eval=True)
+    assert frozen_names(model) == set()
+    assert model[0].training
+
+    freezer.freeze(0, 0)
+    assert frozen_names(model) == {"0.weight", "0.bias"}
+
+
+def test_a_model_without_children_is_one_group():
+    """Defect 46: nothing of a model without children was ever frozen."""
+    model = nn.Linear(2, 2)
+    freezer = ModelFreezer(model)
+    assert freezer.num_groups == 1
+    freezer.freeze()
+    assert frozen_names(model) == set()
+
+    freezer.freeze(-1, -1, set_modules_as_eval=True)
+
+    assert frozen_names(model) == {"weight", "bias"}
+    assert model.training
+    assert freezer.get_layer_groups() == [LayerGroup((0, -1), model, is_frozen=True)]
+    assert freezer.get_layers() == [Layer((0, -1), model, is_frozen=True)]
+
+
+def test_the_weights_of_attention_are_frozen_with_its_group():
+    """Defect 46: in_proj_weight belongs to no leaf module and stayed trainable."""
+    model = TinyViT()
+    ModelFreezer(model).freeze(1, 1)
+    assert frozen_names(model) == {
+        name for name, _ in model.named_parameters() if name.startswith("blocks.")
+    }
+    assert not model.blocks[0].self_attn.in_proj_weight.requires_grad
+
+
+def test_parameters_of_the_model_itself_count_with_the_first_group():
+    """Defect 46: cls_token and pos_embed were never frozen."""
+    model = TinyViT()
+    freezer = ModelFreezer(model)
+    freezer.freeze(1, 2)
+    assert model.cls_token.requires_grad
+    assert model.pos_embed.requires_grad
+
+    freezer.unfreeze()
+    freezer.freeze()
+
+    head = {"head.weight", "head.bias"}
+    assert frozen_names(model) == dict(model.named_parameters()).keys() - head
+    assert freezer.get_layer_groups()[0].is_frozen
+
+
+def test_default_freeze_holds_still_all_of_a_vision_transformer_but_its_head():
+    """Defect 46, as seen by an optimizer with weight decay and old momentum."""
+    torch.manual_seed(0)
+    model = TinyViT()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+
+    tokens = model.patch_embed(torch.randn(2, 2, 2))
+    tokens = torch.cat([model.cls_token.expand(2, -1, -1), tokens], dim=1)
+    model.head(model.blocks(tokens + model.pos_embed)[:, 0]).sum().backward()
+    optimizer.step()
+
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_a_module_in_two_groups_counts_with_the_first():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared))
+    freezer = ModelFreezer(model)
+    freezer.freeze(1, 1)
+    assert frozen_names(model) == set()
+
+    freezer.freeze(0, 0)
+    assert frozen_names(model) == {"0.0.weight", "0.0.bias"}
+    assert [layer.module for layer in freezer.get_layers()].count(shared) == 1
+    assert names_in(model, freezer.unfreeze()[0]["params"]) == [
+        "0.0.weight",
+        "0.0.bias",
+    ]
+
+
+def test_a_tied_weight_counts_with_the_first_group_that_has_it():
+    model = TiedLanguageModel(bias=True)
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    assert frozen_names(model) == {"embedding.weight", "body.weight", "body.bias"}
+    # its own bias is trainable, so this is no layer frozen in part
+    assert not freezer.get_layers()[-1].is_frozen
+
+    unfrozen = freezer.unfreeze()
+    assert {idx: len(group["params"]) for idx, group in unfrozen.items()} == {
+        0: 1,
+        1: 2,
+    }
+
+
+def test_a_layer_whose_only_weight_is_tied_shows_the_state_of_that_weight():
+    freezer = ModelFreezer(TiedLanguageModel(bias=False))
+    freezer.freeze(0, 0)
+    assert [layer.is_frozen for layer in freezer.get_layers()] == [True, False, True]
+
+
+def test_a_layer_frozen_in_part_is_an_error_that_names_it():
+    """Defect 46: it was a ValueError without a text."""
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    model[1][0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'1\.0' \(Conv2d\) is frozen in part"):
+        freezer.get_layers()
+
+
+def test_weights_of_whole_numbers_are_passed_over():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    codes = torch.ones(4, dtype=torch.uint8)
+    model[0].codes = nn.Parameter(codes, requires_grad=False)
+    freezer = ModelFreezer(model)
+    freezer.freeze(0, 0)
+    assert names_in(model, freezer.unfreeze()[0]["params"]) == ["0.weight", "0.bias"]
+    assert not freezer.get_layers()[0].is_frozen
+
+
+# --- unfreezing
+
+
+def test_unfreeze_returns_what_it_unfroze_by_group_in_module_order():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    unfrozen = freezer.unfreeze()
+
+    assert list(unfrozen) == [0, 1]
+    assert unfrozen[1].keys() == {"params"}
+    assert names_in(model, unfrozen[0]["params"]) == ["0.0.weight", "0.0.bias"]
+    assert names_in(model, unfrozen[1]["params"]) == ["1.0.weight", "1.0.bias"]
+    assert frozen_names(model) == set()
+    assert freezer.unfreeze() == {}
+
+
+def test_groups_can_be_unfrozen_one_after_the_other_into_one_optimizer():
+    model = TinyViT()
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    optimizer = torch.optim.SGD(freezer.get_trainable_parameters(), lr=0.1)
+
+    for group in freezer.unfreeze(-2, -2).values():
+        optimizer.add_param_group(group)
+    assert frozen_names(model) == {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.weight",
+        "patch_embed.bias",
+    }
+    for group in freezer.unfreeze().values():
+        optimizer.add_param_group(group)
+
+    optimized = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, model.parameters()))
+    assert names_in(model, optimizer.param_groups[-1]["params"])[:2] == [
+        "cls_token",
+        "pos_embed",
+    ]
+
+
+def test_batch_norms_that_the_user_froze_are_left_alone():
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    model[0][1].requires_grad_(False).eval()
+    freezer.freeze(set_modules_as_eval=True)
+    freezer.unfreeze()
+    assert frozen_names(model) == {"0.1.weight", "0.1.bias"}
+    assert not model[0][1].training
+
+
+# --- modes
+
+
+def test_freeze_sets_the_eval_mode_and_the_parameters_too():
+    """Defect 43: freeze(set_modules_as_eval=True) froze nothing."""
+    model = create_convnet()
+    freezer = ModelFreezer(model, freeze_batch_norms=True)
+    freezer.freeze(set_modules_as_eval=True)
+
+    assert frozen_names(model) == {
+        name for name, _ in model.named_parameters() if not name.startswith("3.")
+    }
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert {name for name, training in modes.items() if training} == {"", "3"}
+    assert all(layer.is_frozen for layer in freezer.get_layers()[:-1])
+
+
+def test_freeze_leaves_modes_alone_by_default():
+    model = create_convnet()
+    ModelFreezer(model).freeze()
+    assert all(module.training for module in model.modules())
+
+
+def test_batch_norms_left_alone_keep_training_inside_modules_in_eval_mode():
+    model = create_convnet()
+    ModelFreezer(model).freeze(0, 1, set_modules_as_eval=True)
+    in_training = {name for name, module in model.named_modules() if module.training}
+    assert in_training == {"", "0.1", "1.1", "2", "3"}
+
+
+def test_dropout_inside_attention_is_off_in_a_frozen_group():
+    model = TinyViT()
+    attention = model.blocks[0].self_attn
+    attention.dropout = 0.9
+    freezer = ModelFreezer(model)
+    tokens = torch.randn(1, 3, 4)
+    freezer.freeze(set_modules_as_eval=True)
+
+    first, second = model.blocks(tokens), model.blocks(tokens)
+
+    assert torch.equal(first, second)
+    assert model.training
+
+
+def test_unfreeze_without_the_training_mode_unfreezes_parameters_only():
+    """Defect 43: unfreeze(set_modules_as_training=False) kept everything frozen."""
+    model = create_convnet()
+    freezer = ModelFreezer(model)
+    freezer.freeze(0, 0, set_modules_as_eval=True)
+
+    unfrozen = freezer.unfreeze(set_modules_as_training=False)
+
+    assert list(unfrozen) == [0]
+    assert frozen_names(model) == set()
+    assert not model[0][0].training
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_of_the_model_itself_is_never_touched(mode):
+    model = TinyViT().train(mode)
+    freezer = ModelFreezer(model)
+    freezer.freeze(0, -1, set_modules_as_eval=True)
+    assert model.training is mode
+    freezer.unfreeze()
+    assert model.training is mode
+    assert all(module.training for module in list(model.modules())[1:])

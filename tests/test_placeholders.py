@@ -1,0 +1,269 @@
+import copy
+import operator
+import pickle
+from collections import namedtuple
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import OneCycleLR
+
+from pytorch_accelerated.placeholders import (
+    TrainerPlaceholderValues,
+    replace_trainer_placeholder_values,
+)
+
+# A busy machine must not fail a test.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+EPOCHS = TrainerPlaceholderValues.NUM_EPOCHS
+UPDATES = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+LOCAL_UPDATES = TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH
+TRAIN_LEN = TrainerPlaceholderValues.TRAIN_DATALOADER_LEN
+EVAL_LEN = TrainerPlaceholderValues.EVAL_DATALOADER_LEN
+
+Point = namedtuple("Point", "x y")
+
+
+def prepared_run(num_epochs=3, updates=8, limit=None, train_len=16, eval_len=5):
+    return SimpleNamespace(
+        run_config=SimpleNamespace(
+            num_epochs=num_epochs,
+            num_update_steps_per_epoch=updates,
+            max_num_train_steps=limit,
+        ),
+        _train_dataloader=range(train_len),
+        _eval_dataloader=range(eval_len),
+    )
+
+
+def filled_in(value, run=None):
+    replaced = replace_trainer_placeholder_values(
+        run or prepared_run(), partial(dict, value=value)
+    )
+    return replaced.keywords["value"]
+
+
+def test_each_placeholder_stands_for_its_number():
+    assert filled_in(EPOCHS) == 3
+    assert filled_in(UPDATES) == 8
+    assert filled_in(TRAIN_LEN) == 16
+    assert filled_in(EVAL_LEN) == 5
+
+
+def test_both_placeholders_for_updates_per_epoch_agree():
+    """Defect 1: the first one counted an update once for each process."""
+    assert filled_in(LOCAL_UPDATES) == filled_in(UPDATES) == 8
+
+
+def test_placeholder_set_holds_the_names():
+    assert TrainerPlaceholderValues.placeholder_set() == {
+        "NUM_EPOCHS",
+        "NUM_UPDATE_STEPS_PER_EPOCH",
+        "PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH",
+        "TRAIN_DATALOADER_LEN",
+        "EVAL_DATALOADER_LEN",
+    }
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        (UPDATES + 2, 10),
+        (2 + UPDATES, 10),
+        (UPDATES - 1, 7),
+        (10 - UPDATES, 2),
+        (UPDATES * 2, 16),
+        (2 * UPDATES, 16),
+        (UPDATES // 3, 2),
+        (17 // UPDATES, 2),
+        (UPDATES / 16, 0.5),
+        (4 / UPDATES, 0.5),
+        (0.5 * UPDATES, 4.0),
+        (EPOCHS * UPDATES, 24),
+        (EPOCHS + UPDATES * 2 - 1, 18),
+        ((EPOCHS + UPDATES) * 2, 22),
+        (2 * EPOCHS * UPDATES // 5, 9),
+        (TRAIN_LEN // UPDATES - EPOCHS / 2, 0.5),
+    ],
+    ids=repr,
+)
+def test_placeholders_calculate_with_numbers_and_each_other(expression, expected):
+    """Defect 36: all but ``placeholder * x`` and ``placeholder + x`` failed."""
+    result = filled_in(expression)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+def test_an_expression_survives_pickling_and_copying():
+    """Defect 36: products could not be pickled."""
+    expression = 2 * EPOCHS * UPDATES - 1
+    for twin in (pickle.loads(pickle.dumps(expression)), copy.deepcopy(expression)):
+        assert twin == expression
+        assert filled_in(twin) == 47
+
+
+def test_an_expression_reads_like_the_arithmetic_that_made_it():
+    assert repr(2 * EPOCHS * UPDATES - 1) == (
+        "((2 * NUM_EPOCHS) * NUM_UPDATE_STEPS_PER_EPOCH) - 1"
+    )
+
+
+def test_an_expression_of_one_placeholder_keeps_its_name():
+    assert (EPOCHS * 2).name == "NUM_EPOCHS"
+    assert (1 + EPOCHS * 2 - 3).name == "NUM_EPOCHS"
+    assert (EPOCHS * UPDATES).name == "NUM_EPOCHS * NUM_UPDATE_STEPS_PER_EPOCH"
+
+
+def test_text_is_no_operand():
+    """Defect 36: text was joined to the expression and executed."""
+    with pytest.raises(TypeError):
+        UPDATES * "__import__('os').getcwd()"
+
+
+def test_a_foreign_object_with_the_name_of_a_placeholder_is_left_alone():
+    """Defect 36: whatever had such a ``name`` was evaluated."""
+    foreign = SimpleNamespace(name="NUM_EPOCHS")
+    assert filled_in(foreign) is foreign
+
+
+def test_positional_and_nested_placeholders_are_filled_in():
+    """Defect 36: only keywords at the top were."""
+    inner = partial(dict, length=UPDATES)
+    outer = partial(
+        dict,
+        [("a", EPOCHS), ("b", (UPDATES, 1))],
+        inner=inner,
+        mapping={"c": [EPOCHS * 2]},
+        point=Point(EPOCHS, 7),
+    )
+
+    filled = replace_trainer_placeholder_values(prepared_run(), outer)
+
+    assert filled.func is dict
+    assert filled.args == ([("a", 3), ("b", (8, 1))],)
+    assert filled.keywords["inner"].keywords == {"length": 8}
+    assert filled.keywords["mapping"] == {"c": [6]}
+    assert filled.keywords["point"] == Point(3, 7)
+    assert inner.keywords == {"length": UPDATES}, "the given partial was changed"
+
+
+@pytest.mark.parametrize("instance", [dict, None, 3, EPOCHS, [EPOCHS]])
+def test_what_is_not_a_partial_is_returned_as_it_is(instance):
+    assert replace_trainer_placeholder_values(prepared_run(), instance) is instance
+
+
+def test_a_limit_that_the_run_does_not_reach_changes_nothing():
+    for limit in (24, 25, None):
+        epochs = filled_in(EPOCHS, prepared_run(limit=limit))
+        assert epochs == 3
+        assert type(epochs) is int
+
+
+def test_run_configs_without_a_limit_are_understood():
+    run = prepared_run()
+    del run.run_config.max_num_train_steps
+    assert filled_in(EPOCHS * UPDATES, run) == 24
+
+
+def test_a_limited_run_has_its_true_length():
+    """Defect 58: schedules were planned for epochs that the limit cut off."""
+    run = prepared_run(limit=12)
+    epochs = filled_in(EPOCHS, run)
+
+    assert isinstance(epochs, int)
+    assert epochs == 2, "the second epoch is begun"
+    for length in (epochs * 8, 8 * epochs, filled_in(EPOCHS * UPDATES, run)):
+        assert length == 12
+        assert type(length) is int
+    assert filled_in(UPDATES * EPOCHS, run) == 12
+    assert filled_in(EPOCHS * 0.1 * UPDATES, run) == pytest.approx(1.2)
+    assert filled_in(EPOCHS / 10 * UPDATES, run) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("expression", [EPOCHS - 1, -1 + EPOCHS, EPOCHS + -1])
+def test_the_rest_of_a_limited_run_has_its_true_length(expression):
+    rest = filled_in(expression, prepared_run(limit=20))
+    assert isinstance(rest, int)
+    assert rest == 2
+    assert rest * 8 == 12
+
+
+def test_epochs_of_a_limited_run_are_otherwise_an_integer():
+    epochs = filled_in(EPOCHS, prepared_run(limit=12))
+    assert str(epochs) == "2"
+    assert list(range(epochs)) == [0, 1]
+    assert epochs + 0.5 == 2.0, "12/8 and a half"
+    assert torch.equal(torch.ones(2) * epochs, torch.tensor([2.0, 2.0]))
+    for twin in (pickle.loads(pickle.dumps(epochs)), copy.deepcopy(epochs)):
+        assert twin == 2
+        assert twin * 8 == 12
+
+
+@unhurried
+@given(
+    epochs=st.integers(1, 20),
+    updates=st.integers(1, 10_000),
+    limit=st.integers(1, 200_000),
+)
+def test_epochs_times_updates_is_the_shorter_of_both_limits(epochs, updates, limit):
+    run = prepared_run(num_epochs=epochs, updates=updates, limit=limit)
+    length = filled_in(EPOCHS, run) * filled_in(UPDATES, run)
+    assert length == min(limit, epochs * updates)
+    assert type(length) is int
+
+
+def test_one_cycle_ends_with_a_limited_run():
+    """Defect 58, for a scheduler of torch that insists on integers."""
+    factory = partial(OneCycleLR, max_lr=0.1, epochs=EPOCHS, steps_per_epoch=UPDATES)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.9)
+
+    run = prepared_run(limit=12)
+    scheduler = replace_trainer_placeholder_values(run, factory)(optimizer)
+
+    assert scheduler.total_steps == 12
+
+
+def test_a_stream_of_unknown_length_counts_as_one_epoch_of_the_limit():
+    run = prepared_run(num_epochs=5, updates=None, limit=30)
+    assert filled_in(EPOCHS, run) == 1
+    assert filled_in(UPDATES, run) == filled_in(LOCAL_UPDATES, run) == 30
+
+
+@pytest.mark.parametrize("expression", [UPDATES, LOCAL_UPDATES, EPOCHS * UPDATES])
+def test_a_stream_of_unknown_length_without_a_limit_is_an_error(expression):
+    with pytest.raises(ValueError, match=r"unknown\. Give train\(\) max_num_train"):
+        filled_in(expression, prepared_run(updates=None))
+
+
+def test_the_number_of_batches_in_a_stream_is_an_error():
+    run = prepared_run(updates=None, limit=30)
+    run._train_dataloader = iter([])
+    with pytest.raises(ValueError, match="Use NUM_UPDATE_STEPS_PER_EPOCH instead"):
+        filled_in(TRAIN_LEN, run)
+
+
+def test_the_number_of_evaluation_batches_without_any_is_an_error():
+    run = prepared_run()
+    run._eval_dataloader = None
+    with pytest.raises(TypeError, match=r"but there is none. Give train"):
+        filled_in(EVAL_LEN, run)
+    run._eval_dataloader = iter([])
+    with pytest.raises(TypeError, match="but its length is unknown"):
+        filled_in(EVAL_LEN, run)
+
+
+@unhurried
+@given(
+    left=st.integers(1, 50),
+    right=st.integers(1, 50),
+    symbol=st.sampled_from(["add", "sub", "mul", "floordiv", "truediv"]),
+)
+def test_expressions_equal_the_same_arithmetic_on_numbers(left, right, symbol):
+    calculate = getattr(operator, symbol)
+    run = prepared_run(num_epochs=left, updates=right)
+    for a, b in [(EPOCHS, UPDATES), (left, UPDATES), (EPOCHS, right)]:
+        assert filled_in(calculate(a, b), run) == calculate(left, right)

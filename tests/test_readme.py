@@ -1,0 +1,68 @@
+"""What the README says, is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_the_quick_start_reads_more_than_97_percent_of_unseen_digits(
+    monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+
+    exec(compile(PYTHON_BLOCKS[0], "README.md", "exec"), names)
+
+    assert names["metrics"]["evaluation_accuracy"] > 0.97
+    assert "Accuracy on unseen digits: 9" in capsys.readouterr().out
+
+
+def test_every_python_block_compiles():
+    for block in PYTHON_BLOCKS:
+        compile(block, "README.md", "exec")
+
+
+def test_every_linked_file_exists():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_file_tree_names_every_module_and_no_other():
+    tree = README.partition("src/pytorch_accelerated/\n")[2].partition("\ntests/")[0]
+    named = re.findall(r"^    (\S+)", tree, re.MULTILINE)
+    package = ROOT / "src" / "pytorch_accelerated"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    packages = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+
+    assert sorted(named) == sorted(modules | packages)
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    pages = [README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")]
+    named = {name for page in pages for name in re.findall(r"`make ([a-z-]+)", page)}
+
+    assert named
+    assert named <= targets
+
+
+def test_every_extra_that_is_named_exists():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = re.findall(r"`pytorch-accelerated\[(\w+)\]`", README)
+
+    assert extras
+    for extra in extras:
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+@pytest.mark.parametrize("name", ["fastai", "timm", "PyTorch Lightning", "Accelerate"])
+def test_those_who_inspired_it_are_thanked(name):
+    assert f"[{name}]" in README.partition("## Acknowledgements")[2]

@@ -1,0 +1,716 @@
+import builtins
+import json
+import math
+import struct
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytorch_accelerated.tracking import (
+    InMemoryRunHistory,
+    LossTracker,
+    MetricRecord,
+    RunHistory,
+)
+
+ordinary_floats = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
+
+
+class DictHistory(RunHistory):
+    """A history of a user's own, as it was written for 0.1.61."""
+
+    def __init__(self):
+        self.metrics = {}
+        self.epoch = 1
+        self.prefix = ""
+
+    def get_metric_names(self):
+        return self.metrics.keys()
+
+    def get_metric_values(self, name):
+        return self.metrics[name]
+
+    def get_latest_metric(self, name):
+        return self.metrics[name][-1]
+
+    def set_metric_name_prefix(self, prefix=""):
+        self.prefix = prefix
+
+    @property
+    def metric_name_prefix(self):
+        return self.prefix
+
+    def update_metric(self, name, value):
+        self.metrics.setdefault(self.prefix + name, []).append(value)
+
+    def delete_metric(self, name):
+        del self.metrics[name]
+
+    @property
+    def current_epoch(self):
+        return self.epoch
+
+    def _increment_epoch(self):
+        self.epoch += 1
+
+    def reset(self):
+        self.metrics = {}
+        self.epoch = 1
+
+
+@pytest.fixture
+def history():
+    return InMemoryRunHistory()
+
+
+@pytest.fixture
+def two_epoch_history(history):
+    history.current_step = 10
+    history.update_metric("train_loss_epoch", 0.5)
+    history.update_metric("accuracy", 0.25)
+    history._increment_epoch()
+    history.current_step = 20
+    history.update_metric("train_loss_epoch", 0.375)
+    return history
+
+
+def float_bits(value):
+    return struct.pack("<d", value)
+
+
+# --- a history of the user's own
+
+
+def test_a_history_without_set_epoch_can_be_made_and_moved_forward():
+    """Defect 44: a new abstract method broke the histories that users had written."""
+    history = DictHistory()
+    history.update_metric("loss", 1.0)
+
+    history._set_epoch(4)
+
+    assert history.current_epoch == 4
+    assert history.get_metric_values("loss") == [1.0]
+
+
+def test_a_history_without_set_epoch_does_not_lose_metrics_by_going_back():
+    """Defect 44."""
+    history = DictHistory()
+    history._set_epoch(4)
+    history.update_metric("loss", 1.0)
+
+    history._set_epoch(2)
+
+    assert history.current_epoch == 4
+    assert history.get_metric_values("loss") == [1.0]
+
+
+def test_a_history_of_the_users_own_has_a_state_of_epoch_and_step():
+    history = DictHistory()
+    assert history.current_step == 0
+    history._set_epoch(3)
+    history.current_step = 40
+
+    restored = DictHistory()
+    restored.load_state_dict(history.state_dict())
+
+    assert (restored.current_epoch, restored.current_step) == (3, 40)
+
+
+# --- recording and reading
+
+
+def test_values_are_read_back_in_the_order_they_were_recorded(two_epoch_history):
+    assert two_epoch_history.get_metric_values("train_loss_epoch") == [0.5, 0.375]
+    assert two_epoch_history.get_latest_metric("train_loss_epoch") == 0.375
+    assert two_epoch_history.current_epoch == 2
+
+
+def test_names_keep_the_order_of_their_first_recording_and_equal_a_set(history):
+    """Defect 45: the order of metrics depended on PYTHONHASHSEED."""
+    recorded = [f"metric_{n}" for n in (7, 3, 9, 1, 5, 2)]
+    for name in [*recorded, *reversed(recorded)]:
+        history.update_metric(name, 1.0)
+
+    assert list(history.get_metric_names()) == recorded
+    assert history.get_metric_names() == set(recorded)
+
+
+def test_reading_an_unknown_metric_creates_nothing(two_epoch_history):
+    """Defect 45: a read created the metric, which crashed the logging later."""
+    before = two_epoch_history.to_dict()
+
+    assert two_epoch_history.get_metric_values("f1") == []
+    assert two_epoch_history.records("f1") == []
+    with pytest.raises(ValueError, match="f1"):
+        two_epoch_history.get_latest_metric("f1")
+
+    assert two_epoch_history.get_metric_names() == {"train_loss_epoch", "accuracy"}
+    assert two_epoch_history.to_dict() == before
+    assert "f1" not in two_epoch_history._metrics
+
+
+def test_the_latest_value_of_an_unknown_metric_is_an_error_that_lists_the_known(
+    two_epoch_history,
+):
+    with pytest.raises(
+        ValueError, match=r"'f1'.*recorded so far: train_loss_epoch, acc"
+    ):
+        two_epoch_history.get_latest_metric("f1")
+
+
+def test_returned_lists_and_names_are_copies(two_epoch_history):
+    """Defect 45: the lists returned were the history's own."""
+    names = two_epoch_history.get_metric_names()
+    two_epoch_history.get_metric_values("accuracy").append(99.0)
+    two_epoch_history.records("accuracy").clear()
+    two_epoch_history.to_dict()["metrics"]["accuracy"]["value"].append(99.0)
+    two_epoch_history.update_metric("later", 1.0)
+
+    assert two_epoch_history.get_metric_values("accuracy") == [0.25]
+    assert names == {"train_loss_epoch", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, 3),
+        (0.1, 0.1),
+        (True, 1),
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.array(0.25), 0.25),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([0.5]), 0.5),
+        (torch.tensor(7), 7),
+        (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        (math.inf, math.inf),
+    ],
+)
+def test_numbers_of_any_kind_are_recorded_as_plain_python_numbers(
+    history, value, expected
+):
+    history.update_metric("metric", value)
+
+    recorded = history.get_latest_metric("metric")
+    assert recorded == expected
+    assert type(recorded) is type(expected) or type(expected) is bool
+    assert type(recorded) in (int, float)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("0.5", "got a str"),
+        (None, "got a NoneType"),
+        ([0.5], "got a list"),
+        (1j, "got a complex"),
+        (np.array([1.0, 2.0]), r"got a ndarray of shape \(2,\)"),
+        (torch.ones(2, 3), r"got a Tensor of shape \(2, 3\)"),
+    ],
+)
+def test_what_is_not_one_number_is_refused_with_a_word_on_what_came(
+    history, value, said
+):
+    with pytest.raises(TypeError, match=f"'accuracy'.*{said}"):
+        history.update_metric("accuracy", value)
+    assert history.get_metric_names() == set()
+
+
+# --- prefix, deletion, reset
+
+
+def test_the_prefix_is_put_before_recorded_names_and_not_before_read_ones(history):
+    history.set_metric_name_prefix("ema_model_")
+    history.update_metric("loss", 1.0)
+
+    assert history.metric_name_prefix == "ema_model_"
+    assert history.get_metric_values("ema_model_loss") == [1.0]
+    assert history.get_metric_values("loss") == []
+
+
+def test_prefixed_brings_back_the_old_prefix_also_after_an_error(history):
+    history.set_metric_name_prefix("outer_")
+    with pytest.raises(TypeError), history.prefixed("inner_"):
+        history.update_metric("loss", "no number")
+    with history.prefixed("inner_"):
+        history.update_metric("loss", 1.0)
+
+    assert history.metric_name_prefix == "outer_"
+    assert history.get_metric_names() == {"inner_loss"}
+
+
+def test_deleting_a_metric_forgets_its_values_and_their_steps(two_epoch_history):
+    two_epoch_history.delete_metric("train_loss_epoch")
+    two_epoch_history.update_metric("train_loss_epoch", 2.0)
+
+    assert list(two_epoch_history.get_metric_names()) == [
+        "accuracy",
+        "train_loss_epoch",
+    ]
+    [record] = two_epoch_history.records("train_loss_epoch")
+    assert record[:4] == ("train_loss_epoch", 2.0, 2, 20)
+
+
+def test_deleting_a_metric_honours_the_prefix(history):
+    """Defect 45: delete_metric ignored the prefix."""
+    history.update_metric("loss", 1.0)
+    with history.prefixed("ema_model_"):
+        history.update_metric("loss", 2.0)
+        history.delete_metric("loss")
+
+    assert history.get_metric_names() == {"loss"}
+
+
+def test_deleting_an_unknown_metric_says_which_ones_there_are(two_epoch_history):
+    """Defect 45: it was a bare KeyError."""
+    two_epoch_history.set_metric_name_prefix("ema_")
+    with pytest.raises(
+        KeyError, match=r"'ema_accuracy'.*so far: train_loss_epoch, acc"
+    ):
+        two_epoch_history.delete_metric("accuracy")
+
+
+def test_reset_forgets_metrics_and_counters_and_keeps_the_prefix(two_epoch_history):
+    two_epoch_history.set_metric_name_prefix("ema_")
+    two_epoch_history.reset()
+
+    assert two_epoch_history.get_metric_names() == set()
+    assert two_epoch_history.records() == []
+    assert two_epoch_history.current_epoch == 1
+    assert two_epoch_history.current_step == 0
+    assert two_epoch_history.metric_name_prefix == "ema_"
+
+
+# --- when a value was recorded
+
+
+def test_each_value_is_kept_with_its_epoch_step_and_time(history, monkeypatch):
+    times = iter([1000.5, 1001.25, 1002.0])
+    monkeypatch.setattr("pytorch_accelerated.tracking.time.time", lambda: next(times))
+    history.current_step = 10
+    history.update_metric("loss", 0.5)
+    history.update_metric("accuracy", 0.25)
+    history._increment_epoch()
+    history.current_step = 20
+    history.update_metric("loss", 0.375)
+
+    assert history.records() == [
+        MetricRecord("loss", 0.5, epoch=1, step=10, unix_time=1000.5),
+        MetricRecord("loss", 0.375, epoch=2, step=20, unix_time=1002.0),
+        MetricRecord("accuracy", 0.25, epoch=1, step=10, unix_time=1001.25),
+    ]
+    assert history.records("accuracy") == history.records()[2:]
+
+
+def test_values_that_scripts_append_themselves_have_no_epoch(history):
+    history._metrics["loss"].extend([3.0, 2.0])
+    history.update_metric("loss", 1.0)
+    history._metrics["loss"].append(0.5)
+
+    assert history.get_metric_values("loss") == [3.0, 2.0, 1.0, 0.5]
+    assert [record.epoch for record in history.records("loss")] == [None, None, 1, None]
+
+
+def test_values_that_scripts_remove_take_their_epochs_with_them(two_epoch_history):
+    two_epoch_history._metrics["train_loss_epoch"].clear()
+    two_epoch_history.update_metric("train_loss_epoch", 1.0)
+
+    [record] = two_epoch_history.records("train_loss_epoch")
+    assert record[:4] == ("train_loss_epoch", 1.0, 2, 20)
+
+
+def test_a_list_that_a_script_only_looked_at_is_no_metric(history):
+    assert history._metrics["loss"] == []
+    assert history.get_metric_names() == set()
+    assert history.records() == []
+
+
+# --- writing and reading back
+
+
+def only_plain_values(value):
+    if isinstance(value, dict):
+        return all(
+            type(k) is str and only_plain_values(v) for k, v in value.items()
+        ) and (type(value) is dict)
+    if isinstance(value, list):
+        return all(map(only_plain_values, value))
+    return type(value) in (int, float, str, type(None))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=5),
+            st.floats() | st.integers(-(2**70), 2**70),
+            st.integers(0, 2**40),
+        ),
+        max_size=10,
+    ),
+)
+def test_a_history_comes_back_from_its_dict_to_the_last_bit(recordings):
+    history = InMemoryRunHistory()
+    history._set_epoch(3)
+    history.set_metric_name_prefix("p_")
+    for name, value, step in recordings:
+        history.current_step = step
+        history.update_metric(name, value)
+    history._metrics["appended"].append(np.float64(0.1))
+
+    state = history.to_dict()
+    restored = InMemoryRunHistory.from_dict(state)
+
+    assert only_plain_values(state)
+    assert list(restored.get_metric_names()) == list(history.get_metric_names())
+    assert (restored.current_epoch, restored.current_step) == (3, history.current_step)
+    assert restored.metric_name_prefix == "p_"
+    for before, after in zip(history.records(), restored.records(), strict=True):
+        assert before[2:] == after[2:]
+        assert isinstance(after.value, type(before.value)) or before.name == "appended"
+        if isinstance(before.value, float):
+            assert float_bits(before.value) == float_bits(after.value)
+        else:
+            assert before.value == after.value
+
+
+def test_a_state_survives_torchs_safe_loader(two_epoch_history, tmp_path):
+    torch.save(two_epoch_history.state_dict(), tmp_path / "history.pt")
+    state = torch.load(tmp_path / "history.pt", weights_only=True)
+
+    assert InMemoryRunHistory.from_dict(state).records() == two_epoch_history.records()
+
+
+def test_loading_a_state_replaces_what_was_there(two_epoch_history, history):
+    other = InMemoryRunHistory()
+    other.set_metric_name_prefix("old_")
+    other.update_metric("gone", 1.0)
+
+    other.load_state_dict(two_epoch_history.state_dict())
+
+    assert other.to_dict() == two_epoch_history.to_dict()
+    two_epoch_history.update_metric("accuracy", 1.0)
+    assert other.get_metric_values("accuracy") == [0.25]
+
+
+def test_a_state_that_lacks_entries_is_refused_and_changes_nothing(two_epoch_history):
+    before = two_epoch_history.to_dict()
+    with pytest.raises(ValueError, match=r"lacks current_step.*holds current_epoch"):
+        two_epoch_history.load_state_dict({"current_epoch": 1})
+    assert two_epoch_history.to_dict() == before
+
+
+def test_json_lines_hold_one_record_each(two_epoch_history, tmp_path):
+    path = tmp_path / "made" / "on the way" / "metrics.jsonl"
+    two_epoch_history.save_jsonl(path)
+
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3
+    first = json.loads(lines[0])
+    assert first.pop("unix_time") > 0
+    assert first == {"name": "train_loss_epoch", "value": 0.5, "epoch": 1, "step": 10}
+
+
+def test_json_lines_are_read_back_exactly(two_epoch_history, tmp_path):
+    two_epoch_history.update_metric("Genauigkeit in Prozent, größer", 0.1 + 0.2)
+    two_epoch_history.update_metric("diverged", -math.inf)
+    two_epoch_history.save_jsonl(tmp_path / "metrics.jsonl")
+
+    restored = InMemoryRunHistory.load_jsonl(tmp_path / "metrics.jsonl")
+
+    assert restored.to_dict() == two_epoch_history.to_dict()
+
+
+def test_an_empty_history_is_read_back_from_json_lines(history, tmp_path):
+    history.save_jsonl(tmp_path / "metrics.jsonl")
+    restored = InMemoryRunHistory.load_jsonl(tmp_path / "metrics.jsonl")
+    assert restored.to_dict() == history.to_dict()
+
+
+@pytest.mark.parametrize(
+    "bad_line",
+    [
+        "not json",
+        "[1, 2]",
+        '{"name": "loss", "value": 1.0}',
+        '{"name": "loss", "value": "x", "epoch": 1, "step": 1, "unix_time": 1.0}',
+    ],
+)
+def test_a_line_that_is_no_record_is_named(two_epoch_history, tmp_path, bad_line):
+    path = tmp_path / "metrics.jsonl"
+    two_epoch_history.save_jsonl(path)
+    with path.open("a") as file:
+        file.write(bad_line + "\n")
+
+    with pytest.raises(ValueError, match=r"Line 4 of .*metrics\.jsonl.*keys name, val"):
+        InMemoryRunHistory.load_jsonl(path)
+
+
+def test_pandas_gets_a_row_for_each_record(two_epoch_history):
+    pytest.importorskip("pandas")
+    table = two_epoch_history.to_pandas()
+
+    assert list(table.columns) == ["name", "value", "epoch", "step", "unix_time"]
+    assert table["value"].tolist() == [0.5, 0.375, 0.25]
+    assert table["step"].tolist() == [10, 20, 10]
+
+
+def test_pandas_gets_the_columns_also_of_an_empty_history(history):
+    pytest.importorskip("pandas")
+    table = history.to_pandas()
+    assert len(table) == 0
+    assert list(table.columns) == ["name", "value", "epoch", "step", "unix_time"]
+
+
+def test_without_pandas_the_error_names_the_extra_to_install(history, monkeypatch):
+    real_import = builtins.__import__
+
+    def refuse_pandas(name, *args, **kwargs):
+        if name == "pandas":
+            raise ModuleNotFoundError("No module named 'pandas'")
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    monkeypatch.setattr(builtins, "__import__", refuse_pandas)
+    with pytest.raises(ImportError, match=r"pytorch-accelerated\[pandas\]"):
+        history.to_pandas()
+
+
+# --- the running mean of a loss
+
+
+class SyncCountingTensor(torch.Tensor):
+    """A tensor that counts what would make the host wait for the device."""
+
+    num_syncs = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in {
+            "item",
+            "cpu",
+            "tolist",
+            "numpy",
+            "__bool__",
+            "__float__",
+            "__int__",
+            "__index__",
+            "nonzero",
+        }:
+            SyncCountingTensor.num_syncs += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.fixture
+def num_syncs():
+    SyncCountingTensor.num_syncs = 0
+    return lambda: SyncCountingTensor.num_syncs
+
+
+def counting(value, **kwargs):
+    return torch.tensor(value, **kwargs).as_subclass(SyncCountingTensor)
+
+
+def test_the_average_weighs_each_loss_with_its_batch_size():
+    tracker = LossTracker()
+    tracker.update(1.0, batch_size=3)
+    tracker.update(5.0, 1)
+
+    assert tracker.average == 2.0
+    assert tracker.loss_value == 5.0
+    assert tracker.total_loss == 8.0
+    assert tracker.running_count == 4
+    assert tracker.totals() == (8.0, 4.0)
+    assert tracker._average == 2.0
+
+
+def test_a_batch_size_that_is_not_given_counts_one():
+    tracker = LossTracker()
+    for loss in (1.0, 2.0, 6.0):
+        tracker.update(loss)
+    assert tracker.average == 3.0
+
+
+def test_tensors_numbers_and_tensor_sizes_may_be_mixed():
+    tracker = LossTracker()
+    tracker.update(1.0, 3)
+    tracker.update(torch.tensor(5.0), 1)
+    tracker.update(torch.tensor(2.0), torch.tensor(4))
+    tracker.update(4.0, torch.tensor(2))
+    tracker.update(0.5, 2)
+
+    # 3 + 5 + 8 + 8 + 1 over 3 + 1 + 4 + 2 + 2
+    assert tracker.totals() == (25.0, 12.0)
+    assert tracker.average == 25.0 / 12.0
+
+
+def test_the_average_of_nothing_is_nan_and_not_a_perfect_loss():
+    assert math.isnan(LossTracker().average)
+
+
+@pytest.mark.parametrize("empty_loss", [math.nan, 3.0, torch.tensor(math.nan)])
+def test_an_empty_batch_adds_nothing(empty_loss):
+    """Defect 45: a batch size of 0 was a ZeroDivisionError."""
+    tracker = LossTracker()
+    tracker.update(empty_loss, batch_size=0)
+    assert math.isnan(tracker.average)
+
+    tracker.update(2.0, batch_size=4)
+    assert tracker.average == 2.0
+
+
+def test_a_count_of_zero_on_the_device_does_not_divide_by_zero():
+    """Defect 45."""
+    tracker = LossTracker()
+    tracker.update(torch.tensor(3.0), torch.tensor(0))
+    assert math.isnan(tracker.average)
+
+
+def test_a_loss_that_is_not_finite_shows_in_the_sum_ever_after():
+    tracker = LossTracker()
+    tracker.update(torch.tensor(1.0), 2)
+    tracker.update(torch.tensor(math.inf), 2)
+    tracker.update(torch.tensor(1.0), 2)
+    assert not tracker.total_loss.isfinite()
+
+
+def test_reset_forgets_everything():
+    tracker = LossTracker()
+    tracker.update(torch.tensor(1.0), torch.tensor(2))
+    tracker.reset()
+
+    assert tracker.totals() == (0.0, 0.0)
+    tracker.update(4.0, 2)
+    assert tracker.average == 4.0
+
+
+@given(
+    st.lists(st.tuples(ordinary_floats, st.integers(1, 4096)), min_size=1, max_size=30),
+    st.booleans(),
+)
+def test_sums_are_taken_from_left_to_right_in_float64(batches, as_tensors):
+    """Defect 45: totals passed through float32."""
+    tracker, total, count = LossTracker(), 0.0, 0
+    for loss, size in batches:
+        as_float32 = torch.tensor(loss, dtype=torch.float32)
+        total += as_float32.item() * size
+        count += size
+        tracker.update(as_float32 if as_tensors else as_float32.item(), size)
+
+    assert float_bits(tracker.totals()[0]) == float_bits(total)
+    assert tracker.average == total / count
+
+
+def test_a_large_total_does_not_swallow_small_losses():
+    """Defect 45: in float32, adding 1 to 2**24 changes nothing."""
+    tracker = LossTracker()
+    tracker.update(torch.tensor(1.0), 2**24)
+    tracker.update(torch.tensor(1.0), 1)
+    assert tracker.totals() == (2.0**24 + 1, 2.0**24 + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_low_precision_losses_are_weighted_in_full_precision(dtype):
+    loss = torch.tensor(1.0078125, dtype=dtype)  # exact in each of these
+    tracker = LossTracker()
+    tracker.update(loss, 1001)
+    tracker.update(loss, torch.tensor(100_000))
+
+    assert tracker.totals() == (1.0078125 * 101_001, 101_001.0)
+    assert tracker.total_loss.dtype == torch.float64
+
+
+def test_tensor_sums_are_updated_in_place_and_are_not_the_users_tensors():
+    tracker = LossTracker()
+    loss, size = torch.tensor(2.0, dtype=torch.float64), torch.tensor(3)
+    tracker.update(loss, size)
+    total, count = tracker.total_loss, tracker.running_count
+    tracker.update(loss, size)
+
+    assert tracker.total_loss is total
+    assert tracker.running_count is count
+    assert (loss.item(), size.item()) == (2.0, 3)
+
+
+def test_no_graph_is_kept_alive():
+    weight = torch.tensor(2.0, requires_grad=True)
+    tracker = LossTracker()
+    tracker.update(weight * 3, 2)
+
+    assert tracker.total_loss.grad_fn is None
+    assert not tracker.total_loss.requires_grad
+    assert not tracker.loss_value.requires_grad
+
+
+def test_sums_begun_in_inference_mode_go_on_outside_of_it():
+    tracker = LossTracker()
+    with torch.inference_mode():
+        tracker.update(torch.tensor(1.0), torch.tensor(2))
+    tracker.update(torch.tensor(4.0), torch.tensor(1))
+    assert tracker.average == 2.0
+
+
+def test_updates_never_wait_for_the_device(num_syncs):
+    tracker = LossTracker()
+    for step in range(5):
+        tracker.update(counting(float(step), requires_grad=True), 2)
+        tracker.update(counting(float(step)), counting(3))
+        tracker.update(float(step), counting(3))
+    assert num_syncs() == 0
+    counting(1.0).item()
+    assert num_syncs() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_updates_never_wait_for_a_real_gpu():
+    tracker = LossTracker()
+    loss = torch.tensor(2.0, device="cuda", dtype=torch.bfloat16)
+    size = torch.tensor(3, device="cuda")
+    tracker.load_state_dict({"total_loss": 1.0, "running_count": 1.0})
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            tracker.update(loss, 2)
+            tracker.update(loss, size)
+            tracker.update(1.0, size)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tracker.totals() == (1.0 + 12.0 + 18.0 + 9.0, 1.0 + 6.0 + 18.0)
+
+
+@given(
+    st.lists(st.tuples(ordinary_floats, st.integers(1, 512)), min_size=2, max_size=20),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+def test_tracking_goes_on_exactly_from_its_state(
+    batches, loss_tensors, size_tensors, data
+):
+    def update(tracker, loss, size):
+        tracker.update(
+            torch.tensor(loss) if loss_tensors else loss,
+            torch.tensor(size) if size_tensors else size,
+        )
+
+    stop = data.draw(st.integers(0, len(batches)))
+    uninterrupted, first_half = LossTracker(), LossTracker()
+    for loss, size in batches:
+        update(uninterrupted, loss, size)
+    for loss, size in batches[:stop]:
+        update(first_half, loss, size)
+
+    state = json.loads(json.dumps(first_half.state_dict()))
+    resumed = LossTracker()
+    resumed.update(9.0, 9)
+    resumed.load_state_dict(state)
+    for loss, size in batches[stop:]:
+        update(resumed, loss, size)
+
+    assert float_bits(resumed.average) == float_bits(uninterrupted.average)
+    assert resumed.totals() == uninterrupted.totals()
