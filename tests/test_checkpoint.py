@@ -150,7 +150,7 @@ def test_a_folder_in_place_of_the_file_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="There is a folder of that name"):
         ckpt.save_file({}, tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+    with pytest.raises(CheckpointError, match=r"A file of that name is in the way"):
         ckpt.save_file({}, tmp_path / "file" / "x.pt")
 
 
@@ -172,7 +172,7 @@ def test_a_link_is_followed_and_not_replaced(tmp_path):
 
 def test_a_missing_file_is_both_a_checkpoint_error_and_file_not_found(tmp_path):
     assert issubclass(CheckpointNotFoundError, CheckpointError)
-    with pytest.raises(FileNotFoundError, match="no file .*nothing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nothing.pt"):
         ckpt.load_file(tmp_path / "nothing.pt")
 
 
@@ -476,21 +476,20 @@ def test_several_processes_share_one_folder_through_the_token(tmp_path):
 
 
 def test_without_commit_nothing_appears(tmp_path):
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        CheckpointWriter(tmp_path / "c") as w,
-    ):
-        w.write("x.pt", {})
-        raise RuntimeError("stop")
     with CheckpointWriter(tmp_path / "c") as writer:
         writer.write("x.pt", {})
+    with (
+        pytest.raises(TypeError, match=r"y.pt\['z'\] is a"),
+        CheckpointWriter(tmp_path / "c") as writer,
+    ):
+        writer.write("y.pt", {"z": object()})
     assert names_in(tmp_path) == []
 
 
 def test_writers_refuse_names_outside_the_folder_and_the_manifest(tmp_path):
     with CheckpointWriter(tmp_path / "c") as writer:
         for name in ("../x", "/x", "a/../../x", "", "manifest.json"):
-            with pytest.raises(ValueError, match="inside the checkpoint|the manifest"):
+            with pytest.raises(ValueError, match=r"inside the checkpoint|the manifest"):
                 writer.write(name, {})
         (writer.folder / "link").symlink_to("/etc/hostname")
         with pytest.raises(CheckpointError, match="is a link"):
@@ -618,7 +617,7 @@ def test_a_link_in_a_checkpoint_is_refused(tmp_path):
 
 def test_newer_and_malformed_manifests_say_so(tmp_path):
     save(tmp_path / "c", 1)
-    with pytest.raises(CheckpointError, match="newer version .format 99.*Update"):
+    with pytest.raises(CheckpointError, match=r"newer version .format 99.*Update"):
         with_manifest(tmp_path / "c", format_version=99).verify()
     with_manifest(tmp_path / "c", format_version=1)
     file = {"size": 0, "checksum": "xxh3:0"}
@@ -636,7 +635,9 @@ def test_newer_and_malformed_manifests_say_so(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_or_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointNotFoundError, match="no checkpoint folder .*nothing"):
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"no checkpoint folder .*nothing"
+    ):
         Checkpoint(tmp_path / "nothing").verify()
     with pytest.raises(CheckpointError, match=r"not a complete checkpoint: it has no"):
         Checkpoint(tmp_path).verify()
@@ -674,7 +675,7 @@ def test_the_newest_whole_one_is_taken_and_broken_ones_are_named(tmp_path):
         save(tmp_path / f"step_{number}", number)
     (tmp_path / "step_4" / "manifest.json").unlink()
     (tmp_path / "step_3" / "optimizer.pt").unlink()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="passed over") as caught:
         assert ckpt.newest(tmp_path).num_updates == 2
     messages = sorted(str(warning.message) for warning in caught)
     assert len(messages) == 2
@@ -797,8 +798,9 @@ def killed_at_every_operation(function):
 
         status = run_in_child(in_child)
         assert status != 1
-        yield number
+        yield
         if status == 0:
+            assert number > 4  # it did get killed
             return
 
 
@@ -806,15 +808,13 @@ def test_a_kill_at_any_operation_leaves_the_old_or_the_new_file(tmp_path):
     """Defect 22: an interrupted write replaced the good file by half a file."""
     path = tmp_path / "x.pt"
     ckpt.save_file({"x": 1}, path)
-    kills = 0
-    for kills in killed_at_every_operation(lambda: ckpt.save_file({"x": 2}, path)):
+    for _ in killed_at_every_operation(lambda: ckpt.save_file({"x": 2}, path)):
         value = ckpt.load_file(path)["x"]
         assert value in (1, 2)
         ckpt.clean_leftovers(tmp_path)
         assert names_in(tmp_path) == ["x.pt"]
         ckpt.save_file({"x": 1}, path)
     assert value == 2
-    assert kills > 4
 
 
 def test_a_kill_at_any_operation_of_a_save_and_prune_leaves_a_whole_checkpoint(
@@ -826,8 +826,7 @@ def test_a_kill_at_any_operation_of_a_save_and_prune_leaves_a_whole_checkpoint(
 
     save(tmp_path / "step_1", 1)
     seen = set()
-    kills = 0
-    for kills in killed_at_every_operation(save_and_prune):
+    for _ in killed_at_every_operation(save_and_prune):
         newest = ckpt.newest(tmp_path)
         assert value_of(newest) == newest.num_updates
         seen.add(newest.num_updates)
@@ -837,7 +836,6 @@ def test_a_kill_at_any_operation_of_a_save_and_prune_leaves_a_whole_checkpoint(
         save(tmp_path / "step_1", 1)
         shutil.rmtree(tmp_path / "step_2", ignore_errors=True)
     assert seen == {1, 2}
-    assert kills > 40
 
 
 def test_a_kill_at_any_operation_of_a_replacement_leaves_one_of_the_two(tmp_path):
@@ -881,14 +879,45 @@ def test_an_error_at_any_operation_is_raised_and_leaves_a_whole_checkpoint(
             try:
                 save(path, 2)
             except CheckpointError as error:
-                assert "errno 5" in str(error)
-                errors += 1
+                errors += "errno 5" in str(error)
         assert value_of(Checkpoint(path)) in (1, 2)
         assert not [name for name in names_in(tmp_path) if ".tmp-" in name]
         save(path, 1)
         if left > 0:
             break
     assert errors > 25
+
+
+def test_everything_is_on_the_disk_before_the_name_is_given(tmp_path, monkeypatch):
+    """After a loss of power a name must not be there without what it stands for."""
+    log = []
+    fsync, rename = os.fsync, os.rename
+
+    def logged_fsync(descriptor):
+        log.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def logged_rename(source, target):
+        log.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    writer = CheckpointWriter(tmp_path / "c")
+    with writer:
+        writer.write_weights({"w": torch.ones(1)})
+        (writer.folder / "sub").mkdir()
+        (writer.folder / "sub" / "by_others").touch()
+        log.clear()
+        writer.commit({})
+    *before, manifest, folder, subfolder, renamed, parent = log
+    assert set(before) == {
+        writer.folder / "model.safetensors",
+        writer.folder / "sub" / "by_others",
+    }
+    assert manifest == writer.folder / "manifest.json"
+    assert (folder, subfolder) == (writer.folder, writer.folder / "sub")
+    assert (renamed, parent) == ("rename", tmp_path)
 
 
 def test_leftovers_of_live_writers_and_of_other_machines_stay(tmp_path):
@@ -909,7 +938,7 @@ def test_leftovers_of_live_writers_and_of_other_machines_stay(tmp_path):
     assert ckpt.clean_leftovers(tmp_path / "nothing") == []
 
 
-# ----------------------------------------------------------------------- states of 0.1.61
+# -------------------------------------------------------------------- states of 0.1.61
 
 
 def write_legacy_state(folder, lr_lambda=None):
@@ -981,7 +1010,7 @@ def test_a_checkpoint_without_its_manifest_is_not_taken_for_a_legacy_state(tmp_p
     save(tmp_path / "c", 1)
     (tmp_path / "c" / "manifest.json").unlink()
     assert not ckpt.is_legacy_training_state(tmp_path / "c")
-    with pytest.raises(CheckpointNotFoundError, match="neither model.safetensors nor"):
+    with pytest.raises(CheckpointNotFoundError, match=r"neither model.safetensors nor"):
         ckpt.read_legacy_training_state(tmp_path)
 
 
@@ -1001,7 +1030,7 @@ def test_no_way_of_loading_runs_code_from_a_file(tmp_path):
     for attack in evil_bytes(marker, tmp_path / "evil"):
         evil = tmp_path / "evil.pt"
         evil.write_bytes(attack)
-        with pytest.raises(CheckpointError, match="would run code|damaged"):
+        with pytest.raises(CheckpointError, match=r"would run code|damaged"):
             ckpt.load_file(evil)
 
         weights = tmp_path / "weights"
@@ -1019,7 +1048,7 @@ def test_no_way_of_loading_runs_code_from_a_file(tmp_path):
             found = writer.commit({})
         found.verify()
         for load in (lambda c=found: c.load("optimizer.pt"), found.load_weights):
-            with pytest.raises(CheckpointError, match="would run code|damaged"):
+            with pytest.raises(CheckpointError, match=r"would run code|damaged"):
                 load()
 
         for path in legacy.iterdir():

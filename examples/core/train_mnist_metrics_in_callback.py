@@ -26,7 +26,7 @@ class ClassificationMetricsCallback(TrainerCallback):
     def __init__(self, num_classes):
         self.metrics = MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(num_classes),
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
                 "precision": MulticlassPrecision(num_classes),
                 "recall": MulticlassRecall(num_classes),
             }

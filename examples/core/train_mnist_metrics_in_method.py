@@ -21,7 +21,7 @@ class ClassificationTrainer(Trainer):
     def __init__(self, *args, num_classes, **kwargs):
         super().__init__(*args, **kwargs)
         # A default callback moves the modules of a trainer to its device.
-        self.accuracy = MulticlassAccuracy(num_classes)
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def calculate_eval_batch_loss(self, batch):
         output = super().calculate_eval_batch_loss(batch)

@@ -3,8 +3,8 @@
 A *window* is the batches, on all processes, whose gradients make up one update. The
 gradient of the mean loss over all its items is the sum over its batches of
 ``gradient(mean loss of the batch) * items of the batch / items of the window``. Data
-parallel training averages over processes instead of adding up, so each batch is weighted
-with ``num_processes`` times that.
+parallel training averages over processes instead of adding up, so each batch is
+weighted with ``num_processes`` times that.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class AccumulationWindow:
     """Weights the losses of a window so that its update is that of one large batch.
 
     Where the sizes of all batches are known ahead, each loss is weighted before it is
-    back-propagated and that is all; with one batch in a window it stays untouched. Where
-    they are not known, or a loss is a mean over something other than samples (tokens,
-    boxes), a loss is weighted with ``items / unit``, where the unit is the same for all
-    batches, and the gradients are corrected once the window's items are counted.
+    back-propagated and that is all; with one batch in a window it stays untouched.
+    Where they are not known, or a loss is a mean over something other than samples
+    (tokens, boxes), a loss is weighted with ``items / unit``, where the unit is the
+    same for all batches, and the gradients are corrected once the window's items are
+    counted.
 
     Args:
         num_steps: Batches of one process in a full window.

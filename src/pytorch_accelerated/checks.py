@@ -15,6 +15,7 @@ from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase
 
 
 def check_is_at_least(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless the value is a whole number of at least ``least``."""
     if not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(
             f"{name} must be a whole number of at least {least}, got {value!r}."
@@ -22,39 +23,43 @@ def check_is_at_least(name: str, value: Any, least: int) -> None:
 
 
 def check_clipping(value: float | None, norm: float | None) -> None:
+    """Raise ValueError if there are two limits for the gradients, or a wrong one."""
     if value is not None and norm is not None:
         raise ValueError(
-            f"Both gradient_clip_value={value} and gradient_clip_norm={norm} were given; "
-            "choose one of them."
+            f"Both gradient_clip_value={value} and gradient_clip_norm={norm} were "
+            "given; choose one of them."
         )
     for name, limit in (("gradient_clip_value", value), ("gradient_clip_norm", norm)):
         if limit is not None and not limit > 0:
             raise ValueError(
-                f"{name} must be greater than 0, got {limit}. To train without clipping, "
-                "leave it out."
+                f"{name} must be greater than 0, got {limit}. To train without "
+                "clipping, leave it out."
             )
 
 
 def check_scheduler_fn(create_scheduler_fn: Any) -> None:
+    """Raise TypeError if a scheduler was given in place of what makes one."""
     is_scheduler = isinstance(create_scheduler_fn, (LRScheduler, SchedulerBase))
     if is_scheduler or not (
         create_scheduler_fn is None or callable(create_scheduler_fn)
     ):
         name = type(create_scheduler_fn).__name__
         raise TypeError(
-            f"create_scheduler_fn must be a function that makes a scheduler from the "
-            f"optimizer, got a {name}. Pass functools.partial({name}, ...) with all its "
-            "arguments but the optimizer."
+            "create_scheduler_fn must be a function that makes a scheduler from the "
+            f"optimizer, got a {name}. Pass functools.partial({name}, ...) with all "
+            "its arguments but the optimizer."
         )
 
 
 def check_dataset_is_not_empty(dataset: Any, name: str) -> None:
+    """Raise ValueError if a dataset is known to have no samples."""
     # Iterable datasets may have a length that is only an estimate.
     if not isinstance(dataset, IterableDataset) and length_of(dataset) == 0:
         raise ValueError(f"{name} is empty: there is nothing to take a batch from.")
 
 
 def check_optimizer(model: Any, optimizer: Any) -> None:
+    """Raise ValueError if the optimizer has no parameter of the model to train."""
     if optimizer is None:
         raise ValueError(
             "train() needs an optimizer; the trainer was created with None."
@@ -81,9 +86,10 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
 def check_no_loader_arguments(
     kwargs: Mapping[str, Any] | None, collate_fn: Any
 ) -> None:
+    """Raise ValueError if a ready loader came with arguments for making one."""
     given = sorted(kwargs or {}) + (["collate_fn"] if collate_fn is not None else [])
     if given:
         raise ValueError(
-            f"A ready DataLoader is used as it is, but loader arguments were given too: "
-            f"{given}. Give them to the DataLoader, or pass its dataset instead."
+            "A ready DataLoader is used as it is, but loader arguments were given "
+            f"too: {given}. Give them to the DataLoader, or pass its dataset instead."
         )

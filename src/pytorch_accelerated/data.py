@@ -93,9 +93,9 @@ class BatchPlan:
     Every process gets the same number of batches, so no collective can hang, and the
     batches of one step are neighbours in the order: the first process has the first.
 
-    In training, a step takes ``num_processes * batch_size`` samples, as one process with
-    that batch size would; the last one shares what is left. When fewer samples than
-    processes are left, some processes have none (see :meth:`is_filler`).
+    In training, a step takes ``num_processes * batch_size`` samples, as one process
+    with that batch size would; the last one shares what is left. When fewer samples
+    than processes are left, some processes have none (see :meth:`is_filler`).
 
     With ``even``, as in evaluation, the samples are spread so that the sizes of all
     batches differ by at most one, and none is empty.
@@ -123,8 +123,8 @@ class BatchPlan:
         if self._is_spread and self.length < slots:
             raise ValueError(
                 f"{self.length} samples cannot be split into {len(self)} batches of up "
-                f"to {self.batch_size} on each of {self.num_processes} processes without "
-                f"an empty batch: at least {slots} samples are needed. Use a "
+                f"to {self.batch_size} on each of {self.num_processes} processes "
+                f"without an empty one: at least {slots} samples are needed. Use a "
                 "larger batch size or fewer processes."
             )
 
@@ -241,10 +241,10 @@ class PlannedBatchSampler(Sampler[SeededIndices]):
 class _RandomState:
     """Gives a batch its own random numbers, and leaves the process's as they were.
 
-    Saving and restoring python's and numpy's generators costs more than fetching a small
-    batch. So only torch's generator is always seeded; the other two are from the moment
-    at which a batch is seen to draw from them, which is looked for in the first batch of
-    every epoch.
+    Saving and restoring python's and numpy's generators costs more than fetching a
+    small batch. So only torch's generator is always seeded; the other two are from the
+    moment at which a batch is seen to draw from them, which is looked for in the first
+    batch of every epoch.
     """
 
     def __init__(self) -> None:
@@ -570,7 +570,7 @@ class DataLoaderSlice:
         return getattr(self.dl, name)
 
     def __len__(self) -> int:
-        """Return the number of batches: the slice's, or the loader's if it has fewer."""
+        """Return the number of batches, which may be less than the slice's size."""
         length = length_of(self.dl)
         return self.slice_size if length is None else min(self.slice_size, length)
 
@@ -663,8 +663,8 @@ def suggest_num_workers(
 
     Handing a batch over from a worker costs about a millisecond, so a dataset whose
     batches are fetched faster than that is better read in the main process. The time is
-    taken in a worker of its own: a dataset that opens its files at the first access must
-    not do so in the main process, whose open files all workers would then share.
+    taken in a worker of its own: a dataset that opens its files at the first access
+    must not do so in the main process, whose open files all workers would then share.
 
     Args:
         dataset: A map-style dataset with a length; anything else gets 0 workers.
@@ -718,6 +718,7 @@ def remove_padding(padded_tensor: Tensor, pad_value: float) -> Tensor:
 
 
 def default_dl_kwargs(batch_size: int, *, shuffle: bool) -> dict[str, Any]:
+    """Return the arguments of a loader that the user did not give."""
     return {
         "shuffle": shuffle,
         "pin_memory": torch.cuda.is_available(),
@@ -746,6 +747,7 @@ def merge_dl_kwargs(
 def batch_size_of_loader(
     loader: Any, kwargs: Mapping[str, Any] | None, default: int
 ) -> int | None:
+    """Return the batch size of a loader, None if there is no loader."""
     if loader is None:
         return None
     batch_size = (kwargs or {}).get("batch_size", getattr(loader, "batch_size", None))

@@ -281,6 +281,7 @@ ERRORS_BY_KIND: dict[str, type[Exception]] = {
 
 
 def kind_of(error: Exception | None) -> str:
+    """Return the key of an error in ``ERRORS_BY_KIND``, "" for none."""
     if error is None:
         return ""
     if isinstance(error, NonFiniteLossError):

@@ -3,7 +3,7 @@
 ::
 
     Exception
-    ├── StopTrainingError                     ends a run in order, from any hook or callback
+    ├── StopTrainingError                     ends a run in order
     │   └── NonFiniteLossError                the loss became NaN or infinite
     ├── CheckpointError                       a checkpoint could not be written or read
     └── CallbackMethodNotImplementedError     kept for scripts that catch it, never raised

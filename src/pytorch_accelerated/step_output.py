@@ -24,25 +24,28 @@ def num_items(batch_output: Mapping[str, Any]) -> NumItems:
 
 
 def is_scalar(value: Any) -> bool:
+    """Say whether a member of a step's output can be averaged over the epoch."""
     if isinstance(value, Tensor):
         return value.dim() == 0
     return isinstance(value, numbers.Real)
 
 
 def loss_of(outputs: Any) -> Any:
+    """Return the loss that a model has calculated itself."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     loss = getattr(outputs, "loss", None) if loss is None else loss
     if loss is None:
         raise ValueError(
             "loss_func is None, but the model's outputs have no loss; got "
-            f"{type(outputs).__name__}. Transformers models return one if the batch has "
-            "'labels'. Otherwise pass a loss_func, or override "
+            f"{type(outputs).__name__}. Transformers models return one if the batch "
+            "has 'labels'. Otherwise pass a loss_func, or override "
             "calculate_train_batch_loss and calculate_eval_batch_loss."
         )
     return loss
 
 
 def batch_size_of(batch: Mapping[str, Any]) -> int:
+    """Return the number of samples in a batch of named tensors."""
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)
@@ -54,6 +57,7 @@ def batch_size_of(batch: Mapping[str, Any]) -> int:
 
 
 def describe_batch(batch: Any) -> str:
+    """Say in a few words what a batch is, for an error message."""
     if isinstance(batch, Mapping):
         return f"a {type(batch).__name__} with the keys {list(batch)}"
     if isinstance(batch, Tensor):
@@ -66,8 +70,8 @@ def describe_batch(batch: Any) -> str:
 def check_loss(batch_output: Any) -> None:
     """Check what the first step of a run returned."""
     advice = (
-        "calculate_train_batch_loss must return a dictionary with 'loss', a scalar with "
-        "a graph, and 'batch_size'"
+        "calculate_train_batch_loss must return a dictionary with 'loss', a scalar "
+        "with a graph, and 'batch_size'"
     )
     if not isinstance(batch_output, Mapping):
         raise TypeError(f"{advice}; got {type(batch_output).__name__}.")
@@ -79,11 +83,11 @@ def check_loss(batch_output: Any) -> None:
         raise TypeError(f"{advice}; the loss is a {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(
-            f"{advice}; the loss has shape {tuple(loss.shape)}. Reduce it to a mean over "
-            "the batch, for example with reduction='mean'."
+            f"{advice}; the loss has shape {tuple(loss.shape)}. Reduce it to a "
+            "mean over the batch, for example with reduction='mean'."
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"{advice}; the loss has no graph. Was it detached, turned into a number, or "
-            "computed under no_grad?"
+            f"{advice}; the loss has no graph. Was it detached, turned into a number, "
+            "or computed under no_grad?"
         )

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -107,8 +106,8 @@ class Trainer:
 
     Args:
         model: The model to train.
-        loss_func: Called as ``loss_func(model_outputs, targets)``, returns the mean loss
-            over the samples of a batch. May be None for models that return their loss,
+        loss_func: Called as ``loss_func(model_outputs, targets)``, returns the mean
+            loss over the samples of a batch. May be None for models that return their loss,
             and for subclasses that calculate it themselves.
         optimizer: The optimizer of the model's parameters. May be None if the trainer
             only evaluates.
@@ -215,8 +214,8 @@ class Trainer:
                 which is used as it is.
             num_epochs: Epochs of this run.
             eval_dataset: Evaluated after each epoch; none by default.
-            per_device_batch_size: Samples in a batch of one process. A ``batch_size`` in
-                the loader arguments wins over it.
+            per_device_batch_size: Samples in a batch of one process. A ``batch_size``
+                in the loader arguments wins over it.
             max_num_train_steps: Updates after which the run ends, in the middle of an
                 epoch if need be. With ``num_epochs``, the smaller limit holds.
             gradient_accumulation_steps: Batches of one process that make up an update.
@@ -227,14 +226,15 @@ class Trainer:
                 and ``ReduceLROnPlateau`` once per epoch.
             train_dataloader_kwargs: Arguments of the training ``DataLoader``.
             eval_dataloader_kwargs: Arguments of the evaluation ``DataLoader``.
-            reset_run_history: Forget the metrics of earlier runs and count epochs from 1.
+            reset_run_history: Forget the metrics of earlier runs and count epochs from
+                1.
             collate_fn: Makes a batch of a list of samples.
-            resume_from: A training state to go on from: the epochs that were left of its
-                run are trained. "auto" takes the newest whole one that a
+            resume_from: A training state to go on from: the epochs that were left of
+                its run are trained. "auto" takes the newest whole one that a
                 ``SaveTrainingStateCallback`` of this trainer has saved, if any.
             gradient_clip_norm: Scale the gradients down to this total norm.
-            eval_per_device_batch_size: Samples in an evaluation batch of one process; by
-                default as in training.
+            eval_per_device_batch_size: Samples in an evaluation batch of one process;
+                by default as in training.
             plateau_metric: The metric that ``ReduceLROnPlateau`` watches.
 
         Returns:
@@ -392,7 +392,7 @@ class Trainer:
     # ------------------------------------------------------------------- the epochs
 
     def _run_epoch(self) -> bool:
-        """Train and evaluate for an epoch; say whether the run's updates are used up."""
+        """Train and evaluate for an epoch; say whether it must be the last."""
         is_over = self._are_updates_used_up()
         if self._progress.stage is Stage.TRAINING:
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
@@ -493,7 +493,7 @@ class Trainer:
     def _run_eval_epoch(
         self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False
     ) -> None:
-        """Evaluate on the batches of a loader, and leave modes and trackers as they were.
+        """Evaluate on the batches of a loader; modes and trackers stay as they are.
 
         Args:
             valid_dl: The evaluation loader.
@@ -529,7 +529,7 @@ class Trainer:
         """Called when a training run starts; does nothing by default."""
 
     def train_epoch_start(self) -> None:
-        """Called when the training part of an epoch starts; sets the training mode.
+        """Called when an epoch starts; sets the training mode.
 
         Submodules that are in evaluation mode while the model itself is in training
         mode, such as frozen batch norms, were put there on purpose and stay there.
@@ -549,8 +549,8 @@ class Trainer:
         Returns:
             A dictionary with ``loss``, the mean over the batch as a 0-dim tensor with a
             graph; ``model_outputs``; and ``batch_size``, the number of samples. If the
-            loss is a mean over something else, such as tokens, ``num_items_in_batch`` is
-            how many there are, as a number or a 0-dim tensor. Every other number or
+            loss is a mean over something else, such as tokens, ``num_items_in_batch``
+            is how many there are, as a number or a 0-dim tensor. Every other number or
             0-dim tensor is averaged and recorded as ``train_<name>_epoch``. Everything
             is passed on to ``on_train_step_end``.
         """
@@ -581,7 +581,7 @@ class Trainer:
         self.optimizer.zero_grad()  # type: ignore[union-attr]
 
     def train_epoch_end(self) -> None:
-        """Called when the training part of an epoch ends, before its loss is recorded."""
+        """Called when an epoch's training ends, before its loss is recorded."""
 
     def eval_epoch_start(self) -> None:
         """Called when an evaluation starts; sets the evaluation mode."""
@@ -594,8 +594,9 @@ class Trainer:
             batch: What the loader yielded, on the device.
 
         Returns:
-            A dictionary as from :meth:`calculate_train_batch_loss`; scalars are recorded
-            as ``eval_<name>_epoch``, or as ``evaluation_<name>`` by :meth:`evaluate`.
+            A dictionary as from :meth:`calculate_train_batch_loss`; scalars are
+            recorded as ``eval_<name>_epoch``, or as ``evaluation_<name>`` by
+            :meth:`evaluate`.
         """
         with torch.no_grad():
             return self._calculate_batch_loss(batch)
@@ -636,9 +637,10 @@ class Trainer:
         except (KeyError, IndexError, TypeError) as error:
             raise TypeError(
                 "The default step takes batches of (inputs, targets), got "
-                f"{step_output.describe_batch(batch)}. Override calculate_train_batch_loss and "
-                "calculate_eval_batch_loss to use it, or pass loss_func=None for a model "
-                "that takes the members of a mapping and returns a loss."
+                f"{step_output.describe_batch(batch)}. Override "
+                "calculate_train_batch_loss and calculate_eval_batch_loss to use it, "
+                "or pass loss_func=None for a model that takes the members of a "
+                "mapping and returns a loss."
             ) from error
         if self.loss_func is None:
             raise ValueError(
@@ -835,8 +837,8 @@ class Trainer:
             return None
         if num_batches == 0:
             raise ValueError(
-                "The training loader has no batches: the dataset is empty, or drop_last "
-                "leaves out the only batch. Use more data or a smaller batch size."
+                "The training loader has no batches: the dataset is empty, or "
+                "drop_last leaves out the only batch. Use more data or a smaller batch size."
             )
         return math.ceil(num_batches / gradient_accumulation_steps)
 
@@ -883,8 +885,8 @@ class Trainer:
         self._publish_progress()
         self.gradient_norm = None
         self._seed_run()
-        # A scheduler starts from "initial_lr", which an earlier one has left behind, and
-        # not from a learning rate that the user has set since.
+        # A scheduler starts from "initial_lr", which an earlier one has left behind,
+        # and not from a learning rate that the user has set since.
         for group, left in zip(
             self.optimizer.param_groups,  # type: ignore[union-attr]
             self._learning_rates_left,
@@ -975,7 +977,7 @@ class Trainer:
         return context
 
     def _batches_that_are_due(self, train_dl: Any) -> Iterator[tuple[int, Any, bool]]:
-        """Yield the number of each batch, the batch, and whether it is the epoch's last.
+        """Yield the number of each batch, the batch, and whether it is the last.
 
         A resumed epoch starts where it was interrupted.
         """
@@ -1119,7 +1121,7 @@ class Trainer:
             self._noted_error = self._noted_error or error
 
     def _notify(self, event: str, **kwargs: Any) -> None:
-        """Call the callbacks for an event at which all processes can act on an error."""
+        """Call the callbacks for an event at which all processes act on an error."""
         self._call_event(event, **kwargs)
         self._agree_to_go_on()
 
@@ -1210,8 +1212,9 @@ class Trainer:
     ) -> None:
         """Save the model, and what belongs to it, in one file.
 
-        The file is written beside its place and moved there once it is complete, so that
-        an interruption leaves an older file as it was. All processes must call this.
+        The file is written beside its place and moved there once it is complete, so
+        that an interruption leaves an older file as it was. All processes must call
+        this.
 
         Args:
             save_path: The file; missing folders are created.
@@ -1256,21 +1259,22 @@ class Trainer:
 
         Raises:
             CheckpointError: If the file cannot be read, or does not fit the model.
-            ValueError: If the optimizer's state is to be loaded and there is no optimizer.
+            ValueError: If the optimizer's state is to be loaded and there is no
+                optimizer.
         """
         contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
         load_optimizer = load_optimizer and "optimizer_state_dict" in contents
         if load_optimizer and self.optimizer is None:
             raise ValueError(
-                f"{checkpoint_path} holds the state of an optimizer, but the trainer has "
-                "none. Pass load_optimizer=False to load only the model."
+                f"{checkpoint_path} holds the state of an optimizer, but the trainer "
+                "has none. Pass load_optimizer=False to load only the model."
             )
         self._load_model(contents["model_state_dict"], checkpoint_path)
         if load_optimizer:
             self._load_optimizer(contents["optimizer_state_dict"], checkpoint_path)
+        load_scheduler = load_scheduler and "scheduler_state_dict" in contents
         if load_scheduler and self.scheduler is not None:
-            if "scheduler_state_dict" in contents:
-                self.scheduler.load_state_dict(contents["scheduler_state_dict"])
+            self.scheduler.load_state_dict(contents["scheduler_state_dict"])
         return contents
 
     def save_training_state(
@@ -1329,7 +1333,7 @@ class Trainer:
             "progress": progress.to_dict(),
             "data_seed": self._data_seed,
             "num_runs": self._num_runs,
-            "callbacks": self._callback_states(),
+            "callbacks": self.callback_handler.state_dict(),
         }
         if hasattr(self.run_history, "state_dict"):
             run["run_history"] = self.run_history.state_dict()
@@ -1421,7 +1425,7 @@ class Trainer:
         epoch = metadata.get("current_epoch", 1)
         if "progress" not in state:
             self._progress.epochs_done = max(epoch - 1, 0)
-        self._restore_callbacks()
+        self.callback_handler.load_state_dict(state.get("callbacks", {}))
         self.run_history._set_epoch(epoch)
         self._publish_progress()
         self.print(f"Resuming from {resume_from} at epoch {epoch}")
@@ -1433,7 +1437,7 @@ class Trainer:
             )
             raise ValueError(
                 f"{resume_from} was saved by a run {was} a scheduler, but train() was "
-                f"called {now} one (create_scheduler_fn). Use the arguments of that run."
+                f"called {now} one. Give the create_scheduler_fn of that run."
             )
 
     def _follow_data_seed(self, data_seed: int) -> None:
@@ -1447,28 +1451,6 @@ class Trainer:
         states = self._resume_state.pop("random_states", None)
         if states is not None:
             checkpoint.set_random_states(states)
-
-    def _restore_callbacks(self) -> None:
-        """Give callbacks the state they had, as counted among those of their class."""
-        saved = self._resume_state.pop("callbacks", {})
-        for name, callback in self._named_callbacks():
-            if name in saved:
-                callback.load_state_dict(saved[name])
-
-    def _callback_states(self) -> dict[str, Any]:
-        return {
-            name: state
-            for name, callback in self._named_callbacks()
-            if (state := callback.state_dict())
-        }
-
-    def _named_callbacks(self) -> Iterator[tuple[str, Any]]:
-        counts: Counter[str] = Counter()
-        for callback in self.callback_handler:
-            name = type(callback).__name__
-            counts[name] += 1
-            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
-                yield f"{name}_{counts[name]}", callback
 
     def _progress_to_save(self) -> RunProgress:
         progress = replace(self._progress)
@@ -1489,7 +1471,7 @@ class Trainer:
         return state_dict
 
     def _scheduler_contents(self, key: str) -> dict[str, Any]:
-        """Return the scheduler's state under a key, or nothing if it cannot be saved."""
+        """Return the scheduler's state under a key; nothing if it cannot be saved."""
         try:
             state = checkpoint.to_storable(self.scheduler.state_dict(), key)
         except Exception as error:
@@ -1513,9 +1495,9 @@ class Trainer:
             self.optimizer.load_state_dict(state_dict)  # type: ignore[union-attr]
         except (ValueError, KeyError) as error:
             raise CheckpointError(
-                f"The optimizer's state in {source} does not fit the optimizer: {error}. "
-                "Create it with the same kind and parameter groups, or load only the "
-                "model."
+                f"The optimizer's state in {source} does not fit the optimizer: "
+                f"{error}. Create it with the same kind and parameter groups, or load "
+                "only the model."
             ) from error
 
     @contextmanager
@@ -1592,9 +1574,9 @@ class Trainer:
 class TrainerWithTimmScheduler(Trainer):
     """A trainer for the schedulers of timm, which are told the time.
 
-    ``step_update`` is called after each update with the number of updates completed, and
-    ``step`` after each epoch with the number of epochs completed, so that schedules in
-    updates and in epochs both work. Arguments are those of :class:`Trainer`.
+    ``step_update`` is called after each update with the number of updates completed,
+    and ``step`` after each epoch with the number of epochs completed, so that schedules
+    in updates and in epochs both work. Arguments are those of :class:`Trainer`.
     """
 
     def _start_schedule(self) -> None:

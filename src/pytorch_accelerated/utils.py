@@ -1,4 +1,4 @@
-"""The helpers that scripts import from here; each lives in the module of its subject."""
+"""Helpers that scripts import from here; each lives in the module of its subject."""
 
 from pytorch_accelerated.data import (
     LIMIT_BATCHES_ENV_VAR,

@@ -324,9 +324,12 @@ def test_states_go_back_to_the_callbacks_they_came_from():
         def load_state_dict(self, state):
             self.value = state["value"]
 
+    class Duck:
+        def on_train_epoch_end(self, trainer, **kwargs): ...
+
     first, second = Stateful(), Stateful()
     first.value, second.value = 1, 2
-    state = CallbackHandler([first, Recorder(), second, Mock(spec=[])]).state_dict()
+    state = CallbackHandler([first, Recorder(), second, Duck()]).state_dict()
     assert state == {"Stateful": {"value": 1}, "Stateful_2": {"value": 2}}
 
     handler = CallbackHandler([Recorder, Stateful, Stateful, Stateful])

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_accelerated.placeholders import TrainerPlaceholderValues
+from pytorch_accelerated.schedulers import CosineLrScheduler
 
 # A busy machine must not fail a test.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-from pytorch_accelerated.schedulers import CosineLrScheduler
 
 
 def create_optimizer(*lrs):

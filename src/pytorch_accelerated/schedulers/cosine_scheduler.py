@@ -18,22 +18,18 @@ __all__ = ["CosineLrScheduler"]
 
 
 class CosineLrScheduler(StatefulSchedulerBase):
-    r"""Anneals the learning rate along half a cosine, once per update.
+    """Anneals the learning rate along half a cosine, once per update.
 
-    With :math:`T`, :math:`W` and :math:`C` the updates of the whole schedule, of the
-    warm-up and of the cooldown, :math:`b` the learning rate of the parameter group,
-    :math:`m` the lowest one and :math:`s` the one at the start of the warm-up, update
-    :math:`n`, counted from 0, trains with
+    With T, W and C the updates of the whole schedule, of the warm-up and of the
+    cooldown, b the learning rate of the parameter group, m the lowest one and s the
+    one at the start of the warm-up, update n, counted from 0, trains with::
 
-    .. math::
-
-        n < W: &\quad s + (b - s) \, n / W \\
-        W \le n < T - C: &\quad m + \tfrac{1}{2} (b - m)
-            \left(1 + \cos \pi \tfrac{(n - W)^k}{(T - W - C)^k}\right) \\
-        T - C \le n: &\quad m
+        n < W:           s + n * (b - s) / W
+        W <= n < T - C:  m + (b - m) / 2 * (1 + cos(pi * (n - W)**k / (T - W - C)**k))
+        n >= T - C:      m
 
     The annealing is that of `SGDR <https://arxiv.org/abs/1608.03983>`_ without
-    restarts, and :math:`k` that of `k-decay <https://arxiv.org/abs/2004.05909>`_.
+    restarts, and k is that of `k-decay <https://arxiv.org/abs/2004.05909>`_.
 
     Args:
         optimizer: The optimizer whose learning rates are annealed.

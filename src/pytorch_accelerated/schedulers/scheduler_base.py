@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 __all__ = [
     "InvalidScheduleError",
@@ -58,7 +56,7 @@ class SchedulerBase(ABC):
     @abstractmethod
     def get_updated_values(
         self, num_updates: int
-    ) -> float | Sequence[float] | torch.Tensor | npt.NDArray[Any] | None:
+    ) -> float | Sequence[float] | torch.Tensor | np.ndarray | None:
         """Return the value that update ``num_updates``, counted from 0, trains with.
 
         Returns:

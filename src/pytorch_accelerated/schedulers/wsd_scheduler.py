@@ -27,24 +27,20 @@ _TAKEN_FROM_THE_CONTINUED_RUN = (
 
 
 class WSDLrScheduler(StatefulSchedulerBase):
-    r"""Keeps the learning rate stable, and lets it decay before each checkpoint.
+    """Keeps the learning rate stable, and lets it decay before each checkpoint.
 
     The schedule is cut into periods that end with a checkpoint each, see
-    `estimate_checkpoint_steps`. In a period of :math:`p` updates the last
-    :math:`d = \lfloor p \cdot` ``decay_phase_ratio`` :math:`\rfloor` decay. With
-    :math:`b` the learning rate of the parameter group, :math:`r` = ``lr_min`` and
-    :math:`t` going from 0 to 1 over those :math:`d` updates, they train with
+    `estimate_checkpoint_steps`. Of the p updates of a period, the last
+    ``d = int(p * decay_phase_ratio)`` decay. With b the learning rate of the
+    parameter group, r the ``lr_min`` and t = 0, 1/d, 2/d ... over those updates, they
+    train with::
 
-    .. math::
+        b * (r + (1 - r) * (1 - sqrt(t)))   with use_inverse_sqrt_decay
+        b / (t / r + (1 - t))               without
 
-        b \, \left(r + (1 - r) (1 - \sqrt t)\right)
-        \quad\text{or, without } \texttt{use\_inverse\_sqrt\_decay,}\quad
-        \frac{b}{t / r + (1 - t)}
-
-    and all others with :math:`b`. At the end of the period, when all its updates are
-    done, the learning rate is :math:`b r`. After the last checkpoint it stays there.
-    The first ``num_warmup_steps`` updates :math:`n` train with
-    :math:`s + (b - s) \, n / w` instead.
+    and all others with b. The value at the end of a period, when its p updates are
+    done, is ``b * r``; after the last period it stays there. In the warm-up of w
+    updates, update n, counted from 0, trains with ``s + n / w * (b - s)``.
 
     The method is that of `MiniCPM <https://arxiv.org/abs/2404.06395>`_ and, with
     several checkpoints, of `WSD-S <https://arxiv.org/abs/2410.05192>`_; the first

@@ -1,0 +1,154 @@
+import math
+
+import pytest
+import torch
+
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveBestModelCallback
+from pytorch_accelerated.trainer import Trainer
+
+
+def epochs_of(trainer):
+    return len(trainer.run_history.get_metric_values("score"))
+
+
+def test_stops_after_patience_epochs_without_improvement(train_with_scores):
+    stopping = EarlyStoppingCallback(2, watch_metric="score")
+    trainer = train_with_scores([stopping], [3, 2, 2.5, 2, 1, 0])
+    assert epochs_of(trainer) == 4
+    assert stopping.early_stopping_patience_counter == 2
+    assert stopping.best_metric == 2
+
+
+def test_an_improvement_starts_the_count_anew(train_with_scores):
+    stopping = EarlyStoppingCallback(2, watch_metric="score", greater_is_better=True)
+    trainer = train_with_scores([stopping], [1, 0, 2, 1, 0, 5])
+    assert epochs_of(trainer) == 5
+
+
+def test_improvements_within_the_threshold_do_not_count(train_with_scores):
+    stopping = EarlyStoppingCallback(2, 0.25, watch_metric="score")
+    trainer = train_with_scores([stopping], [1.0, 0.875, 0.75, 0.0])
+    assert epochs_of(trainer) == 3
+
+
+def test_small_improvements_add_up(train_with_scores):
+    stopping = EarlyStoppingCallback(2, 0.25, watch_metric="score")
+    trainer = train_with_scores([stopping], [1.0, 0.8, 0.7, 0.6, 0.4])
+    assert epochs_of(trainer) == 5
+
+
+def test_a_run_that_improves_a_little_each_epoch_goes_on(train_with_scores):
+    """Defect 55: the default threshold of 0.01 stopped it at once."""
+    stopping = EarlyStoppingCallback(watch_metric="score")
+    scores = [1 - 0.005 * epoch for epoch in range(6)]
+    assert epochs_of(train_with_scores([stopping], scores)) == 6
+
+
+def test_nan_at_first_does_not_keep_later_epochs_from_improving(train_with_scores):
+    """Defect 55."""
+    stopping = EarlyStoppingCallback(2, watch_metric="score")
+    trainer = train_with_scores([stopping], [math.nan, 3, 2, 1])
+    assert epochs_of(trainer) == 4
+    assert stopping.best_metric == 1
+
+
+@pytest.mark.parametrize("patience", [0, -1])
+def test_patience_below_one_is_refused(patience):
+    """Defect 55: a patience of 0 stopped after the first epoch."""
+    with pytest.raises(ValueError, match="at least 1 epoch.*leave the callback out"):
+        EarlyStoppingCallback(patience)
+
+
+def test_a_negative_threshold_is_refused():
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        EarlyStoppingCallback(1, -1)
+
+
+@pytest.mark.parametrize(
+    "order", [("stop", "save"), ("save", "stop")], ids=["stop first", "save first"]
+)
+def test_the_best_epoch_is_saved_in_whatever_order_they_are_listed(
+    train_with_scores, tmp_path, order
+):
+    """Defect 25: an improvement below the threshold stopped the run before the save."""
+    callbacks = {
+        "stop": EarlyStoppingCallback(1, 0.5, watch_metric="score"),
+        "save": SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score"),
+    }
+    train_with_scores([callbacks[name] for name in order], [1.0, 0.9, 0.0])
+    assert callbacks["save"].best_metric == 0.9
+    assert callbacks["save"].best_metric_epoch == 2
+
+
+def test_each_run_starts_to_count_anew(train_with_scores):
+    stopping = EarlyStoppingCallback(1, watch_metric="score")
+    trainer = train_with_scores([stopping], [1, 2])
+    assert epochs_of(train_with_scores(None, [9, 8, 7], trainer)) == 3
+
+
+def test_counting_can_go_on_over_several_runs(train_with_scores):
+    stopping = EarlyStoppingCallback(2, watch_metric="score", reset_on_train=False)
+    trainer = train_with_scores([stopping], [1, 2])
+    assert epochs_of(train_with_scores(None, [9, 8, 7], trainer)) == 1
+
+
+def test_a_metric_that_is_not_recorded_is_an_error_that_lists_those_that_are(
+    train_with_scores,
+):
+    stopping = EarlyStoppingCallback(watch_metric="scores")
+    with pytest.raises(
+        ValueError,
+        match=r"'scores' has not been recorded by the end of epoch 1; recorded so far: "
+        "eval_loss_epoch, score, train_loss_epoch",
+    ):
+        train_with_scores([stopping], [1])
+
+
+def test_watching_the_eval_loss_without_an_eval_dataset_is_refused_before_training(
+    create_trainer, samples, weight_of
+):
+    trainer = create_trainer([EarlyStoppingCallback()])
+    with pytest.raises(ValueError, match="needs an eval_dataset.*'train_loss_epoch'"):
+        trainer.train(samples(1), num_epochs=1)
+    assert weight_of(trainer) == 1
+
+
+def test_the_train_loss_can_be_watched_without_an_eval_dataset(create_trainer, samples):
+    stopping = EarlyStoppingCallback(watch_metric="train_loss_epoch")
+    create_trainer([stopping]).train(samples(1), num_epochs=2)
+    assert stopping.best_metric == 0.25
+
+
+def test_a_resumed_run_goes_on_counting(train_with_scores):
+    stopping = EarlyStoppingCallback(2, watch_metric="score")
+    train_with_scores([stopping], [1, 2])
+    resumed = EarlyStoppingCallback(2, watch_metric="score")
+    resumed.load_state_dict(stopping.state_dict())
+    assert epochs_of(train_with_scores([resumed], [1.5, 0, 0])) == 1
+    assert resumed.best_metric == 1
+
+
+def test_a_run_that_had_stopped_trains_no_further_when_it_is_resumed(
+    train_with_scores, weight_of
+):
+    stopping = EarlyStoppingCallback(1, watch_metric="score")
+    train_with_scores([stopping], [1, 2])
+    resumed = EarlyStoppingCallback(1, watch_metric="score")
+    resumed.load_state_dict(stopping.state_dict())
+    assert weight_of(train_with_scores([resumed], [0, 0])) == 1
+
+
+def test_only_the_main_process_decides(create_trainer):
+    """Defect 40: a metric that differs between processes let some of them leave."""
+
+    class OtherProcess(Trainer):
+        def agree(self, flag):
+            votes.append(flag)
+            return False
+
+    votes = []
+    trainer = create_trainer(trainer_class=OtherProcess)
+    trainer.run_history.update_metric("score", torch.nan)
+    trainer._accelerator = type("Accelerator", (), {"is_main_process": False})
+    EarlyStoppingCallback(1, watch_metric="score").on_training_run_epoch_end(trainer)
+    assert votes == [False]

@@ -1,0 +1,210 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pytorch_accelerated.callbacks import (
+    SaveBestModelCallback,
+    StopTrainingError,
+    TrainerCallback,
+)
+from pytorch_accelerated.schedulers import CosineLrScheduler
+
+
+def test_the_best_model_is_saved_and_loaded_at_the_end(
+    train_with_scores, weight_of, tmp_path
+):
+    path = tmp_path / "folder" / "best.pt"
+    best = SaveBestModelCallback(path, watch_metric="score")
+    trainer = train_with_scores([best], [3, 1, 2])
+    assert (best.best_metric, best.best_metric_epoch) == (1, 2)
+    assert weight_of(trainer) == 0.5**2
+
+
+def test_the_last_weights_can_be_kept(train_with_scores, weight_of, tmp_path):
+    best = SaveBestModelCallback(
+        tmp_path / "best.pt", watch_metric="score", load_saved_checkpoint=False
+    )
+    assert weight_of(train_with_scores([best], [3, 1, 2])) == 0.5**3
+
+
+@pytest.mark.parametrize("scores", [[1.0], [2.0, 1.0]], ids=["first", "later"])
+def test_the_value_is_stored_under_the_name_of_the_metric_and_as_loss(
+    train_with_scores, tmp_path, scores
+):
+    """Defect 25: the first save used one key, later ones the other."""
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    train_with_scores([best], scores)
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (saved["score"], saved["loss"]) == (1.0, 1.0)
+
+
+def test_a_metric_from_numpy_can_be_loaded_again(train_with_scores, tmp_path):
+    """Defect 25: UnpicklingError at the very end of training."""
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    train_with_scores([best], [np.float64(2), np.float32(1)])
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["score"] == 1.0
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_optimizer_and_scheduler_are_saved_as_asked_from_the_first_save_on(
+    train_with_scores, tmp_path, save
+):
+    """Defect 25: the first save ignored save_scheduler=False."""
+    best = SaveBestModelCallback(
+        tmp_path / "best.pt",
+        watch_metric="score",
+        save_optimizer=save,
+        save_scheduler=save,
+    )
+    train_with_scores(
+        [best], [1], create_scheduler_fn=CosineLrScheduler.create_scheduler_fn()
+    )
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert ("optimizer_state_dict" in saved) is save
+    assert ("scheduler_state_dict" in saved) is save
+
+
+def test_nan_at_first_does_not_block_later_epochs(train_with_scores, tmp_path):
+    """Defect 25."""
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    train_with_scores([best], [math.nan, 3, 2])
+    assert best.best_metric_epoch == 3
+
+
+def test_a_run_that_saves_nothing_does_not_load_the_file_of_an_older_run(
+    train_with_scores, weight_of, tmp_path, capsys
+):
+    """Defect 25: it silently loaded the stale file."""
+
+    class StopAtOnce(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise StopTrainingError("enough")
+
+    path = tmp_path / "best.pt"
+    train_with_scores([SaveBestModelCallback(path, watch_metric="score")], [1, 1, 1])
+    assert path.exists()
+    best = SaveBestModelCallback(path, watch_metric="score")
+    trainer = train_with_scores([best, StopAtOnce()], [0, 0])
+    assert weight_of(trainer) == 0.5
+    assert "No model was saved in this run; keeping the last" in capsys.readouterr().out
+
+
+def test_a_run_of_no_epochs_leaves_the_model_as_it_is(
+    create_trainer, samples, weight_of, tmp_path
+):
+    """Defect 25: FileNotFoundError."""
+    trainer = create_trainer([SaveBestModelCallback(tmp_path / "best.pt")])
+    trainer.train(samples(1), num_epochs=0, eval_dataset=samples(1))
+    assert weight_of(trainer) == 1
+
+
+def test_no_eval_dataset_is_an_error_before_training(
+    create_trainer, samples, weight_of, tmp_path
+):
+    """Defect 25: ValueError after the first epoch."""
+    trainer = create_trainer([SaveBestModelCallback(tmp_path / "best.pt")])
+    with pytest.raises(ValueError, match="needs an eval_dataset.*'train_loss_epoch'"):
+        trainer.train(samples(1), num_epochs=1)
+    assert weight_of(trainer) == 1
+
+
+def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(
+    train_with_scores, tmp_path
+):
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="scor")
+    with pytest.raises(ValueError, match="'scor' has not .* eval_loss_epoch, score"):
+        train_with_scores([best], [1])
+
+
+def test_two_metrics_can_be_watched(train_with_scores, tmp_path):
+    """Defect 56."""
+    by_score = SaveBestModelCallback(
+        tmp_path / "score.pt", "score", greater_is_better=True
+    )
+    by_loss = SaveBestModelCallback(tmp_path / "loss.pt")
+    train_with_scores([by_score, by_loss], [1, 3, 2])
+    assert (by_score.best_metric_epoch, by_loss.best_metric_epoch) == (2, 3)
+
+
+def test_each_run_starts_without_a_best_value(train_with_scores, tmp_path):
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    trainer = train_with_scores([best], [1])
+    train_with_scores(None, [9, 5], trainer)
+    assert (best.best_metric, best.best_metric_epoch) == (5, 2)
+
+
+def test_the_best_value_of_earlier_runs_can_be_kept(
+    train_with_scores, weight_of, tmp_path
+):
+    best = SaveBestModelCallback(
+        tmp_path / "best.pt", watch_metric="score", reset_on_train=False
+    )
+    trainer = train_with_scores([best], [1])
+    train_with_scores(None, [9, 5], trainer)
+    assert best.best_metric == 1
+    assert weight_of(trainer) == 0.5
+
+
+def test_a_resumed_run_keeps_the_best_value(train_with_scores, weight_of, tmp_path):
+    """Defect 47: the file was overwritten by a worse model."""
+    path = tmp_path / "best.pt"
+    best = SaveBestModelCallback(path, watch_metric="score")
+    train_with_scores([best], [1])
+    resumed = SaveBestModelCallback(path, watch_metric="score")
+    resumed.load_state_dict(best.state_dict())
+    assert weight_of(train_with_scores([resumed], [5, 4])) == 0.5
+    assert torch.load(path, weights_only=True)["score"] == 1
+
+
+def test_a_best_file_that_has_vanished_is_a_warning(
+    train_with_scores, weight_of, tmp_path
+):
+    path = tmp_path / "best.pt"
+    best = SaveBestModelCallback(path, watch_metric="score")
+    train_with_scores([best], [1])
+    resumed = SaveBestModelCallback(path, watch_metric="score")
+    resumed.load_state_dict(best.state_dict())
+    path.unlink()
+    with pytest.warns(UserWarning, match="of epoch 1, is no longer at"):
+        trainer = train_with_scores([resumed], [5])
+    assert weight_of(trainer) == 0.5
+
+
+def test_a_run_that_fails_keeps_its_weights(
+    train_with_scores, create_trainer, tmp_path
+):
+    class Fail(TrainerCallback):
+        def on_train_epoch_start(self, trainer, **kwargs):
+            if trainer.run_history.current_epoch == 3:
+                raise RuntimeError("broken")
+
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    trainers = []
+
+    class Remember(TrainerCallback):
+        def on_init_end(self, trainer, **kwargs):
+            trainers.append(trainer)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        train_with_scores([best, Fail(), Remember()], [1, 2, 3])
+    assert trainers[0].get_model().weight.item() == 0.5**2
+
+
+def test_it_follows_the_main_process(create_trainer, tmp_path):
+    """Defect 40: a metric that differs between processes let some wait in the save."""
+    trainer = create_trainer()
+    trainer.run_history.update_metric("score", 1)
+    trainer._accelerator = type("Accelerator", (), {"is_main_process": False})
+    saved = []
+    trainer.save_checkpoint = lambda **kwargs: saved.append(kwargs)
+
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    trainer.agree = lambda flag: flag  # the main process says no
+    best.on_training_run_epoch_end(trainer)
+    assert saved == []
+
+    trainer.agree = lambda flag: True  # the main process says yes
+    best.on_training_run_epoch_end(trainer)
+    assert len(saved) == 1

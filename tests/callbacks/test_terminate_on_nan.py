@@ -1,0 +1,232 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated.callbacks import (
+    SaveBestModelCallback,
+    SaveTrainingStateCallback,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.callbacks.stopping import _Pace
+from pytorch_accelerated.errors import NonFiniteLossError
+from pytorch_accelerated.trainer import Trainer
+
+
+class BadLossTrainer(Trainer):
+    """Replaces the loss of some training steps, numbered from 0 over the whole run."""
+
+    bad_steps = ()
+    bad_value = math.nan
+
+    def calculate_train_batch_loss(self, batch):
+        output = super().calculate_train_batch_loss(batch)
+        if self.num_steps in self.bad_steps:
+            output["loss"] = output["loss"] * self.bad_value
+        return output
+
+
+class BadEvalTrainer(Trainer):
+    def calculate_eval_batch_loss(self, batch):
+        return {**super().calculate_eval_batch_loss(batch), "loss": math.nan}
+
+
+def saw_end(events):
+    class SawEnd(TrainerCallback):
+        def on_stop_training_error(self, trainer, **kwargs):
+            events.append("stop")
+
+        def on_training_run_end(self, trainer, **kwargs):
+            events.append("end")
+
+        def on_evaluation_run_end(self, trainer, **kwargs):
+            events.append("evaluation end")
+
+    return SawEnd()
+
+
+def train_badly(create_trainer, samples, callbacks=(), bad_step=5, **kwargs):
+    callback = TerminateOnNaNCallback()
+    trainer = create_trainer(
+        [*callbacks, callback], trainer_class=BadLossTrainer, lr=1e-3
+    )
+    trainer.bad_steps = (bad_step,)
+    trainer.bad_value = kwargs.pop("bad_value", math.nan)
+    with pytest.raises(NonFiniteLossError) as info:
+        trainer.train(samples(4), num_epochs=4, per_device_batch_size=1, **kwargs)
+    assert callback.triggered
+    return trainer, str(info.value)
+
+
+@pytest.mark.parametrize("bad_value", [math.nan, math.inf, -math.inf])
+def test_the_error_names_epoch_step_learning_rate_and_checkpoint(
+    create_trainer, samples, bad_value
+):
+    """Defect 21: the interpreter was ended with sys.exit."""
+    _, message = train_badly(create_trainer, samples, bad_value=bad_value)
+    assert "training loss became NaN or infinite in epoch 2, at step 1 (" in message
+    assert "Learning rate: 0.001. Last checkpoint: none." in message
+
+
+def test_the_end_events_are_called_before_train_raises(create_trainer, samples):
+    """Defect 21: later callbacks never heard of the end."""
+    events = []
+    train_badly(create_trainer, samples, [saw_end(events)])
+    assert events == ["stop", "end"]
+
+
+def test_the_next_run_is_healthy(create_trainer, samples):
+    """Defect 21: the flag was never reset."""
+    trainer, _ = train_badly(create_trainer, samples)
+    nn.init.ones_(trainer.get_model().weight)
+    trainer.bad_steps = ()
+    trainer.train(samples(4), num_epochs=1)
+    assert not trainer.callback_handler.callbacks[-1].triggered
+
+
+@pytest.mark.parametrize("bad_step", [0, 1, 2, 3])
+def test_the_first_bad_step_is_named_wherever_it_falls(
+    create_trainer, samples, bad_step
+):
+    _, message = train_badly(create_trainer, samples, bad_step=bad_step)
+    assert f"in epoch 1, at step {bad_step} (" in message
+
+
+def test_a_bad_epoch_is_not_saved(create_trainer, samples, tmp_path):
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="train_loss_epoch")
+    states = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
+    _, message = train_badly(create_trainer, samples, [best, states], bad_step=7)
+    assert best.best_metric_epoch == 1
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["epoch_1"]
+    assert f"Last checkpoint: {tmp_path / 'states' / 'epoch_1'}" in message
+
+
+@pytest.mark.parametrize("bad_step", range(8))
+def test_a_step_is_not_saved_if_it_or_one_before_was_bad(
+    create_trainer, samples, tmp_path, bad_step
+):
+    states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
+    train_badly(create_trainer, samples, [states], bad_step=bad_step)
+    saved = sorted(path.name for path in tmp_path.iterdir())
+    assert saved == [f"step_{number}" for number in range(1, bad_step + 1)]
+
+
+def test_saving_by_hand_is_refused_in_the_run_and_possible_after_it(
+    create_trainer, samples, tmp_path
+):
+    class SaveInRun(TrainerCallback):
+        def on_stop_training_error(self, trainer, **kwargs):
+            with pytest.raises(NonFiniteLossError):
+                trainer.save_checkpoint(tmp_path / "in_run.pt")
+
+    trainer, _ = train_badly(create_trainer, samples, [SaveInRun()])
+    trainer.save_checkpoint(tmp_path / "after.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["after.pt"]
+
+
+def test_a_bad_loss_in_the_evaluation_stops_training_before_a_save(
+    create_trainer, samples, tmp_path
+):
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="train_loss_epoch")
+    trainer = create_trainer(
+        [best, TerminateOnNaNCallback], trainer_class=BadEvalTrainer
+    )
+    with pytest.raises(NonFiniteLossError, match="The evaluation loss .* in epoch 1"):
+        trainer.train(samples(2), num_epochs=2, eval_dataset=samples(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluate_raises_after_its_end(create_trainer, samples):
+    """Defect 21: it ended quietly. A loss that is a plain number can be checked."""
+    events = []
+    trainer = create_trainer(
+        [TerminateOnNaNCallback, saw_end(events)], trainer_class=BadEvalTrainer
+    )
+    with pytest.raises(NonFiniteLossError, match="The evaluation loss"):
+        trainer.evaluate(samples(2))
+    assert events == ["stop", "evaluation end"]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [math.nan, math.inf, torch.tensor(math.nan), torch.tensor([1.0, math.inf])],
+    ids=repr,
+)
+def test_one_batch_can_be_checked_at_once(loss):
+    """Defect 21: not usable with losses that are plain numbers."""
+    callback = TerminateOnNaNCallback()
+    callback.check_for_nan_after_batch({"loss": 1.0})
+    callback.check_for_nan_after_batch({"loss": torch.tensor([1.0, 2.0])})
+    assert not callback.triggered
+    with pytest.raises(NonFiniteLossError, match="at step 7"):
+        callback.check_for_nan_after_batch({"loss": loss}, step=7)
+    assert callback.triggered
+
+
+class CountedReads(torch.Tensor):
+    """A loss that counts how often it, or what is made of it, is read by the host."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("item", "tolist", "cpu", "__bool__", "__float__", "numpy"):
+            CountedReads.reads += 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_losses_are_read_at_growing_intervals_only(monkeypatch):
+    monkeypatch.setattr(_Pace, "longest_seconds", 1e9)
+    CountedReads.reads = 0
+    callback = TerminateOnNaNCallback()
+    callback.on_train_epoch_start(None)
+    loss = torch.ones(()).as_subclass(CountedReads)
+    for step in range(1000):
+        callback.on_train_step_end(None, None, {"loss": loss}, step=step)
+    # After steps 1, 3, 7, ..., 511: each interval is twice the last.
+    assert CountedReads.reads == 9
+
+
+def test_intervals_shrink_when_steps_become_slow(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(
+        "pytorch_accelerated.callbacks.stopping.time.monotonic", lambda: now
+    )
+    pace = _Pace()
+    looks = []
+    for step in range(60):
+        now += 0.001 if step < 31 else 0.5
+        if pace.is_time_to_look():
+            looks.append(step + 1)
+    assert looks == [1, 3, 7, 15, 31, 63][:5]
+    assert pace.interval == 32
+    for step in range(60, 90):
+        now += 0.5
+        if pace.is_time_to_look():
+            looks.append(step + 1)
+    assert looks[5:] == [63, 79, 87]
+
+
+def test_no_loss_is_kept_after_a_run(create_trainer, samples):
+    callback = TerminateOnNaNCallback()
+    create_trainer([callback]).train(
+        samples(5), num_epochs=1, per_device_batch_size=1, eval_dataset=samples(1)
+    )
+    assert callback._train_losses._losses == []
+    assert callback._eval_losses._losses == []
+
+
+def test_it_works_with_gradient_accumulation(create_trainer):
+    data = TensorDataset(torch.ones(5, 1), torch.tensor([[0.0]] * 4 + [[math.nan]]))
+    trainer = create_trainer([TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match="in epoch 1, at step 4"):
+        trainer.train(
+            data,
+            num_epochs=1,
+            per_device_batch_size=1,
+            gradient_accumulation_steps=2,
+            train_dataloader_kwargs={"shuffle": False},
+        )
