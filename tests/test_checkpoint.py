@@ -30,11 +30,11 @@ from torch import nn
 from pytorch_accelerated import checkpoint as ckpt
 from pytorch_accelerated.checkpoint import (
     Checkpoint,
-    CheckpointError,
     CheckpointNotFoundError,
     CheckpointWriter,
 )
 from pytorch_accelerated.checkpoint import __main__ as command_line
+from pytorch_accelerated.errors import CheckpointError
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -880,6 +880,7 @@ def test_an_error_at_any_operation_is_raised_and_leaves_a_whole_checkpoint(
                 save(path, 2)
             except CheckpointError as error:
                 errors += "errno 5" in str(error)
+        assert path.is_dir()
         assert value_of(Checkpoint(path)) in (1, 2)
         assert not [name for name in names_in(tmp_path) if ".tmp-" in name]
         save(path, 1)

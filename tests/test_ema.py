@@ -164,6 +164,17 @@ def test_an_overridden_rule_is_called_for_the_averaged_entries():
     assert ema.num_updates == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_overridden_rule_is_given_plain_tensors_of_one_precision(dtype):
+    seen = []
+    model = create_model(dtype=dtype)
+    ema = ModelEma(model)
+    ema.update_fn = lambda average, new: seen.extend([average, new]) or new
+    ema.update(model)
+    assert [tensor.dtype for tensor in seen] == [torch.float32, torch.float32]
+    assert not any(tensor.requires_grad for tensor in seen)
+
+
 def test_an_overridden_update_is_called():
     class EveryOther(ModelEma):
         def _update(self, model, update_fn):

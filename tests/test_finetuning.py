@@ -234,6 +234,19 @@ def test_parameters_of_the_model_itself_count_with_the_first_group():
     assert freezer.get_layer_groups()[0].is_frozen
 
 
+def test_modules_that_own_parameters_are_layers_too():
+    """Defect 46: a mixed state of such a module could not be seen."""
+    model = TinyViT()
+    freezer = ModelFreezer(model)
+    freezer.freeze(0, 0)
+    layers = {id(layer.module): layer for layer in freezer.get_layers()}
+
+    assert layers[id(model)] == Layer((0, -3), model, is_frozen=True)
+    attention = model.blocks[0].self_attn
+    assert layers[id(attention)] == Layer((1, -2), attention, is_frozen=False)
+    assert id(model.blocks) not in layers
+
+
 def test_default_freeze_holds_still_all_of_a_vision_transformer_but_its_head():
     """Defect 46, as seen by an optimizer with weight decay and old momentum."""
     torch.manual_seed(0)

@@ -20,6 +20,10 @@ from pytorch_accelerated.tracking import (
 ordinary_floats = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
 
+class Celsius(float):
+    """A float of another type than float."""
+
+
 class DictHistory(RunHistory):
     """A history of a user's own, as it was written for 0.1.61."""
 
@@ -180,6 +184,7 @@ def test_returned_lists_and_names_are_copies(two_epoch_history):
         (3, 3),
         (0.1, 0.1),
         (True, 1),
+        (Celsius(0.1), 0.1),
         (np.float64(0.1), 0.1),
         (np.float32(0.5), 0.5),
         (np.int64(3), 3),
@@ -314,6 +319,13 @@ def test_values_that_scripts_append_themselves_have_no_epoch(history):
 
     assert history.get_metric_values("loss") == [3.0, 2.0, 1.0, 0.5]
     assert [record.epoch for record in history.records("loss")] == [None, None, 1, None]
+
+
+def test_values_appended_after_a_deletion_have_no_epoch_of_those_before(history):
+    history.update_metric("loss", 1.0)
+    history.delete_metric("loss")
+    history._metrics["loss"].append(0.5)
+    assert history.records() == [MetricRecord("loss", 0.5, None, None, None)]
 
 
 def test_values_that_scripts_remove_take_their_epochs_with_them(two_epoch_history):
@@ -640,10 +652,11 @@ def test_no_graph_is_kept_alive():
     weight = torch.tensor(2.0, requires_grad=True)
     tracker = LossTracker()
     tracker.update(weight * 3, 2)
+    tracker.update(weight * 3, weight * 2)
 
-    assert tracker.total_loss.grad_fn is None
-    assert not tracker.total_loss.requires_grad
-    assert not tracker.loss_value.requires_grad
+    for value in (tracker.total_loss, tracker.running_count, tracker.loss_value):
+        assert value.grad_fn is None
+        assert not value.requires_grad
 
 
 def test_sums_begun_in_inference_mode_go_on_outside_of_it():

@@ -550,6 +550,16 @@ def length_of(loader: Any) -> int | None:
         return None
 
 
+def exact_length_of(loader: Any) -> int | None:
+    """Return the number of batches of a loader if it can be relied on, or None.
+
+    The length of an iterable dataset may be an estimate.
+    """
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return None
+    return length_of(loader)
+
+
 class DataLoaderSlice:
     """The first batches of a loader.
 
@@ -644,6 +654,14 @@ def worker_init_fn(worker_id: int) -> int:
     return seed
 
 
+_ARGUMENTS_FOR_WORKERS = (
+    "multiprocessing_context",
+    "persistent_workers",
+    "prefetch_factor",
+    "timeout",
+)
+
+
 class _TimedBatches(Dataset[float]):
     """Says how many seconds it took to fetch and collate a batch."""
 
@@ -656,8 +674,8 @@ class _TimedBatches(Dataset[float]):
         return time.perf_counter() - start
 
 
-def suggest_num_workers(
-    dataset: Any, batch_size: int, collate_fn: Any = None, num_local_processes: int = 1
+def choose_num_workers(
+    dataset: Any, arguments: Mapping[str, Any], num_local_processes: int = 1
 ) -> int:
     """Return how many worker processes a loader of this dataset is better off with.
 
@@ -668,14 +686,18 @@ def suggest_num_workers(
 
     Args:
         dataset: A map-style dataset with a length; anything else gets 0 workers.
-        batch_size: Samples in a batch.
-        collate_fn: Makes a batch of samples; None for torch's default.
+        arguments: The other arguments of the loader. Those that only make sense with
+            workers ask for some.
         num_local_processes: Training processes that share this machine's cores.
 
     Returns:
         0, or as many as this process's share of the cores, at most 8.
     """
     most = min(8, usable_cores() // num_local_processes)
+    if any(arguments.get(name) for name in _ARGUMENTS_FOR_WORKERS):
+        return max(most, 1)
+    batch_size = arguments.get("batch_size") or 1
+    collate_fn = arguments.get("collate_fn")
     length = length_of(dataset)
     if most == 0 or not length or isinstance(dataset, IterableDataset):
         return 0
@@ -688,7 +710,10 @@ def suggest_num_workers(
         num_workers=1,
         generator=torch.Generator(),
     )
-    seconds = list(probe)[-1]  # the first includes what is done only once
+    try:
+        seconds = list(probe)[-1]  # the first includes what is done only once
+    except Exception:
+        return 0  # the dataset fails: the run will show how, with its own traceback
     return most if seconds > HAND_OVER_SECONDS else 0
 
 

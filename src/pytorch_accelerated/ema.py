@@ -163,7 +163,8 @@ class ModelEma(nn.Module):
             _lerp_(averages, new_values, weight=1.0 - self.current_decay)
         else:
             for average, new_value in zip(averages, new_values, strict=True):
-                average.copy_(update_fn(average, new_value.to(average.dtype)))
+                new_value = new_value.detach().to(average.dtype)
+                average.copy_(update_fn(average, new_value))
 
         for name, average in shadow.items():
             entries[name].copy_(average)
@@ -176,7 +177,7 @@ def _get_entries(module: nn.Module) -> dict[str, torch.Tensor]:
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor) and id(value) not in seen_ids:
             seen_ids.add(id(value))
-            entries[name] = value.detach()
+            entries[name] = value
     return entries
 
 

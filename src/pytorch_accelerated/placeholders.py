@@ -25,7 +25,9 @@ from numbers import Real
 from typing import Any, Protocol
 
 __all__ = [
+    "PlaceholderArithmetic",
     "PlaceholderExpression",
+    "PreparedRun",
     "TrainerPlaceholderValues",
     "replace_trainer_placeholder_values",
 ]
@@ -51,10 +53,11 @@ class PreparedRun(Protocol):
     _eval_dataloader: Any
 
 
-class _Arithmetic:
+class PlaceholderArithmetic:
     """Lets placeholders, numbers and expressions of both be combined freely."""
 
     def evaluate(self, trainer: PreparedRun) -> Any:
+        """Return the number that this stands for in the prepared run of ``trainer``."""
         raise NotImplementedError
 
     def __add__(self, other: Any) -> Any:
@@ -88,7 +91,7 @@ class _Arithmetic:
         return _combine("/", other, self)
 
 
-class TrainerPlaceholderValues(_Arithmetic, Enum):
+class TrainerPlaceholderValues(PlaceholderArithmetic, Enum):
     """A number of the coming run, to be put among the arguments of a scheduler.
 
     Placeholders can be combined with numbers and with each other by ``+``, ``-``,
@@ -134,7 +137,7 @@ class TrainerPlaceholderValues(_Arithmetic, Enum):
 
 
 @dataclass(frozen=True, repr=False)
-class PlaceholderExpression(_Arithmetic):
+class PlaceholderExpression(PlaceholderArithmetic):
     """Placeholders combined by arithmetic, still to be filled in by the trainer.
 
     Made by calculating with members of `TrainerPlaceholderValues`, not by hand.

@@ -106,9 +106,9 @@ class Trainer:
 
     Args:
         model: The model to train.
-        loss_func: Called as ``loss_func(model_outputs, targets)``, returns the mean
-            loss over the samples of a batch. May be None for models that return their loss,
-            and for subclasses that calculate it themselves.
+        loss_func: Called as ``loss_func(model_outputs, targets)``; returns the mean
+            loss over the samples of a batch. May be None for models that return their
+            loss, and for subclasses that calculate it themselves.
         optimizer: The optimizer of the model's parameters. May be None if the trainer
             only evaluates.
         callbacks: Callbacks, as objects or as classes that need no arguments, called in
@@ -171,12 +171,13 @@ class Trainer:
         self._num_runs = 0
         self._data_seed = 0
         self._progress = RunProgress()
+        self._plateau_metric = "eval_loss_epoch"
         self._window = AccumulationWindow(1)
         self._backward_is_plain = False
         self._noted_error: Exception | None = None
         self._prepared_model: distributed.PreparedModel | None = None
         self._plain_optimizer: torch.optim.Optimizer | None = None
-        self._learning_rates_left: list[Any] = []
+        self._learning_rates_left: list[float] = []
         self._loaders_made: list[Any] = []
         self._resume_state: dict[str, Any] = {}
 
@@ -399,7 +400,7 @@ class Trainer:
         if self._progress.stage is not Stage.ENDED:
             if self.eval_dataset is not None:
                 self._run_eval_epoch(self._eval_dataloader)
-            self._step_plateau_scheduler()
+            self._step_scheduler_after_epoch()
             self._progress.stage = Stage.ENDED
             self.training_run_epoch_end()
             self._notify("on_training_run_epoch_end")
@@ -621,14 +622,13 @@ class Trainer:
     def _calculate_batch_loss(self, batch: Any) -> dict[str, Any]:
         if self.loss_func is None and isinstance(batch, Mapping):
             outputs = self.model(**batch)
-            loss, batch_size = (
-                step_output.loss_of(outputs),
-                step_output.batch_size_of(batch),
-            )
+            loss = step_output.loss_of(outputs)
+            batch_size = step_output.batch_size_of(batch)
         else:
             inputs, targets = self._inputs_and_targets(batch)
             outputs = self.model(inputs)
-            loss, batch_size = self.loss_func(outputs, targets), targets.size(0)  # type: ignore[misc]
+            loss = self.loss_func(outputs, targets)  # type: ignore[misc]
+            batch_size = targets.size(0)
         return {"loss": loss, "model_outputs": outputs, "batch_size": batch_size}
 
     def _inputs_and_targets(self, batch: Any) -> tuple[Any, Any]:
@@ -770,15 +770,12 @@ class Trainer:
     def _create_dataloader(
         self, dataset: Any, kwargs: dict[str, Any]
     ) -> DataLoader[Any]:
+        arguments = {"collate_fn": self.collate_fn, **kwargs}
         if kwargs.get("num_workers") is data.AUTO_NUM_WORKERS:
-            kwargs["num_workers"] = data.suggest_num_workers(
-                dataset,
-                kwargs.get("batch_size") or 1,
-                self.collate_fn,
-                distributed.num_local_processes(),
+            arguments["num_workers"] = kwargs["num_workers"] = data.choose_num_workers(
+                dataset, arguments, distributed.num_local_processes()
             )
-        kwargs = {"collate_fn": self.collate_fn, **kwargs}
-        loader: DataLoader[Any] = DataLoader(dataset=dataset, **kwargs)
+        loader: DataLoader[Any] = DataLoader(dataset=dataset, **arguments)
         self._loaders_made.append(loader)
         return loader
 
@@ -838,7 +835,8 @@ class Trainer:
         if num_batches == 0:
             raise ValueError(
                 "The training loader has no batches: the dataset is empty, or "
-                "drop_last leaves out the only batch. Use more data or a smaller batch size."
+                "drop_last leaves out the only batch. Use more data or a smaller "
+                "batch size."
             )
         return math.ceil(num_batches / gradient_accumulation_steps)
 
@@ -908,7 +906,7 @@ class Trainer:
             distributed.forget_prepared(self._accelerator)
         if self.optimizer is not None:
             self._learning_rates_left = [
-                group["lr"] for group in self.optimizer.param_groups
+                float(group["lr"]) for group in self.optimizer.param_groups
             ]
         for loader in (self._train_dataloader, self._eval_dataloader):
             if hasattr(loader, "stop_workers"):
@@ -943,12 +941,17 @@ class Trainer:
             self.scheduler, ReduceLROnPlateau
         )
 
-    def _step_plateau_scheduler(self) -> None:
+    def _step_scheduler_after_epoch(self) -> None:
+        """Step a scheduler that goes by a metric of the epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            name = self._plateau_metric
-            if self.eval_dataset is None and name == "eval_loss_epoch":
-                name = "train_loss_epoch"
+            name = self._name_of_plateau_metric
             self.scheduler.step(self.run_history.get_latest_metric(name))
+
+    @property
+    def _name_of_plateau_metric(self) -> str:
+        if self.eval_dataset is None and self._plateau_metric == "eval_loss_epoch":
+            return "train_loss_epoch"
+        return self._plateau_metric
 
     @property
     def _clips_gradients(self) -> bool:
@@ -982,7 +985,7 @@ class Trainer:
         A resumed epoch starts where it was interrupted.
         """
         first_step = self._progress.step
-        num_batches = data.length_of(train_dl)
+        num_batches = data.exact_length_of(train_dl)
         plan = getattr(train_dl, "plan", None)
         self._window.start_epoch(plan, num_batches)
         if first_step == 0:
@@ -1594,12 +1597,8 @@ class TrainerWithTimmScheduler(Trainer):
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=self._progress.num_updates)
 
-    def _step_plateau_scheduler(self) -> None:
-        """Tell the scheduler how many epochs are completed, and the watched metric."""
+    def _step_scheduler_after_epoch(self) -> None:
+        """Tell the scheduler how many epochs are completed, and the plateau metric."""
         if self.scheduler is not None:
-            name = self._plateau_metric
-            if self.eval_dataset is None and name == "eval_loss_epoch":
-                name = "train_loss_epoch"
-            self.scheduler.step(
-                self._progress.epochs_done + 1, self.run_history.get_latest_metric(name)
-            )
+            metric = self._latest_metrics().get(self._name_of_plateau_metric)
+            self.scheduler.step(self._progress.epochs_done + 1, metric)

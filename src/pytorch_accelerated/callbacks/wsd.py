@@ -94,9 +94,12 @@ class WSDCheckpointCallback(TrainerCallback):
                 "checkpoint_<n>_wsd_pre_decay or a file "
                 "checkpoint_<n>_wsd_post_decay.pt of an earlier run."
             )
-        # With the optimizer came the learning rate at which the earlier run had ended.
         scheduler = trainer.scheduler
-        scheduler.step_update(max(scheduler.get_current_step(), 0))
+        if scheduler.is_continuation_from_checkpoint:
+            scheduler.restart()
+        else:
+            # With the optimizer came the learning rate that the earlier run ended at.
+            scheduler.step_update(max(scheduler.get_current_step(), 0))
 
     def on_train_step_end(
         self,

@@ -48,11 +48,9 @@ from pytorch_accelerated.checkpoint._weights import (
     save_weights,
 )
 from pytorch_accelerated.checkpoint._writer import CheckpointWriter, clean_leftovers
-from pytorch_accelerated.errors import CheckpointError
 
 __all__ = [
     "Checkpoint",
-    "CheckpointError",
     "CheckpointNotFoundError",
     "CheckpointWriter",
     "LegacyTrainingState",

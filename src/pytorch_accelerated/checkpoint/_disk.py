@@ -75,6 +75,8 @@ def writer_is_dead(token: re.Match[str], *, other_machines: bool = False) -> boo
     pid = int(token["pid"])
     if token["start"] != _start_of(pid):
         return True
+    if os.name == "nt":  # signal 0 means Ctrl-C there
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

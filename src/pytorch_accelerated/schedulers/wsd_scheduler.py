@@ -169,9 +169,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
         """Return where each period starts, begins to decay and ends.
 
         Returns:
-            For each period a dictionary of counts of completed updates:
-            ``period_start``, ``period_end``, ``decay_steps``, and ``pre_decay_step``,
-            where the decay begins.
+            A dictionary for each period with ``period_start``, ``period_end``,
+            ``decay_steps``, and ``pre_decay_step``, where the decay begins, all
+            counted in completed updates.
         """
         return self.checkpoint_decay_info
 

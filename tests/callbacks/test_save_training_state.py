@@ -1,0 +1,339 @@
+import warnings
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveBestModelCallback,
+    SaveTrainingStateCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints
+
+
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+class EventLog(TrainerCallback):
+    """Writes down the events, and which training states exist at them."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, {}
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.seen["step", trainer.num_steps] = names_in(self.folder)
+
+    def on_eval_epoch_end(self, trainer, **kwargs):
+        self.seen["eval", trainer.run_history.current_epoch] = names_in(self.folder)
+
+
+def test_states_are_saved_every_n_epochs_and_at_the_end(
+    create_trainer, samples, tmp_path
+):
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=2)
+    create_trainer([saving]).train(samples(2), num_epochs=5)
+    assert names_in(tmp_path) == ["epoch_2", "epoch_4", "final"]
+    assert saving._saved_checkpoints == [tmp_path / "epoch_2", tmp_path / "epoch_4"]
+    assert saving.save_dir == tmp_path
+
+
+def test_an_epoch_is_saved_after_its_evaluation(create_trainer, samples, tmp_path):
+    """Defect 47: it was saved before."""
+    log = EventLog(tmp_path)
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    trainer = create_trainer([saving, log])
+    trainer.train(samples(1), num_epochs=2, eval_dataset=samples(1))
+    assert log.seen["eval", 1] == []
+    assert log.seen["eval", 2] == ["epoch_1"]
+    metrics = Checkpoint(tmp_path / "epoch_2").metrics
+    assert metrics["eval_loss_epoch"] == 0.25**2
+
+
+def test_states_are_saved_every_n_updates_of_the_whole_run(
+    create_trainer, samples, weight_of, tmp_path
+):
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_steps=2, save_at_end=False
+    )
+    create_trainer([saving]).train(samples(3), num_epochs=2, per_device_batch_size=1)
+    assert names_in(tmp_path) == ["step_2", "step_4", "step_6"]
+    # Saved after the update: two of them have halved the weight twice.
+    weights = Checkpoint(tmp_path / "step_2").load_weights()
+    assert weights["weight"].item() == 0.5**2
+
+
+def test_steps_are_updates_and_not_batches(create_trainer, samples, tmp_path):
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_steps=1, save_at_end=False
+    )
+    create_trainer([saving]).train(
+        samples(5),
+        num_epochs=1,
+        per_device_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
+    assert names_in(tmp_path) == ["step_1", "step_2", "step_3"]
+    assert saving._global_step == 3
+
+
+def test_states_are_saved_every_n_minutes(
+    create_trainer, samples, tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(
+        "pytorch_accelerated.callbacks.checkpointing.time.monotonic", lambda: now[0]
+    )
+
+    class Slow(TrainerCallback):
+        def on_train_step_start(self, trainer, **kwargs):
+            now[0] += 40
+
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_minutes=1, save_at_end=False
+    )
+    create_trainer([saving, Slow()]).train(
+        samples(5), num_epochs=1, per_device_batch_size=1
+    )
+    assert names_in(tmp_path) == ["step_2", "step_4"]
+
+
+def test_a_resumed_run_goes_on_with_the_numbers(create_trainer, samples, tmp_path):
+    """Defect 8: they started again at 0, and overwrote older directories."""
+    create_trainer([SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)]).train(
+        samples(3), num_epochs=1, per_device_batch_size=1
+    )
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_steps=2, save_at_end=False
+    )
+    trainer = create_trainer([saving])
+    trainer.train(
+        samples(3),
+        num_epochs=2,
+        per_device_batch_size=1,
+        resume_from=tmp_path / "epoch_1",
+    )
+    assert names_in(tmp_path) == ["epoch_1", "final", "step_4", "step_6"]
+    assert trainer.load_training_state(tmp_path / "step_6")["global_step"] == 6
+
+
+def test_only_the_newest_are_kept(create_trainer, samples, tmp_path):
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, save_every_n_steps=3, max_checkpoints=2
+    )
+    create_trainer([saving]).train(samples(2), num_epochs=3, per_device_batch_size=1)
+    assert names_in(tmp_path) == ["epoch_3", "final", "step_6"]
+
+
+def test_states_of_an_earlier_run_count(create_trainer, samples, tmp_path):
+    """Defect 41: after a restart, older directories were not counted."""
+
+    def run(num_epochs, **kwargs):
+        saving = SaveTrainingStateCallback(
+            tmp_path, save_every_n_epochs=1, save_at_end=False, max_checkpoints=2
+        )
+        create_trainer([saving]).train(samples(1), num_epochs=num_epochs, **kwargs)
+        return names_in(tmp_path)
+
+    assert run(2) == ["epoch_1", "epoch_2"]
+    assert run(3, resume_from="auto") == ["epoch_2", "epoch_3"]
+    # A fresh run goes back to lower numbers, yet what it writes is the newest.
+    assert run(1) == ["epoch_1", "epoch_3"]
+
+
+def test_a_second_run_does_not_delete_what_it_has_just_written(
+    create_trainer, samples, tmp_path
+):
+    """Defect 41: the checkpoint just written, epoch_1, was deleted."""
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, save_at_end=False, max_checkpoints=2
+    )
+    trainer = create_trainer([saving])
+    trainer.train(samples(1), num_epochs=3)
+    trainer.train(samples(1), num_epochs=1)
+    assert names_in(tmp_path) == ["epoch_1", "epoch_3"]
+    assert saving._saved_checkpoints == [tmp_path / "epoch_3", tmp_path / "epoch_1"]
+
+
+def test_the_best_epochs_are_kept_besides_the_newest(train_with_scores, tmp_path):
+    saving = SaveTrainingStateCallback(
+        tmp_path,
+        save_every_n_epochs=1,
+        save_every_n_steps=1,
+        save_at_end=False,
+        max_checkpoints=1,
+        keep_best=2,
+        watch_metric="score",
+        greater_is_better=True,
+    )
+    train_with_scores([saving], [5, 1, 7, float("nan"), 2, 3])
+    assert names_in(tmp_path) == ["epoch_1", "epoch_3", "epoch_6"]
+
+
+def test_the_best_epochs_of_an_earlier_run_are_known(train_with_scores, tmp_path):
+    def run(scores, **kwargs):
+        saving = SaveTrainingStateCallback(
+            tmp_path,
+            save_every_n_epochs=1,
+            save_at_end=False,
+            max_checkpoints=1,
+            keep_best=1,
+            watch_metric="score",
+        )
+        train_with_scores([saving], scores, **kwargs)
+
+    run([1, 0, 2])
+    run([None, None, None, 3, 4], resume_from="auto")
+    assert names_in(tmp_path) == ["epoch_2", "epoch_5"]
+
+
+def test_what_it_has_not_written_is_never_deleted(create_trainer, samples, tmp_path):
+    trainer = create_trainer()
+    trainer.train(samples(1), num_epochs=1)
+    trainer.save_training_state(tmp_path / "epoch_best")
+    (tmp_path / "epoch_7").mkdir()
+    (tmp_path / "epoch_7" / "notes.txt").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    trainer.save_training_state(tmp_path / "elsewhere" / "state")
+    (tmp_path / "epoch_8").symlink_to(tmp_path / "elsewhere" / "state")
+
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, save_at_end=False, max_checkpoints=1
+    )
+    create_trainer([saving]).train(samples(1), num_epochs=2)
+    assert names_in(tmp_path) == [
+        "elsewhere",
+        "epoch_2",
+        "epoch_7",
+        "epoch_8",
+        "epoch_best",
+        "notes.txt",
+    ]
+
+
+def test_only_the_main_process_deletes(create_trainer, samples, tmp_path):
+    """Defect 41: all processes deleted the same directory at once."""
+    saving = SaveTrainingStateCallback(tmp_path, max_checkpoints=1)
+    for name in ("epoch_1", "epoch_2"):
+        (tmp_path / name).mkdir()
+        saving._saved_checkpoints.append(tmp_path / name)
+    trainer = MagicMock()
+    trainer._accelerator.is_main_process = False
+    saving._save(trainer, "epoch_3")
+    assert names_in(tmp_path) == ["epoch_1", "epoch_2"]
+    trainer._accelerator.is_main_process = True
+    saving._save(trainer, "epoch_4")
+    assert names_in(tmp_path) == []
+
+
+def test_a_state_that_cannot_be_deleted_is_a_warning(
+    create_trainer, samples, tmp_path, monkeypatch
+):
+    def refuse(path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(
+        "pytorch_accelerated.callbacks.checkpointing.remove_folder", refuse
+    )
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, max_checkpoints=1
+    )
+    with pytest.warns(UserWarning, match="epoch_1 could not be deleted .not yours"):
+        create_trainer([saving]).train(samples(1), num_epochs=2)
+
+
+def test_it_can_be_called_by_hand_with_only_the_step(tmp_path):
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_steps=2)
+    trainer = MagicMock()
+    for step in range(5):
+        saving.on_train_step_end(trainer, step=step)
+    saved = [call.args[0] for call in trainer.save_training_state.call_args_list]
+    assert saved == [tmp_path / "step_2", tmp_path / "step_4"]
+    assert saving._global_step == 5
+    assert trainer.save_training_state.call_args.kwargs == {
+        "checkpoint_kwargs": {"global_step": 4}
+    }
+
+
+def test_the_final_state_is_the_last_and_not_the_best(train_with_scores, tmp_path):
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    saving = SaveTrainingStateCallback(tmp_path / "states")
+    trainer = train_with_scores([best, saving], [0, 1, 2])
+    assert trainer.get_model().weight.item() == 0.5
+    final = Checkpoint(tmp_path / "states" / "final").load_weights()
+    assert final["weight"].item() == 0.5**3
+
+
+def test_the_state_of_callbacks_listed_later_is_that_of_the_saved_epoch(
+    train_with_scores, tmp_path
+):
+    """Defect 47: counters and the best value were not saved."""
+    saving = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
+    stopping = EarlyStoppingCallback(5, watch_metric="score")
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    train_with_scores([saving, stopping, best], [3, 1, 2, 2])
+
+    stopping = EarlyStoppingCallback(5, watch_metric="score")
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    train_with_scores(
+        [stopping, best],
+        [None, None, None, 2, 2],
+        resume_from=tmp_path / "states" / "epoch_3",
+    )
+    assert stopping.early_stopping_patience_counter == 3
+    assert (best.best_metric, best.best_metric_epoch) == (1, 2)
+
+
+def test_the_epoch_at_which_a_run_stops_early_is_saved(train_with_scores, tmp_path):
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    stopping = EarlyStoppingCallback(watch_metric="score")
+    train_with_scores([stopping, saving], [1, 2, 3])
+    assert names_in(tmp_path) == ["epoch_1", "epoch_2", "final"]
+
+
+def test_a_run_that_fails_leaves_no_final_state(create_trainer, samples, tmp_path):
+    class Fail(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise RuntimeError("broken")
+
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
+    trainer = create_trainer([saving, Fail()])
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train(samples(1), num_epochs=1)
+    assert names_in(tmp_path) == ["step_1"]
+
+
+def test_an_interrupted_run_leaves_a_step_to_resume_from(
+    create_trainer, samples, tmp_path
+):
+    class Interrupt(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            trainer.interrupted = True
+
+    saving = SaveTrainingStateCallback(tmp_path)
+    create_trainer([saving, Interrupt()]).train(samples(1), num_epochs=1)
+    assert names_in(tmp_path) == ["step_1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"save_every_n_epochs": 0}, "save_every_n_epochs must be at least 1, got 0"),
+        ({"save_every_n_steps": 0}, "save_every_n_steps must be at least 1, got 0"),
+        ({"max_checkpoints": 0}, "max_checkpoints must be at least 1, got 0"),
+        ({"save_every_n_minutes": 0}, "save_every_n_minutes must be above 0, got 0"),
+        ({"keep_best": 2}, "keep_best=2 has no meaning while all are kept"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SaveTrainingStateCallback(**arguments)
+
+
+def test_nothing_is_written_when_it_is_created(tmp_path):
+    with warnings.catch_warnings():
+        SaveTrainingStateCallback(tmp_path / "states")
+    assert names_in(tmp_path) == []
+    assert list_checkpoints(tmp_path / "states") == []

@@ -1,0 +1,225 @@
+import datetime
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pytorch_accelerated.callbacks import SaveBestModelCallback, WSDCheckpointCallback
+from pytorch_accelerated.checkpoint import Checkpoint
+from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
+
+# 20 updates: checkpoints after 10 and 20, each after a decay of a fifth of its period.
+SCHEDULE = {"decay_phase_ratio": 0.2, "num_checkpoints": 2}
+
+
+@pytest.fixture
+def train(create_trainer, samples):
+    def train(callback, others=(), epochs=2, **schedule):
+        trainer = create_trainer([callback, *others])
+        trainer.learning_rates = []
+        step = trainer.optimizer_step
+
+        def noted_step():
+            trainer.learning_rates.append(trainer.optimizer.param_groups[0]["lr"])
+            step()
+
+        trainer.optimizer_step = noted_step
+        trainer.train(
+            samples(10),
+            num_epochs=epochs,
+            per_device_batch_size=1,
+            create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
+                num_warmup_epochs=0, **{**SCHEDULE, **schedule}
+            ),
+        )
+        return trainer
+
+    return train
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_turning_points_of_the_schedule_are_saved(train, tmp_path):
+    train(WSDCheckpointCallback(tmp_path))
+    assert names_in(tmp_path) == [
+        "checkpoint_10_wsd_post_decay.pt",
+        "checkpoint_18_wsd_pre_decay",
+        "checkpoint_20_wsd_post_decay.pt",
+        "checkpoint_8_wsd_pre_decay",
+    ]
+    pre_decay = Checkpoint(tmp_path / "checkpoint_8_wsd_pre_decay")
+    assert pre_decay.num_updates == 8
+    assert pre_decay.load_weights()["weight"].item() == 0.5**8
+
+
+def test_the_file_says_what_it_is(train, tmp_path):
+    trainer = train(WSDCheckpointCallback(tmp_path))
+    saved = torch.load(tmp_path / "checkpoint_10_wsd_post_decay.pt", weights_only=True)
+    assert saved["step"] == 10
+    assert saved["checkpoint_type"] == "wsd_post_decay"
+    assert saved["total_steps"] == trainer.run_config.max_num_train_steps
+    assert saved["decay_fraction"] == 0.2
+    assert datetime.datetime.fromisoformat(saved["timestamp"])
+    state = trainer.load_training_state(tmp_path / "checkpoint_18_wsd_pre_decay")
+    assert (state["step"], state["checkpoint_type"]) == (18, "wsd_pre_decay")
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_optimizer_and_scheduler_are_saved_as_asked(train, tmp_path, save):
+    train(WSDCheckpointCallback(tmp_path, save_optimizer=save, save_scheduler=save))
+    saved = torch.load(tmp_path / "checkpoint_20_wsd_post_decay.pt", weights_only=True)
+    assert ("optimizer_state_dict" in saved) is save
+    assert ("scheduler_state_dict" in saved) is save
+
+
+def test_the_trained_model_is_saved_and_not_the_best(train, tmp_path):
+    best = SaveBestModelCallback(
+        tmp_path / "best.pt", "train_loss_epoch", greater_is_better=True
+    )
+    train(WSDCheckpointCallback(tmp_path / "wsd"), [best])
+    post = torch.load(
+        tmp_path / "wsd" / "checkpoint_20_wsd_post_decay.pt", weights_only=True
+    )
+    first = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (
+        post["model_state_dict"]["weight"].item()
+        < first["model_state_dict"]["weight"].item()
+    )
+
+
+def test_a_continuation_writes_all_its_checkpoints(train, tmp_path):
+    """Defect 49: the step of the loaded file suppressed the checkpoint of that number.
+
+    And the first update ran with the decayed learning rate.
+    """
+    first = train(WSDCheckpointCallback(tmp_path / "first"))
+    names = names_in(tmp_path / "first")
+    initial = tmp_path / "first" / "checkpoint_18_wsd_pre_decay"
+    second = WSDCheckpointCallback(tmp_path / "second", initial_checkpoint=initial)
+    trainer = train(second, is_continuation_from_checkpoint=True)
+    assert names_in(tmp_path / "second") == names
+    assert trainer.learning_rates == first.learning_rates
+    weights = Checkpoint(
+        tmp_path / "second" / "checkpoint_8_wsd_pre_decay"
+    ).load_weights()
+    assert math.isclose(
+        weights["weight"].item(),
+        Checkpoint(initial).load_weights()["weight"].item() * 0.5**8,
+    )
+
+
+@pytest.mark.parametrize("save_scheduler", [True, False])
+def test_a_continuation_after_a_decay_starts_at_the_full_learning_rate(
+    train, tmp_path, save_scheduler
+):
+    """Defect 49: its first update ran with the decayed learning rate."""
+    train(WSDCheckpointCallback(tmp_path / "first", save_scheduler=save_scheduler))
+    second = WSDCheckpointCallback(
+        tmp_path / "second",
+        initial_checkpoint=tmp_path / "first" / "checkpoint_20_wsd_post_decay.pt",
+    )
+    trainer = train(second, is_continuation_from_checkpoint=True)
+    assert trainer.learning_rates[:8] == [0.25] * 8
+
+
+def test_the_losses_of_a_continuation_are_its_own(train, tmp_path):
+    train(WSDCheckpointCallback(tmp_path / "first"))
+    initial = tmp_path / "first" / "checkpoint_8_wsd_pre_decay"
+    start = Checkpoint(initial).load_weights()["weight"].item()
+    second = WSDCheckpointCallback(tmp_path / "second", initial_checkpoint=initial)
+    trainer = train(
+        second,
+        epochs=1,
+        is_continuation_from_checkpoint=True,
+        num_checkpoints=1,
+        decay_phase_ratio=0.0,
+    )
+    losses = [start**2 * 0.25**step for step in range(10)]
+    recorded = trainer.run_history.get_metric_values("train_loss_epoch")[0]
+    assert math.isclose(recorded, sum(losses) / 10, rel_tol=0.3)
+
+
+def test_an_initial_checkpoint_that_is_not_there_is_an_error(
+    train, tmp_path, weight_of
+):
+    """Defect 49: a typo was ignored."""
+    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "typo")
+    with pytest.raises(FileNotFoundError, match=r"no initial_checkpoint .*typo"):
+        train(callback)
+
+
+def test_the_folder_is_created_with_the_first_checkpoint(tmp_path):
+    """Defect 49: every process created it in the constructor."""
+    WSDCheckpointCallback(tmp_path / "checkpoints")
+    assert names_in(tmp_path) == []
+
+
+def test_another_scheduler_is_refused(create_trainer, samples):
+    trainer = create_trainer([WSDCheckpointCallback()])
+    with pytest.raises(ValueError, match="needs a WSDLrScheduler, got CosineLr"):
+        trainer.train(
+            samples(1),
+            num_epochs=1,
+            create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
+        )
+
+
+def test_a_resumed_run_saves_what_is_left(train, create_trainer, samples, tmp_path):
+    train(WSDCheckpointCallback(tmp_path / "first"))
+    create_trainer([WSDCheckpointCallback(tmp_path / "second")]).train(
+        samples(10),
+        num_epochs=2,
+        per_device_batch_size=1,
+        create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
+            num_warmup_epochs=0, **SCHEDULE
+        ),
+        resume_from=tmp_path / "first" / "checkpoint_8_wsd_pre_decay",
+    )
+    assert names_in(tmp_path / "second") == [
+        "checkpoint_10_wsd_post_decay.pt",
+        "checkpoint_18_wsd_pre_decay",
+        "checkpoint_20_wsd_post_decay.pt",
+    ]
+
+
+def test_a_second_run_of_a_trainer_counts_its_own_updates(train, samples, tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = train(callback)
+    names = names_in(tmp_path)
+    callback.save_dir = tmp_path / "second"
+    trainer.train(
+        samples(10),
+        num_epochs=2,
+        per_device_batch_size=1,
+        create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
+            num_warmup_epochs=0, **SCHEDULE
+        ),
+        reset_run_history=False,
+    )
+    assert names_in(tmp_path / "second") == names
+
+
+def test_it_can_be_called_by_hand_before_the_scheduler_is_stepped():
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1)
+    scheduler = WSDLrScheduler(optimizer, total_steps=10, decay_phase_ratio=0.2)
+    saved = []
+    trainer = SimpleNamespace(
+        scheduler=scheduler,
+        num_updates=None,
+        run_config=SimpleNamespace(max_num_train_steps=10),
+        save_training_state=lambda path, **kwargs: saved.append(path),
+        save_checkpoint=lambda path, **kwargs: saved.append(path),
+    )
+    callback = WSDCheckpointCallback("folder")
+    callback.on_training_run_start(trainer)
+    scheduler.step()
+    for step in range(10):
+        callback.on_train_step_end(trainer, step=step)
+        scheduler.step()
+    assert saved == [
+        "folder/checkpoint_8_wsd_pre_decay",
+        "folder/checkpoint_10_wsd_post_decay.pt",
+    ]
