@@ -24,10 +24,13 @@ autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# Attributes are listed with the class; properties and fields are members besides.
+napoleon_use_ivar = True
 
 # The types below are documented elsewhere, and a build without a network cannot look
 # them up: it has no inventory of Python, torch, numpy, pandas and accelerate.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|optim|np|numpy|pd|pandas|accelerate|Accelerator)\b.*"),
+    (r"py:.*", r".*\.(Result)$"),  # type variables
     (r"py:.*", r"(collections|abc|enum|functools|os|pathlib|types|typing)\b.*"),
 ]

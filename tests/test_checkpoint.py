@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+import pytorch_accelerated
 from pytorch_accelerated import checkpoint as ckpt
 from pytorch_accelerated.checkpoint import (
     Checkpoint,
@@ -455,6 +456,7 @@ def test_a_checkpoint_holds_what_was_written(tmp_path):
     assert found.num_bytes == sum((found.path / f).stat().st_size for f in found.files)
     assert value_of(found) == 3
     assert found.manifest["torch_version"] == torch.__version__
+    assert found.manifest["library_version"] == pytorch_accelerated.__version__
     ckpt.set_random_states(found.load("random/0.pt"))
     assert written.path == found.path
     assert found.has("optimizer.pt")

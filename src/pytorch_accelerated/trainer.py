@@ -70,7 +70,11 @@ from pytorch_accelerated.placeholders import (
 )
 from pytorch_accelerated.progress import RunProgress, Stage
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.schedulers.scheduler_base import (
+    StatefulSchedulerBase,
+    forget_start_if_set_by_hand,
+    remember_scheduled_values,
+)
 from pytorch_accelerated.step_output import NumItems
 from pytorch_accelerated.tracking import InMemoryRunHistory, LossTracker, RunHistory
 from pytorch_accelerated.training_state import TrainingState
@@ -177,7 +181,6 @@ class Trainer:
         self._noted_error: Exception | None = None
         self._prepared_model: distributed.PreparedModel | None = None
         self._plain_optimizer: torch.optim.Optimizer | None = None
-        self._learning_rates_left: list[float] = []
         self._loaders_made: list[Any] = []
         self._resume_state: dict[str, Any] = {}
 
@@ -883,15 +886,7 @@ class Trainer:
         self._publish_progress()
         self.gradient_norm = None
         self._seed_run()
-        # A scheduler starts from "initial_lr", which an earlier one has left behind,
-        # and not from a learning rate that the user has set since.
-        for group, left in zip(
-            self.optimizer.param_groups,  # type: ignore[union-attr]
-            self._learning_rates_left,
-            strict=False,
-        ):
-            if group["lr"] != left:
-                group.pop("initial_lr", None)
+        forget_start_if_set_by_hand(self.optimizer)  # type: ignore[arg-type]
 
     def _end_run(self) -> None:
         """Give the user's model and optimizer back as they came, only trained."""
@@ -904,10 +899,8 @@ class Trainer:
             self._prepared_model, self._plain_optimizer = None, None
             self._backward_is_plain = False
             distributed.forget_prepared(self._accelerator)
-        if self.optimizer is not None:
-            self._learning_rates_left = [
-                float(group["lr"]) for group in self.optimizer.param_groups
-            ]
+        if self.optimizer is not None and self.scheduler is not None:
+            remember_scheduled_values(self.optimizer)
         for loader in (self._train_dataloader, self._eval_dataloader):
             if hasattr(loader, "stop_workers"):
                 loader.stop_workers()

@@ -5,11 +5,14 @@ twice the weight. A learning rate of 0.25 then halves the weight at each update:
 updates from 1 it is 0.5 ** k, and the loss 0.25 ** k.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from pytorch_accelerated.errors import StopTrainingError
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -64,3 +67,15 @@ def weight_of():
         return trainer.get_model().weight.item()
 
     return weight
+
+
+@pytest.fixture
+def reaches_the_caller():
+    """What to expect of a run in which this error was raised."""
+
+    def expect(error):
+        if isinstance(error, StopTrainingError):
+            return nullcontext()
+        return pytest.raises(type(error), match=str(error))
+
+    return expect

@@ -55,7 +55,7 @@ def test_nan_at_first_does_not_keep_later_epochs_from_improving(train_with_score
 @pytest.mark.parametrize("patience", [0, -1])
 def test_patience_below_one_is_refused(patience):
     """Defect 55: a patience of 0 stopped after the first epoch."""
-    with pytest.raises(ValueError, match="at least 1 epoch.*leave the callback out"):
+    with pytest.raises(ValueError, match=r"at least 1 epoch.*leave the callback out"):
         EarlyStoppingCallback(patience)
 
 
@@ -108,7 +108,7 @@ def test_watching_the_eval_loss_without_an_eval_dataset_is_refused_before_traini
     create_trainer, samples, weight_of
 ):
     trainer = create_trainer([EarlyStoppingCallback()])
-    with pytest.raises(ValueError, match="needs an eval_dataset.*'train_loss_epoch'"):
+    with pytest.raises(ValueError, match=r"needs an eval_dataset.*'train_loss_epoch'"):
         trainer.train(samples(1), num_epochs=1)
     assert weight_of(trainer) == 1
 

@@ -105,7 +105,7 @@ def test_no_eval_dataset_is_an_error_before_training(
 ):
     """Defect 25: ValueError after the first epoch."""
     trainer = create_trainer([SaveBestModelCallback(tmp_path / "best.pt")])
-    with pytest.raises(ValueError, match="needs an eval_dataset.*'train_loss_epoch'"):
+    with pytest.raises(ValueError, match=r"needs an eval_dataset.*'train_loss_epoch'"):
         trainer.train(samples(1), num_epochs=1)
     assert weight_of(trainer) == 1
 
@@ -114,7 +114,7 @@ def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(
     train_with_scores, tmp_path
 ):
     best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="scor")
-    with pytest.raises(ValueError, match="'scor' has not .* eval_loss_epoch, score"):
+    with pytest.raises(ValueError, match=r"'scor' has not .* eval_loss_epoch, score"):
         train_with_scores([best], [1])
 
 

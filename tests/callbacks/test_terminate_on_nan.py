@@ -10,8 +10,8 @@ from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,
     TerminateOnNaNCallback,
     TrainerCallback,
+    stopping,
 )
-from pytorch_accelerated.callbacks.stopping import _Pace
 from pytorch_accelerated.errors import NonFiniteLossError
 from pytorch_accelerated.trainer import Trainer
 
@@ -134,7 +134,7 @@ def test_a_bad_loss_in_the_evaluation_stops_training_before_a_save(
     trainer = create_trainer(
         [best, TerminateOnNaNCallback], trainer_class=BadEvalTrainer
     )
-    with pytest.raises(NonFiniteLossError, match="The evaluation loss .* in epoch 1"):
+    with pytest.raises(NonFiniteLossError, match=r"The evaluation loss .* in epoch 1"):
         trainer.train(samples(2), num_epochs=2, eval_dataset=samples(2))
     assert list(tmp_path.iterdir()) == []
 
@@ -178,36 +178,19 @@ class CountedReads(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def test_losses_are_read_at_growing_intervals_only(monkeypatch):
-    monkeypatch.setattr(_Pace, "longest_seconds", 1e9)
+def test_losses_are_read_once_a_second(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     CountedReads.reads = 0
     callback = TerminateOnNaNCallback()
-    callback.on_train_epoch_start(None)
+    callback.on_training_run_start(None)
     loss = torch.ones(()).as_subclass(CountedReads)
     for step in range(1000):
         callback.on_train_step_end(None, None, {"loss": loss}, step=step)
-    # After steps 1, 3, 7, ..., 511: each interval is twice the last.
-    assert CountedReads.reads == 9
-
-
-def test_intervals_shrink_when_steps_become_slow(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(
-        "pytorch_accelerated.callbacks.stopping.time.monotonic", lambda: now
-    )
-    pace = _Pace()
-    looks = []
-    for step in range(60):
-        now += 0.001 if step < 31 else 0.5
-        if pace.is_time_to_look():
-            looks.append(step + 1)
-    assert looks == [1, 3, 7, 15, 31, 63][:5]
-    assert pace.interval == 32
-    for step in range(60, 90):
-        now += 0.5
-        if pace.is_time_to_look():
-            looks.append(step + 1)
-    assert looks[5:] == [63, 79, 87]
+        now[0] += 1 / 256
+    # At steps 0, 256, 512 and 768.
+    assert CountedReads.reads == 4
+    assert len(callback._train_losses._losses) == 1000 - 769
 
 
 def test_no_loss_is_kept_after_a_run(create_trainer, samples):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
 class EarlyStoppingCallback(TrainerCallback):
     """Stops training once a metric has not improved for some epochs.
 
@@ -143,9 +146,8 @@ class TerminateOnNaNCallback(TrainerCallback):
     :class:`NonFiniteLossError`, which names the epoch, the step, the learning rate and
     the last checkpoint. Nothing is saved in between.
 
-    A step does not wait for the device: training losses are collected there and looked
-    at after 1, 2, 4, ... steps, at intervals that grow until they take about a second,
-    further at the end of each epoch and before anything is saved.
+    A step does not wait for the device: the losses are collected there and looked at
+    once a second, at the end of each epoch, and before anything is saved.
 
     Attributes:
         triggered: Whether a loss of the present or last run was not finite.
@@ -159,21 +161,17 @@ class TerminateOnNaNCallback(TrainerCallback):
         self._error: NonFiniteLossError | None = None
         self._train_losses = _LossWatch()
         self._eval_losses = _LossWatch()
-        self._pace = _Pace()
+        self._next_look = 0.0
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Forget the losses of earlier runs."""
         self.triggered = False
-        self._pace = _Pace()
+        self._next_look = 0.0  # at the first step
         self._let_go()
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Forget the losses of earlier runs."""
         self.on_training_run_start(trainer)
-
-    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Measure time from here."""
-        self._pace.restart()
 
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
@@ -184,8 +182,9 @@ class TerminateOnNaNCallback(TrainerCallback):
             NonFiniteLossError: If one of them is not finite.
         """
         self._train_losses.add(batch_output["loss"], kwargs.get("step"))
-        if self._pace.is_time_to_look():
+        if time.monotonic() >= self._next_look:
             self._look(trainer, self._train_losses, "training")
+            self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses that are left of the epoch."""
@@ -300,31 +299,6 @@ class _LossWatch:
         is_finite = torch.isfinite(losses).tolist()
         steps, self._losses, self._steps = self._steps, [], []
         return None if all(is_finite) else steps[is_finite.index(False)]
-
-
-class _Pace:
-    """Says when to look: after 1, 2, 4, ... steps, up to about a second apart."""
-
-    longest_seconds = 1.0
-
-    def __init__(self) -> None:
-        self.interval = 1
-        self.restart()
-
-    def restart(self) -> None:
-        """Start an interval."""
-        self._steps_left = self.interval
-        self._started = time.monotonic()
-
-    def is_time_to_look(self) -> bool:
-        """Count a step, and say whether it ends the interval."""
-        self._steps_left -= 1
-        if self._steps_left > 0:
-            return False
-        took_long = time.monotonic() - self._started > self.longest_seconds / 2
-        self.interval = max(1, self.interval // 2) if took_long else self.interval * 2
-        self.restart()
-        return True
 
 
 def _describe(trainer: Trainer, step: int, phase: str) -> str:

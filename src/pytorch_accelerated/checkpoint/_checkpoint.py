@@ -66,7 +66,7 @@ class Checkpoint:
 
     @property
     def progress(self) -> Mapping[str, Any]:
-        """How far the run was: ``num_updates``, ``epoch``, ``metrics`` and more."""
+        """What was given to ``commit``, such as ``num_updates`` and ``metrics``."""
         progress: Mapping[str, Any] = self.manifest["progress"]
         return progress
 

@@ -56,7 +56,7 @@ def new_token() -> str:
     """Return a name part that no other writer uses and that tells who is writing.
 
     It holds the machine, the process id, the time the process started, and a random
-    part, so that :func:`writer_is_dead` can judge a leftover by its name alone.
+    part, so that the name alone of a leftover tells whether its writer still runs.
     """
     pid = os.getpid()
     return f"{_machine()}-{pid}-{_start_of(pid)}-{secrets.token_hex(4)}"

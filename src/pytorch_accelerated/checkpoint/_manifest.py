@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -275,7 +276,6 @@ def list_files(folder: Path) -> list[str]:
 
 
 def _library_version() -> str:
-    # not at the top: the package imports this module while it is being imported
-    import pytorch_accelerated
-
-    return getattr(pytorch_accelerated, "__version__", "unknown")
+    # looked up, because the tools do not import the package that imports them
+    package = sys.modules[__name__.partition(".")[0]]
+    return str(getattr(package, "__version__", "unknown"))

@@ -15,6 +15,7 @@ __all__ = [
     "InvalidScheduleError",
     "SchedulerBase",
     "StatefulSchedulerBase",
+    "forget_start_if_set_by_hand",
     "remember_scheduled_values",
 ]
 
@@ -184,6 +185,19 @@ def remember_scheduled_values(
     """
     for group in optimizer.param_groups:
         group[_memory_of(param_group_field)] = float(group[param_group_field])
+
+
+def forget_start_if_set_by_hand(
+    optimizer: Optimizer, param_group_field: str = "lr"
+) -> None:
+    """Let the next scheduler start from a value that the user has set since the last.
+
+    torch's schedulers start from ``initial_<field>`` as long as a group has it. Those
+    of this library find out by themselves.
+    """
+    for group in optimizer.param_groups:
+        if _was_set_by_hand(group, param_group_field):
+            group.pop(f"initial_{param_group_field}", None)
 
 
 def _memory_of(field: str) -> str:

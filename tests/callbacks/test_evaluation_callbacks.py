@@ -1,0 +1,218 @@
+import pytest
+import torch
+from torch import nn
+
+from pytorch_accelerated.callbacks import (
+    LimitEvalStepsCallback,
+    StepBasedEvaluationCallback,
+    StopTrainingError,
+    TrainerCallback,
+)
+from pytorch_accelerated.trainer import Trainer
+
+
+class EvalLog(TrainerCallback):
+    """Writes down after which step evaluations took place, and how long they were."""
+
+    def __init__(self):
+        self.intermediate, self.whole, self.num_batches = [], [], 0
+        self.losses = []
+
+    def on_eval_epoch_start(self, trainer, **kwargs):
+        self.num_batches = 0
+
+    def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+        self.num_batches += 1
+
+    def on_eval_epoch_end(self, trainer, is_intermediate=False, **kwargs):
+        seen = (trainer.num_steps, self.num_batches)
+        (self.intermediate if is_intermediate else self.whole).append(seen)
+        if is_intermediate:
+            self.losses.append(
+                trainer.run_history.get_latest_metric("intermediate_eval_loss")
+            )
+
+    @property
+    def steps(self):
+        return [step for step, _ in self.intermediate]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4]), (7, [])]
+)
+def test_evaluates_after_every_nth_step_of_the_run(
+    create_trainer, samples, every, steps
+):
+    """Defect 12: one step late, not at all for n = 1's first step, anew each epoch."""
+    log = EvalLog()
+    trainer = create_trainer([StepBasedEvaluationCallback(every), log])
+    trainer.train(
+        samples(3), num_epochs=2, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    assert log.steps == steps
+    assert [step for step, _ in log.whole] == [3, 6]
+
+
+def test_the_weights_evaluated_are_those_after_the_update(create_trainer, samples):
+    log = EvalLog()
+    trainer = create_trainer([StepBasedEvaluationCallback(2), log])
+    trainer.train(
+        samples(4), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    assert log.losses == [0.25**2, 0.25**4]
+
+
+def test_training_goes_on_in_training_mode_and_with_its_own_loss(
+    create_trainer, samples
+):
+    """Defect 12: dropout and batch norm were off for the rest of the epoch."""
+    modes = []
+
+    class Mode(TrainerCallback):
+        def on_train_step_start(self, trainer, **kwargs):
+            modes.append(trainer.model.training)
+
+    trainer = create_trainer([StepBasedEvaluationCallback(1), Mode])
+    history = trainer.train(
+        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    assert modes == [True] * 3
+    expected = (1 + 0.25 + 0.25**2) / 3
+    assert history.get_latest_metric("train_loss_epoch") == pytest.approx(expected)
+
+
+def test_a_frozen_submodule_stays_in_evaluation_mode(create_trainer, samples):
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Linear(1, 1))
+    model[1].eval()
+    modes = []
+
+    class Mode(TrainerCallback):
+        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+            modes.append([module.training for module in trainer.model])
+
+    trainer = create_trainer([StepBasedEvaluationCallback(1), Mode], model=model)
+    trainer.train(samples(4), 1, eval_dataset=samples(2), per_device_batch_size=2)
+    assert modes == [[True, False, True]] * 2
+
+
+def test_the_loss_of_intermediate_evaluations_is_deleted(create_trainer, samples):
+    trainer = create_trainer([StepBasedEvaluationCallback(1)])
+    history = trainer.train(
+        samples(2), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    assert set(history.get_metric_names()) == {"train_loss_epoch", "eval_loss_epoch"}
+
+
+def test_metrics_of_intermediate_evaluations_do_not_mix_with_those_of_epochs(
+    create_trainer, samples
+):
+    """Defect 12: four values in one epoch."""
+
+    class Metrics(Trainer):
+        def eval_epoch_end(self):
+            self.run_history.update_metric("accuracy", self.num_steps)
+
+    trainer = create_trainer([StepBasedEvaluationCallback(1)], trainer_class=Metrics)
+    history = trainer.train(
+        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    assert history.get_metric_values("accuracy") == [3]
+    assert history.get_metric_values("intermediate_accuracy") == [1, 2, 3]
+
+
+def test_no_eval_dataset_is_an_error_before_training(
+    create_trainer, samples, weight_of
+):
+    """Defect 12: 'NoneType' object is not iterable."""
+    trainer = create_trainer([StepBasedEvaluationCallback(1)])
+    with pytest.raises(ValueError, match="StepBasedEvaluationCallback needs an eval_d"):
+        trainer.train(samples(1), num_epochs=1)
+    assert weight_of(trainer) == 1
+
+
+def test_an_evaluation_that_stops_the_run_leaves_the_trainer_usable(
+    create_trainer, samples
+):
+    """Defect 12: the loss tracker was not restored."""
+
+    class Stop(TrainerCallback):
+        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+            raise StopTrainingError("enough")
+
+    trainer = create_trainer([StepBasedEvaluationCallback(1), Stop])
+    tracker = trainer._loss_tracker
+    trainer.train(samples(2), 1, eval_dataset=samples(1), per_device_batch_size=1)
+    assert trainer._loss_tracker is tracker
+    assert trainer.model.training
+
+
+def test_a_resumed_run_goes_on_counting(create_trainer, samples):
+    first = StepBasedEvaluationCallback(2)
+    create_trainer([first]).train(
+        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    second, log = StepBasedEvaluationCallback(2), EvalLog()
+    second.load_state_dict(first.state_dict())
+    create_trainer([second, log]).train(
+        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+    )
+    assert log.steps == [1, 3]
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_steps_below_one_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"at least 1, got {wrong}"):
+        StepBasedEvaluationCallback(wrong)
+    with pytest.raises(ValueError, match=f"at least 1, got {wrong}"):
+        LimitEvalStepsCallback(wrong)
+
+
+@pytest.mark.parametrize(("intermediate_only", "whole"), [(True, 4), (False, 2)])
+def test_evaluations_end_after_the_steps_allowed(
+    create_trainer, samples, intermediate_only, whole
+):
+    """Defect 13: the limit had no effect."""
+    log = EvalLog()
+    limit = LimitEvalStepsCallback(2, intermediate_only)
+    trainer = create_trainer([limit, StepBasedEvaluationCallback(1), log])
+    trainer.train(samples(1), 1, eval_dataset=samples(4), per_device_batch_size=1)
+    assert [batches for _, batches in log.intermediate] == [2]
+    assert [batches for _, batches in log.whole] == [whole]
+    assert trainer.eval_batch_limit is None
+
+
+def test_each_process_does_its_share_and_at_least_one_step(create_trainer):
+    """Defect 13: fewer steps than processes made a limit of 0."""
+    limits = []
+    for num_eval_steps in (7, 1):
+        trainer = create_trainer()
+        trainer._accelerator = type("Accelerator", (), {"num_processes": 3})
+        callback = LimitEvalStepsCallback(num_eval_steps)
+        callback.on_eval_epoch_start(trainer, is_intermediate=True)
+        limits.append(trainer.eval_batch_limit)
+    assert limits == [2, 1]
+
+
+@pytest.mark.parametrize("error", [StopTrainingError("x"), RuntimeError("x")])
+def test_the_limit_is_lifted_if_an_evaluation_does_not_end(
+    create_trainer, samples, error, reaches_the_caller
+):
+    class Raise(TrainerCallback):
+        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+            raise error
+
+    trainer = create_trainer([LimitEvalStepsCallback(1, False), Raise])
+    trainer.eval_batch_limit = 3
+    with reaches_the_caller(error):
+        trainer.train(samples(1), 1, eval_dataset=samples(1))
+    assert trainer.eval_batch_limit == 3
+
+
+def test_an_intermediate_evaluation_builds_no_graph(create_trainer, samples):
+    class Graph(TrainerCallback):
+        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+            assert not batch_output["loss"].requires_grad
+            assert not torch.is_grad_enabled()
+
+    trainer = create_trainer([StepBasedEvaluationCallback(1), Graph])
+    trainer.train(samples(1), 1, eval_dataset=samples(1))

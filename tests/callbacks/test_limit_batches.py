@@ -1,0 +1,95 @@
+import pytest
+
+from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
+from pytorch_accelerated.data import DataLoaderSlice, LimitBatches
+from pytorch_accelerated.schedulers import CosineLrScheduler
+
+
+class Count(TrainerCallback):
+    def __init__(self):
+        self.train = self.eval = self.updates = 0
+
+    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+        self.train += 1
+
+    def on_train_update_end(self, trainer, **kwargs):
+        self.updates += 1
+
+    def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+        self.eval += 1
+
+
+def test_epochs_are_limited_to_their_first_batches(create_trainer, samples):
+    count = Count()
+    trainer = create_trainer([LimitBatchesCallback(2), count])
+    trainer.train(samples(5), 2, eval_dataset=samples(5), per_device_batch_size=1)
+    assert (count.train, count.eval) == (4, 4)
+    trainer.evaluate(samples(5), per_device_batch_size=1)
+    assert count.eval == 6
+
+
+def test_trainers_created_in_the_context_are_limited(create_trainer, samples):
+    count = Count()
+    with LimitBatches(3):
+        trainer = create_trainer([count])
+    assert isinstance(trainer.callback_handler.callbacks[0], LimitBatchesCallback)
+    trainer.train(samples(5), 1, per_device_batch_size=1)
+    assert count.train == 3
+
+
+def test_training_twice_without_an_eval_dataset_works(create_trainer, samples):
+    """Defect 38: AttributeError, a slice around None."""
+    count = Count()
+    trainer = create_trainer([LimitBatchesCallback(1), count])
+    for _ in range(2):
+        trainer.train(samples(2), 1, per_device_batch_size=1)
+    assert count.train == 2
+
+
+def test_a_limit_above_the_length_changes_nothing(create_trainer, samples, weight_of):
+    """Defect 38: the last accumulation window was never applied."""
+    count = Count()
+    trainer = create_trainer([LimitBatchesCallback(9), count])
+    trainer.train(samples(5), 1, per_device_batch_size=1, gradient_accumulation_steps=2)
+    assert (count.train, count.updates) == (5, 3)
+    assert weight_of(trainer) == 0.5**3
+
+
+def test_schedules_are_as_long_as_the_limited_run(create_trainer, samples):
+    """Defect 58: the schedule had the length of the whole epoch."""
+    trainer = create_trainer([LimitBatchesCallback(2)])
+    trainer.train(
+        samples(10),
+        2,
+        per_device_batch_size=1,
+        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
+    )
+    assert trainer.run_config.num_update_steps_per_epoch == 2
+    assert trainer.scheduler.total_iterations == 4
+
+
+def test_limiting_again_changes_nothing(create_trainer):
+    trainer = create_trainer()
+    trainer._train_dataloader = [1, 2, 3]
+    callback = LimitBatchesCallback(2)
+    callback.limit(trainer)
+    limited = trainer._train_dataloader
+    callback.limit(trainer)
+    assert trainer._train_dataloader is limited
+    assert isinstance(limited, DataLoaderSlice)
+    assert list(limited) == [1, 2]
+    assert trainer._eval_dataloader is None
+
+
+def test_the_smaller_of_two_limits_holds(create_trainer):
+    for limits in ((1, 2), (2, 1)):
+        trainer = create_trainer()
+        trainer._train_dataloader = [1, 2, 3]
+        for limit in limits:
+            LimitBatchesCallback(limit).limit(trainer)
+        assert list(trainer._train_dataloader) == [1]
+
+
+def test_a_limit_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        LimitBatchesCallback(0)

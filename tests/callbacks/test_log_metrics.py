@@ -1,0 +1,143 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pytorch_accelerated.callbacks import (
+    LogMetricsCallback,
+    ModelEmaCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.callbacks.logging import _is_train_metric
+from pytorch_accelerated.trainer import Trainer
+
+
+class Log(LogMetricsCallback):
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_metrics(self, trainer, metrics):
+        self.logged.append(metrics)
+
+
+class Recording(Trainer):
+    def train_epoch_end(self):
+        self.run_history.update_metric("train_accuracy", 0.5)
+        self.run_history.update_metric("constrained", 0.25)
+
+    def eval_epoch_end(self):
+        self.run_history.update_metric("zeta", 1)
+        self.run_history.update_metric("alpha", 2)
+
+
+def test_metrics_are_logged_as_they_are_recorded(create_trainer, samples):
+    """Defect 45: order, and "train" anywhere in a name ("constrained")."""
+    log = Log()
+    trainer = create_trainer([log], trainer_class=Recording)
+    trainer.train(samples(1), num_epochs=2, eval_dataset=samples(1))
+    for epoch, metrics in enumerate((log.logged[:2], log.logged[2:]), start=1):
+        train, rest = metrics
+        assert list(train) == ["train_accuracy", "train_loss_epoch"]
+        assert train["train_loss_epoch"] == 0.25 ** (epoch - 1)
+        assert list(rest) == ["constrained", "zeta", "alpha", "eval_loss_epoch"]
+
+
+def test_lines_are_printed(create_trainer, samples, capsys):
+    create_trainer([LogMetricsCallback]).train(samples(1), 1, eval_dataset=samples(1))
+    lines = capsys.readouterr().out.split("\n")
+    assert lines == ["train_loss_epoch: 1.0", "eval_loss_epoch: 0.25", ""]
+
+
+def test_a_value_is_logged_once(create_trainer, samples):
+    class Once(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            if trainer.run_history.current_epoch == 1:
+                trainer.run_history.update_metric("learning_rate", 0.1)
+
+    log = Log()
+    trainer = create_trainer([log, Once()])
+    trainer.train(samples(1), num_epochs=2)
+    assert log.logged == [
+        {"train_loss_epoch": 1},
+        {"learning_rate": 0.1},
+        {"train_loss_epoch": 0.25},
+    ]
+
+
+def test_metrics_of_earlier_runs_are_not_logged_again(create_trainer, samples):
+    log = Log()
+    trainer = create_trainer([log])
+    trainer.train(samples(1), num_epochs=1, eval_dataset=samples(1))
+    log.logged.clear()
+    trainer.evaluate(samples(1))
+    assert log.logged == [{"evaluation_loss": 0.25}]
+    log.logged.clear()
+    trainer.train(samples(1), num_epochs=1)
+    assert log.logged == [{"train_loss_epoch": 0.25}]
+
+
+def test_a_metric_recorded_late_is_logged_in_its_epoch(
+    create_trainer, samples, tmp_path
+):
+    log = Log()
+    ema = ModelEmaCallback(save_path=tmp_path / "ema.pt", decay=0)
+    create_trainer([log, ema]).train(samples(1), 1, eval_dataset=samples(1))
+    assert log.logged[-1] == {"ema_model_eval_loss_epoch": 0.25}
+
+
+def test_looking_at_an_unknown_metric_does_no_harm(create_trainer, samples):
+    """Defect 45: reading one created it, and the callback crashed the run."""
+
+    class Look(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            trainer.run_history._metrics["eval_new"]
+
+    log = Log()
+    create_trainer([Look(), log]).train(samples(1), 1, eval_dataset=samples(1))
+    assert log.logged == [{"train_loss_epoch": 1}, {"eval_loss_epoch": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_train"),
+    [
+        ("train_loss_epoch", True),
+        ("ema_model_train_loss", True),
+        ("training_accuracy", True),
+        ("loss/train", True),
+        ("trainAccuracy", True),
+        ("constrained", False),
+        ("constrain_loss", False),
+        ("trainable_parameters", False),
+        ("eval_loss_epoch", False),
+    ],
+)
+def test_a_train_metric_has_the_word_in_its_name(name, is_train):
+    """Defect 45."""
+    assert _is_train_metric(name) is is_train
+
+
+def test_names_in_a_set_are_logged_in_an_order_that_does_not_change():
+    """Defect 45: it depended on PYTHONHASHSEED."""
+    script = """
+from types import SimpleNamespace
+from pytorch_accelerated.callbacks import LogMetricsCallback
+
+history = SimpleNamespace(
+    get_metric_names=lambda: {"a", "b", "c", "d", "e"},
+    get_metric_values=lambda name: [1],
+    get_latest_metric=lambda name: 1,
+)
+trainer = SimpleNamespace(run_history=history, print=print)
+LogMetricsCallback().on_eval_epoch_end(trainer)
+"""
+    for seed in ("1", "2"):
+        output = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "src"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert output.split() == ["a:", "1", "b:", "1", "c:", "1", "d:", "1", "e:", "1"]

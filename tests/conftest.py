@@ -1,0 +1,81 @@
+"""A model with one weight, whose losses can be worked out by hand, and small data.
+
+With inputs of 1 and targets of 0 the loss is the square of the weight and its gradient
+twice the weight. A learning rate of 0.25 then halves the weight at each update: after k
+updates from 1 it is 0.5 ** k, and the loss 0.25 ** k.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from pytorch_accelerated.trainer import Trainer
+
+
+class OneByOne(Dataset):
+    """The samples of another dataset, which can only be fetched one at a time."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+@pytest.fixture
+def samples():
+    """Create a dataset of inputs of 1 and targets of 0."""
+
+    def create(count):
+        return TensorDataset(torch.ones(count, 1), torch.zeros(count, 1))
+
+    return create
+
+
+@pytest.fixture
+def create_trainer():
+    """Create a trainer of the model with one weight."""
+
+    def create(callbacks=(), *, lr=0.25, trainer_class=Trainer, **kwargs):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        return trainer_class(model, nn.MSELoss(), optimizer, callbacks, **kwargs)
+
+    return create
+
+
+@pytest.fixture
+def noise():
+    """Create a dataset of random inputs (6 features) and classes (3)."""
+
+    def create(count):
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(count, 6, generator=generator)
+        return TensorDataset(inputs, torch.randint(3, (count,), generator=generator))
+
+    return create
+
+
+@pytest.fixture
+def create_classifier():
+    """Create a small network for the random data, always with the same weights."""
+
+    def create(dropout=0.0):
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            return nn.Sequential(
+                nn.Linear(6, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
+            )
+
+    return create
+
+
+@pytest.fixture
+def one_by_one():
+    """Make the samples of a dataset available only one at a time."""
+    return OneByOne
