@@ -3,10 +3,10 @@
 ::
 
     Exception
-    ├── StopTrainingError                     ends a run in order
-    │   └── NonFiniteLossError                the loss became NaN or infinite
-    ├── CheckpointError                       a checkpoint could not be written or read
-    └── CallbackMethodNotImplementedError     kept for scripts that catch it, never raised
+    ├── StopTrainingError                  ends a run in order
+    │   └── NonFiniteLossError             the loss became NaN or infinite
+    ├── CheckpointError                    a checkpoint could not be written or read
+    └── CallbackMethodNotImplementedError  kept for scripts that catch it, never raised
 
 Wrong arguments raise the built-in ``ValueError``, ``TypeError`` and ``KeyError``.
 """

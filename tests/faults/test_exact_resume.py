@@ -1,0 +1,29 @@
+"""R12: a run that is stopped at any update and resumed ends as if never stopped."""
+
+import pytest
+from scenario import Scenario, difference, fingerprint
+
+from pytorch_accelerated import checkpoint
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(Scenario(), id="accumulation 3"),
+        pytest.param(Scenario(accumulation=1), id="no accumulation"),
+        pytest.param(Scenario(num_workers=2, num_epochs=2), id="2 workers"),
+        pytest.param(Scenario(precision="bf16"), id="bf16"),
+        pytest.param(Scenario(counts_items=True), id="counted items"),
+        pytest.param(Scenario(in_memory=True), id="in memory"),
+        pytest.param(Scenario(seed=None), id="no seed"),
+    ],
+)
+def test_a_run_resumed_at_any_update_ends_as_if_never_stopped(scenario, tmp_path):
+    undisturbed = fingerprint(scenario.run(tmp_path / "whole"))
+    states = checkpoint.list_checkpoints(tmp_path / "whole" / "states")
+    assert len(states) == undisturbed["progress"][0] + scenario.num_epochs + 1
+    found = {}
+    for number, state in enumerate(states):
+        trainer = scenario.run(tmp_path / f"{number}", resume_from=state.path)
+        found[state.path.name] = difference(undisturbed, fingerprint(trainer))
+    assert not {name: text for name, text in found.items() if text}
