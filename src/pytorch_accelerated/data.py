@@ -251,27 +251,29 @@ class _RandomState:
         self.uses_python = False
         self.uses_numpy = False
 
-    def fetch(self, fetch: Any, seed: int, *, is_first: bool) -> Any:
+    def fetch(self, fetch: Any, indices: SeededIndices, *, is_first: bool) -> Any:
+        seed = indices.seed
         seed_python = self.uses_python or is_first
         seed_numpy = self.uses_numpy or is_first
-        torch_before = torch.get_rng_state()
+        generator = torch.default_generator
+        torch_before = generator.get_state()
         python_before = random.getstate() if seed_python else None
         numpy_before = np.random.get_state() if seed_numpy else None
         try:
-            torch.default_generator.manual_seed(seed)
+            generator.manual_seed(seed)
             if python_before is not None:
                 random.seed(seed)
                 python_seeded = random.getstate() if is_first else None
             if numpy_before is not None:
                 np.random.seed(seed % 2**32)
                 numpy_seeded = np.random.get_state() if is_first else None
-            batch = fetch()
+            batch = fetch(indices)
             if is_first:
                 self.uses_python |= random.getstate() != python_seeded
                 self.uses_numpy |= not _same_numpy_state(numpy_seeded)
             return batch
         finally:
-            torch.set_rng_state(torch_before)
+            generator.set_state(torch_before)
             if python_before is not None:
                 random.setstate(python_before)
             if numpy_before is not None:
@@ -290,6 +292,7 @@ class _BatchDataset(Dataset[Any]):
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.is_first = True
+        self._fetches_whole_batches = hasattr(dataset, "__getitems__")
         self._random_state = _RandomState()
 
     def __getitems__(self, indices: SeededIndices) -> Any:
@@ -297,14 +300,13 @@ class _BatchDataset(Dataset[Any]):
             seed_everything(indices.seed)
             return self._fetch(indices)
         is_first, self.is_first = self.is_first, False
-        return self._random_state.fetch(
-            lambda: self._fetch(indices), indices.seed, is_first=is_first
-        )
+        return self._random_state.fetch(self._fetch, indices, is_first=is_first)
 
     def _fetch(self, indices: list[int]) -> Any:
-        if hasattr(self.dataset, "__getitems__"):
-            return self.collate_fn(self.dataset.__getitems__(list(indices)))
-        return self.collate_fn([self.dataset[index] for index in indices])
+        dataset = self.dataset
+        if self._fetches_whole_batches:
+            return self.collate_fn(dataset.__getitems__(list(indices)))
+        return self.collate_fn([dataset[index] for index in indices])
 
 
 def seed_everything(seed: int) -> None:
@@ -454,6 +456,11 @@ class PlannedLoader:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether batches are as large as planned: other collate functions may filter."""
+        return self.loader.collate_fn is default_collate
+
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch of this process."""
         return len(self.plan)
@@ -473,6 +480,10 @@ class PlannedLoader:
         if self._in_memory is not None and self.loader.num_workers == 0:
             return to_device(self._in_memory_batches(self._in_memory), self.device)
         self._batches.is_first = True
+        if self.loader.num_workers == 0 and not self.loader.pin_memory:
+            # What the loader would do, without what it spends on each batch.
+            here = map(self._batches.__getitems__, self.batch_sampler)
+            return to_device(here, self.device)
         return to_device(self._loader, self.device)
 
     def stop_workers(self) -> None:

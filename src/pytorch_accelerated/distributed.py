@@ -6,11 +6,12 @@ transparent in a single process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,57 +25,13 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    StopTrainingError,
+)
 
 Result = TypeVar("Result")
-
-
-def create_accelerator(**kwargs: Any) -> Accelerator:
-    """Create the accelerator for the way in which this script was launched.
-
-    The difference from ``Accelerator(**kwargs)`` is on machines without an accelerator
-    device: a plain ``Accelerator()`` under ``torchrun`` would train unrelated copies
-    there, so the CPU backend is asked for.
-
-    Args:
-        **kwargs: Arguments of :class:`accelerate.Accelerator`.
-
-    Raises:
-        RuntimeError: If the launcher started more processes than the accelerator sees.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    sharded = any(
-        os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
-        for engine in ("DEEPSPEED", "FSDP")
-    )
-    plugin = kwargs.get("deepspeed_plugin") or kwargs.get("deepspeed_plugins")
-    if launched > 1 and not torch.accelerator.is_available() and not sharded:
-        kwargs.setdefault("cpu", plugin is None)
-    accelerator = Accelerator(**kwargs)
-    if launched > 1 and accelerator.num_processes != launched:
-        raise RuntimeError(
-            f"The launcher started {launched} processes, but Accelerate sees "
-            f"{accelerator.num_processes}: each would train a model of its own. "
-            "On a machine without an accelerator device set ACCELERATE_USE_CPU=true; "
-            "otherwise check the distributed type in `accelerate env`."
-        )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        warnings.warn(
-            "mixed_precision='fp16' has no effect on a CPU: Accelerate trains in fp32 "
-            "there. Use 'bf16', which a CPU supports.",
-            stacklevel=3,
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        # The trainer owns the accumulation window: Accelerate would divide once more.
-        if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            warnings.warn(
-                "Accelerate is configured with gradient_accumulation_steps="
-                f"{accelerator.gradient_accumulation_steps}, which the trainer does "
-                "not use; give gradient_accumulation_steps to train() instead.",
-                stacklevel=3,
-            )
-        accelerator.gradient_accumulation_steps = 1
-    return accelerator
 
 
 class PreparedModel:
@@ -101,6 +58,14 @@ class PreparedModel:
         for name in self._MARKS:
             vars(self._model).pop(name, None)
         vars(self._model).update(self._before)
+
+
+def use_precision(accelerator: Accelerator, precision: str) -> None:
+    """Let the process compute in the precision that an accelerator was created with.
+
+    Accelerate keeps one precision for all accelerators of a process.
+    """
+    accelerator.state._mixed_precision = precision
 
 
 def is_plain(accelerator: Accelerator) -> bool:
@@ -135,18 +100,71 @@ def forget_prepared(accelerator: Accelerator) -> None:
         setattr(accelerator, registry, [])
 
 
-def agree(flag: bool, device: torch.device) -> bool:
+def agree(flag: bool) -> bool:
     """Return True on all processes if any process passes True. Collective."""
-    return largest(float(flag), device) > 0
+    return largest(float(flag)) > 0
 
 
-def largest(number: float, device: torch.device) -> float:
-    """Return on all processes the largest of the numbers they pass. Collective."""
+def largest(number: float) -> float:
+    """Return on all processes the largest of the numbers they pass. Collective.
+
+    The processes exchange it on their hosts: no accelerator device is waited for.
+    """
     if PartialState().num_processes == 1:
         return number
-    tensor = torch.tensor(number, dtype=torch.float32, device=device)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    tensor = torch.tensor(number, dtype=torch.float64)
+    torch.distributed.all_reduce(
+        tensor,
+        torch.distributed.ReduceOp.MAX,
+        group=_host_group(torch.distributed.group.WORLD),
+    )
     return tensor.item()
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(world: Any) -> Any:
+    # A group of its own also where the default one could do it: what the model
+    # communicates must never meet what the trainer does.
+    timeout = _timeout_of(world)
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+def _timeout_of(world: Any) -> timedelta | None:
+    """Return how long the user lets processes wait for each other, if it is known."""
+    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    for candidate in (device, torch.device("cpu")):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            timeout: timedelta = world._get_backend(candidate).options._timeout
+            return timeout
+    return None
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """Raise an error on all processes if any of them passes one. Collective.
+
+    Args:
+        error: The error of this process, if it has one: then it raises that. Others
+            raise one of the same kind which names the process and its error.
+    """
+    if not agree(error is not None):
+        return
+    raised = [
+        (process, kind, text)
+        for process, (kind, text) in enumerate(
+            gather_object([(_kind_of(error), repr(error))])
+        )
+        if kind
+    ]
+    if error is None:
+        process, kind, text = raised[0]
+        error = _ERRORS_BY_KIND[kind](f"Process {process} raised {text}")
+    error._is_on_all_processes = True  # type: ignore[attr-defined]
+    raise error
+
+
+def is_on_all_processes(error: BaseException) -> bool:
+    """Say whether an error was raised by :func:`raise_on_all`."""
+    return getattr(error, "_is_on_all_processes", False)
 
 
 def from_main_process(value: int, device: torch.device) -> int:
@@ -273,17 +291,19 @@ def local_process_zero_first(func: Callable[..., Result]) -> Callable[..., Resul
     return wrapper
 
 
-ERRORS_BY_KIND: dict[str, type[Exception]] = {
+_ERRORS_BY_KIND: dict[str, type[Exception]] = {
     "non-finite": NonFiniteLossError,
     "stop": StopTrainingError,
+    "checkpoint": CheckpointError,
     "error": RuntimeError,
 }
 
 
-def kind_of(error: Exception | None) -> str:
-    """Return the key of an error in ``ERRORS_BY_KIND``, "" for none."""
+def _kind_of(error: Exception | None) -> str:
+    """Return the key of an error in ``_ERRORS_BY_KIND``, "" for none."""
     if error is None:
         return ""
-    if isinstance(error, NonFiniteLossError):
-        return "non-finite"
-    return "stop" if isinstance(error, StopTrainingError) else "error"
+    return next(
+        (kind for kind, type_ in _ERRORS_BY_KIND.items() if isinstance(error, type_)),
+        "error",
+    )

@@ -29,6 +29,14 @@ class NonFiniteLossError(StopTrainingError):
     """
 
 
+class TrainingInterruptedError(StopTrainingError):
+    """A signal asked the process to stop before the run was complete.
+
+    The end events of the run are still called; then ``train()`` returns with
+    ``trainer.interrupted`` set.
+    """
+
+
 class CheckpointError(Exception):
     """A checkpoint could not be written, found, or trusted.
 

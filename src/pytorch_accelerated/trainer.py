@@ -41,12 +41,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import checkpoint, checks, data, distributed, step_output
+from pytorch_accelerated import (
+    backends,
+    checkpoint,
+    checks,
+    data,
+    distributed,
+    step_output,
+)
 from pytorch_accelerated.accumulation import AccumulationWindow
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
@@ -86,6 +92,12 @@ __all__ = [
     "TrainerWithTimmScheduler",
     "replace_trainer_placeholder_values",
 ]
+
+_EVENTS_OF_A_STEP = (
+    "on_train_step_start",
+    "on_train_update_end",
+    "on_train_step_end",
+)
 
 DEFAULT_CALLBACKS: tuple[type[TrainerCallback], ...] = (
     MoveModulesToDeviceCallback,
@@ -148,6 +160,7 @@ class Trainer:
         self.callback_handler = self._create_callback_handler()
         self.run_history = InMemoryRunHistory() if run_history is None else run_history
         self._accelerator: Accelerator = self._create_accelerator()
+        self._mixed_precision = self._accelerator.mixed_precision
         self._loss_tracker = LossTracker()
         self._scalar_trackers: dict[str, LossTracker] = {}
 
@@ -179,6 +192,7 @@ class Trainer:
         self._window = AccumulationWindow(1)
         self._backward_is_plain = False
         self._noted_error: Exception | None = None
+        self._agrees_after_updates = False
         self._prepared_model: distributed.PreparedModel | None = None
         self._plain_optimizer: torch.optim.Optimizer | None = None
         self._loaders_made: list[Any] = []
@@ -367,8 +381,8 @@ class Trainer:
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""
-        with self._ended_by(self._end_training_run):
-            self.training_run_start()
+        with self._ended_by("training_run_end"):
+            self._call(self.training_run_start)
             self._notify("on_training_run_start")
             for _ in range(self._progress.epochs_done, self.run_config.num_epochs):
                 if self._run_epoch():
@@ -380,18 +394,10 @@ class Trainer:
 
     def _run_evaluation(self) -> None:
         """Evaluate once, between the events of the run."""
-        with self._ended_by(self._end_evaluation_run):
-            self.evaluation_run_start()
+        with self._ended_by("evaluation_run_end"):
+            self._call(self.evaluation_run_start)
             self._notify("on_evaluation_run_start")
             self._run_eval_epoch(self._eval_dataloader, is_training=False)
-
-    def _end_training_run(self) -> None:
-        self.training_run_end()
-        self._notify("on_training_run_end")
-
-    def _end_evaluation_run(self) -> None:
-        self.evaluation_run_end()
-        self._notify("on_evaluation_run_end")
 
     # ------------------------------------------------------------------- the epochs
 
@@ -405,7 +411,7 @@ class Trainer:
                 self._run_eval_epoch(self._eval_dataloader)
             self._step_scheduler_after_epoch()
             self._progress.stage = Stage.ENDED
-            self.training_run_epoch_end()
+            self._call(self.training_run_epoch_end)
             self._notify("on_training_run_epoch_end")
         self._progress.start_next_epoch()
         self.run_history._increment_epoch()
@@ -420,11 +426,14 @@ class Trainer:
         Returns:
             Whether the updates that the run may make are used up.
         """
-        self.train_epoch_start()
+        self._call(self.train_epoch_start)
         self._reset_trackers()
         self._notify("on_train_epoch_start")
+        self._agrees_after_updates = self.agree(
+            self.callback_handler.may_stop_alone(_EVENTS_OF_A_STEP)
+        )
         is_over = self._run_train_steps(train_dl)
-        self.train_epoch_end()
+        self._call(self.train_epoch_end)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self._progress.stage = Stage.EVALUATION
         self._notify("on_train_epoch_end")
@@ -448,7 +457,8 @@ class Trainer:
                     step=step,
                 )
             if closes_window:
-                self._agree_to_go_on()
+                if self._agrees_after_updates:
+                    self._agree_to_go_on()
                 if self._are_updates_used_up():
                     return True
         return False
@@ -509,13 +519,13 @@ class Trainer:
         else:
             metric_name = "eval_loss_epoch" if is_training else "evaluation_loss"
         with self._modes_and_trackers_kept():
-            self.eval_epoch_start()
+            self._call(self.eval_epoch_start)
             self._notify("on_eval_epoch_start", is_intermediate=is_intermediate)
             with torch.no_grad():
                 for batch in islice(valid_dl, self.eval_batch_limit):
                     self._run_eval_step(batch)
             self._agree_to_go_on()
-            self.eval_epoch_end()
+            self._call(self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
             self._notify("on_eval_epoch_end", is_intermediate=is_intermediate)
 
@@ -725,7 +735,7 @@ class Trainer:
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator; override to configure it in code."""
-        return distributed.create_accelerator(**self._accelerator_kwargs)
+        return backends.create_accelerator(**self._accelerator_kwargs)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         """Hand the model, the optimizer and the loaders to Accelerate."""
@@ -849,7 +859,7 @@ class Trainer:
             self.run_config.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
-            largest=partial(distributed.largest, device=self.device),
+            largest=distributed.largest,
             add_up=lambda tensor: accelerator.reduce(tensor.to(self.device), "sum"),
         )
 
@@ -877,8 +887,10 @@ class Trainer:
     # --------------------------------------------------------- the parts of the story
 
     def _begin_run(self, is_training: bool = True) -> None:
+        distributed.use_precision(self._accelerator, self._mixed_precision)
         self.interrupted = False
         self._noted_error = None
+        self.callback_handler.raises_at_once = self._accelerator.num_processes == 1
         self._loaders_made = []
         if not is_training:
             return
@@ -980,7 +992,9 @@ class Trainer:
         first_step = self._progress.step
         num_batches = data.exact_length_of(train_dl)
         plan = getattr(train_dl, "plan", None)
-        self._window.start_epoch(plan, num_batches)
+        self._window.start_epoch(
+            plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
+        )
         if first_step == 0:
             self._restore_random_states()
         batches = self._start_iteration(train_dl, first_step)
@@ -1103,17 +1117,21 @@ class Trainer:
     # ------------------------------------------------- events, and how a run may end
 
     def _call_event(self, event: str, **kwargs: Any) -> None:
-        """Call the callbacks for an event within an epoch.
+        """Call the callbacks for an event within an epoch."""
+        self._call(self.callback_handler.call_event, event, self, **kwargs)
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call what a user may have written.
 
         With several processes an error waits until all can act on it together: a
         process that left alone would leave the others waiting for it.
         """
-        if self._accelerator.num_processes == 1:
-            self.callback_handler.call_event(event, self, **kwargs)
-            return
         try:
-            self.callback_handler.call_event(event, self, **kwargs)
+            method(*args, **kwargs)
         except Exception as error:
+            is_alone = self._accelerator.num_processes == 1
+            if is_alone or distributed.is_on_all_processes(error):
+                raise
             self._noted_error = self._noted_error or error
 
     def _notify(self, event: str, **kwargs: Any) -> None:
@@ -1122,29 +1140,9 @@ class Trainer:
         self._agree_to_go_on()
 
     def _agree_to_go_on(self) -> None:
-        """Raise on all processes what a callback has raised on any of them."""
-        if self._accelerator.num_processes == 1:
-            return
+        """Raise on all processes what has waited on any of them."""
         error, self._noted_error = self._noted_error, None
-        if not self.agree(error is not None):
-            return
-        raised: list[tuple[int, str, str]] = [
-            (process, kind, text)
-            for process, kind, text in gather_object(
-                [
-                    (
-                        self._accelerator.process_index,
-                        distributed.kind_of(error),
-                        repr(error),
-                    )
-                ]
-            )
-            if kind
-        ]
-        if error is not None:
-            raise error
-        process, kind, text = raised[0]
-        raise distributed.ERRORS_BY_KIND[kind](f"Process {process} raised {text}")
+        self.raise_on_all(error)
 
     def agree(self, flag: bool) -> bool:
         """Return True on all processes if any of them passes True.
@@ -1154,46 +1152,58 @@ class Trainer:
         Args:
             flag: What this process says.
         """
-        return distributed.agree(flag, self.device)
+        return distributed.agree(flag)
+
+    def raise_on_all(self, error: Exception | None) -> None:
+        """Raise an error on all processes if any of them passes one.
+
+        All processes must call it, for instance in the same event of a callback.
+
+        Args:
+            error: The error of this process, None if it has none. Other processes raise
+                one of the same kind that names the process and its error.
+        """
+        distributed.raise_on_all(error)
 
     @contextmanager
-    def _ended_by(self, end: Callable[[], None]) -> Iterator[None]:
-        """Call the end events of a run, however it ends."""
+    def _ended_by(self, end: str) -> Iterator[None]:
+        """Call the hook and the event that end a run, however it ends."""
+        due = [
+            partial(self._call, getattr(self, end)),
+            partial(self._notify, f"on_{end}"),
+        ]
+        stops: list[StopTrainingError] = []
         try:
-            yield
-        except StopTrainingError as stop:
-            self.print(stop)
-            self._notify("on_stop_training_error")
-            self._call_quietly(end)
-            if isinstance(stop, NonFiniteLossError):
-                raise
+            try:
+                yield
+            except StopTrainingError as stop:
+                self.print(stop)
+                stops.append(stop)
+                due.insert(0, partial(self._notify, "on_stop_training_error"))
+            while due:
+                try:
+                    due.pop(0)()
+                except StopTrainingError as stop:
+                    self.print(stop)  # the run is over as it is
+                    stops.append(stop)
         except BaseException as error:
-            self._clean_up_after(error, end)
+            self._clean_up_after(error, due)
             raise
-        else:
-            self._call_quietly(end)
+        for stop in stops:
+            if isinstance(stop, NonFiniteLossError):
+                raise stop
 
-    def _call_quietly(self, end: Callable[[], None]) -> None:
-        try:
-            end()
-        except NonFiniteLossError:
-            raise
-        except StopTrainingError as stop:
-            self.print(stop)  # the run is over as it is
-
-    def _clean_up_after(self, error: BaseException, end: Callable[[], None]) -> None:
+    def _clean_up_after(self, error: BaseException, due: list[partial[None]]) -> None:
         """Let callbacks close what they opened; an error of theirs hides no other."""
-        for clean_up in (
-            partial(
-                self.callback_handler.call_event, "on_exception", self, exception=error
-            ),
-            end,
-        ):
-            if clean_up is end and self._accelerator.num_processes > 1:
-                return  # it may wait for processes that are not coming
+        call_event = self.callback_handler.call_event
+        clean_ups = [partial(call_event, "on_exception", self, exception=error)]
+        # With several processes the others may be elsewhere, and be waited for.
+        if self._accelerator.num_processes == 1:
+            clean_ups += due
+        for clean_up in clean_ups:
             try:
                 clean_up()
-            except Exception as another:
+            except Exception as another:  # noqa: PERF203 (each one on its own)
                 self.print(f"While cleaning up after an error: {another!r}")
 
     # ------------------------------------------------------------ saving and resuming
@@ -1224,7 +1234,7 @@ class Trainer:
                 again safely.
             CheckpointError: If the file could not be written.
         """
-        self._call_event("on_before_save")
+        self._notify("on_before_save")
         contents: dict[str, Any] = {"model_state_dict": self._model_state_dict()}
         if save_optimizer and self.optimizer is not None:
             contents["optimizer_state_dict"] = self.optimizer.state_dict()
@@ -1293,7 +1303,7 @@ class Trainer:
                 again safely.
             CheckpointError: If the folder could not be written.
         """
-        self._call_event("on_before_save")
+        self._notify("on_before_save")
         accelerator = self._accelerator
         token = distributed.object_from_main_process(checkpoint.new_token())
         writer = checkpoint.CheckpointWriter(output_dir, token=token)
@@ -1504,8 +1514,7 @@ class Trainer:
             yield
         except Exception as raised:
             error = raised
-        if self.agree(error is not None):
-            raise error or CheckpointError("Another process could not write its files.")
+        self.raise_on_all(error)
 
     # ---------------------------------------------------------------- small helpers
 

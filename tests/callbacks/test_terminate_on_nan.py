@@ -178,15 +178,16 @@ class CountedReads(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def test_losses_are_read_once_a_second(monkeypatch):
+def test_losses_are_read_once_a_second(monkeypatch, create_trainer):
     now = [50.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     CountedReads.reads = 0
     callback = TerminateOnNaNCallback()
-    callback.on_training_run_start(None)
+    trainer = create_trainer([callback])
+    callback.on_training_run_start(trainer)
     loss = torch.ones(()).as_subclass(CountedReads)
     for step in range(1000):
-        callback.on_train_step_end(None, None, {"loss": loss}, step=step)
+        callback.on_train_step_end(trainer, None, {"loss": loss}, step=step)
         now[0] += 1 / 256
     # At steps 0, 256, 512 and 768.
     assert CountedReads.reads == 4

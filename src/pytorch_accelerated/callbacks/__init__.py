@@ -25,6 +25,7 @@ from pytorch_accelerated.callbacks.modules import (
     ConvertSyncBatchNormCallback,
     MoveModulesToDeviceCallback,
 )
+from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress import (
     PrintProgressCallback,
     ProgressBarCallback,
@@ -50,6 +51,7 @@ __all__ = [
     "LogMetricsCallback",
     "ModelEmaCallback",
     "MoveModulesToDeviceCallback",
+    "PreemptionCallback",
     "PrintProgressCallback",
     "ProgressBarCallback",
     "SaveBestModelCallback",

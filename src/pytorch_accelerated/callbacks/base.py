@@ -8,6 +8,7 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated.distributed import is_on_all_processes
 from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
 
 if TYPE_CHECKING:
@@ -32,10 +33,15 @@ class TrainerCallback(ABC):
             that do not ask for it, whatever its place in the list.
         called_last: Names of the events in which it is called after those that do not
             ask for it, for instance because it saves the state of the others.
+        may_stop_alone: Whether it may raise an error on one of several processes, in an
+            event of a step or an update. All processes agree after each update then,
+            whether to go on. Where it is False for all callbacks that listen to such
+            events, they do so at the end of the epoch.
     """
 
     called_first: tuple[str, ...] = ()
     called_last: tuple[str, ...] = ()
+    may_stop_alone: bool = True
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called at the end of the constructor of the trainer."""
@@ -145,10 +151,14 @@ class CallbackHandler:
     Attributes:
         callbacks: The instances. The list may be changed at any time; the methods of
             its members are looked up when it has changed and at the start of a run.
+        raises_at_once: Whether an error keeps the remaining callbacks from hearing of
+            the event. The trainer switches it off with several processes, which have
+            to meet in the callbacks that communicate.
     """
 
     def __init__(self, callbacks: Iterable[Any] | None = ()) -> None:
         self.callbacks: list[Any] = []
+        self.raises_at_once = True
         self._enabled = True
         self._listeners: dict[str, list[Callable[..., Any]]] = {}
         self._looked_up_for: list[Any] = []
@@ -209,13 +219,26 @@ class CallbackHandler:
 
         A :class:`StopTrainingError` is raised once the remaining callbacks have heard
         of the event, so that none misses the last one of a run. Other errors are raised
-        at once, except for ``on_exception``, where all callbacks may clean up first.
+        at once, except for ``on_exception``, where all callbacks may clean up first,
+        and unless ``raises_at_once`` is off.
         """
         if not self._enabled:
             return
         listeners = self.listeners(event)
         if listeners:
-            _call_all(listeners, event, args, kwargs)
+            at_once = self.raises_at_once and event != "on_exception"
+            _call_all(listeners, event, at_once, args, kwargs)
+
+    def may_stop_alone(self, events: Iterable[str]) -> bool:
+        """Say whether a callback that listens to one of the events may stop alone.
+
+        See :attr:`TrainerCallback.may_stop_alone`.
+        """
+        return self._enabled and any(
+            getattr(getattr(listener, "__self__", None), "may_stop_alone", True)
+            for event in events
+            for listener in self.listeners(event)
+        )
 
     def listeners(self, event: str) -> list[Callable[..., Any]]:
         """Return the methods to call for an event, in order.
@@ -277,26 +300,31 @@ _RUN_STARTS = frozenset({"on_training_run_start", "on_evaluation_run_start"})
 def _call_all(
     listeners: Iterable[Callable[..., Any]],
     event: str,
+    at_once: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    stop: StopTrainingError | None = None
-    failure: Exception | None = None
+    errors: list[Exception] = []
     for listener in listeners:
         try:
             listener(*args, **kwargs)
-        except StopTrainingError as error:  # noqa: PERF203 (each one on its own)
-            if stop is None or isinstance(error, NonFiniteLossError):
-                stop = error
-        except Exception as error:
-            _note_origin(error, listener, event)
-            if event != "on_exception":
-                raise
-            failure = failure or error
-    if failure is not None:
-        raise failure
-    if stop is not None:
-        raise stop
+        except Exception as error:  # noqa: PERF203 (each one on its own)
+            errors.append(error)
+            if not isinstance(error, StopTrainingError):
+                _note_origin(error, listener, event)
+                if at_once:
+                    raise
+    if errors:
+        raise max(errors, key=_gravity)
+
+
+def _gravity(error: Exception) -> tuple[bool, bool, bool]:
+    return (
+        # All processes raise such an error here, so none may raise another one.
+        is_on_all_processes(error),
+        not isinstance(error, StopTrainingError),
+        isinstance(error, NonFiniteLossError),
+    )
 
 
 def _note_origin(error: Exception, listener: Callable[..., Any], event: str) -> None:

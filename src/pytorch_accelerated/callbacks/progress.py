@@ -30,6 +30,8 @@ class ProgressBarCallback(TrainerCallback):
         eval_pbar: The bar of the evaluation under way, else None.
     """
 
+    may_stop_alone = False
+
     def __init__(self) -> None:
         self.pbar: Any = None
         self.eval_pbar: Any = None

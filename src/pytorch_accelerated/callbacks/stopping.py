@@ -153,6 +153,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         triggered: Whether a loss of the present or last run was not finite.
     """
 
+    may_stop_alone = False
     # After the others have ended the run, which must not save anything.
     called_last = ("on_training_run_end", "on_evaluation_run_end")
 
@@ -162,11 +163,13 @@ class TerminateOnNaNCallback(TrainerCallback):
         self._train_losses = _LossWatch()
         self._eval_losses = _LossWatch()
         self._next_look = 0.0
+        self._steps_between_looks = self._steps_to_look = 1
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Forget the losses of earlier runs."""
         self.triggered = False
         self._next_look = 0.0  # at the first step
+        self._steps_between_looks = self._steps_to_look = 1
         self._let_go()
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -182,9 +185,23 @@ class TerminateOnNaNCallback(TrainerCallback):
             NonFiniteLossError: If one of them is not finite.
         """
         self._train_losses.add(batch_output["loss"], kwargs.get("step"))
-        if time.monotonic() >= self._next_look:
-            self._look(trainer, self._train_losses, "training")
+        if self._is_time_to_look(trainer):
+            trainer.raise_on_all(self._find(trainer, self._train_losses, "training"))
             self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+
+    def _is_time_to_look(self, trainer: Trainer) -> bool:
+        """Say whether about a second has passed, at the same step on all processes."""
+        if trainer._accelerator.num_processes == 1:
+            return time.monotonic() >= self._next_look
+        self._steps_to_look -= 1
+        if self._steps_to_look > 0:
+            return False
+        # Clocks differ, so the processes agree on how many steps make up a second.
+        steps = self._steps_between_looks
+        has_passed = trainer.agree(time.monotonic() >= self._next_look)
+        self._steps_between_looks = max(1, steps // 2) if has_passed else steps * 2
+        self._steps_to_look = self._steps_between_looks
+        return True
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses that are left of the epoch."""

@@ -1,0 +1,190 @@
+"""The accelerator for the way in which a script was launched.
+
+Accelerate decides by the launcher's environment what a job is. Some of its decisions on
+machines without an accelerator device are silent and surprising: several processes that
+train unrelated copies, FSDP that becomes DDP. Here they are made right, or refused.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    parse_choice_from_env,
+)
+
+
+def create_accelerator(**kwargs: Any) -> Accelerator:
+    """Create the accelerator for the way in which this script was launched.
+
+    It is ``Accelerator(**kwargs)``, except that
+
+    - on a machine without an accelerator device, several processes form one job on the
+      CPU under any launcher, also with FSDP2 and DeepSpeed;
+    - FSDP2 with ``mixed_precision="bf16"`` reduces gradients and returns outputs in
+      float32, unless the plugin has a policy of its own;
+    - what Accelerate would silently ignore is refused or warned of.
+
+    Args:
+        **kwargs: Arguments of :class:`accelerate.Accelerator`.
+
+    Raises:
+        RuntimeError: If the launcher started another number of processes than the
+            accelerator sees, or could not start what it was asked for.
+    """
+    _refuse_lost_processes()
+    is_on_cpu = not torch.accelerator.is_available()
+    has_deepspeed = _asks_for(
+        "DEEPSPEED", kwargs, "deepspeed_plugin", "deepspeed_plugins"
+    )
+    sharding = _fsdp_plugin(kwargs)
+    if sharding is not None:
+        kwargs["fsdp_plugin"] = sharding
+    if num_launched() > 1 and is_on_cpu:
+        if has_deepspeed:
+            _use_gloo(kwargs)
+        else:
+            kwargs.setdefault("cpu", True)
+    _forget_precision_of_another(kwargs.get("mixed_precision"))
+    accelerator = Accelerator(**kwargs)
+    if num_launched() > 1 and is_on_cpu and sharding is not None:
+        _shard_on_cpu(accelerator, sharding)
+    _check_world(accelerator)
+    _check_settings(accelerator)
+    return accelerator
+
+
+def num_launched() -> int:
+    """Return the number of processes of the job, as its launcher says it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _forget_precision_of_another(precision: str | None) -> None:
+    """Let this accelerator have the precision that it is asked to have.
+
+    Accelerate keeps that of the first accelerator of the process, and refuses another.
+    """
+    shared = AcceleratorState._shared_state
+    if shared and shared.get("distributed_type") != DistributedType.DEEPSPEED:
+        shared["_mixed_precision"] = precision or parse_choice_from_env(
+            "ACCELERATE_MIXED_PRECISION", "no"
+        )
+
+
+def _asks_for(engine: str, kwargs: dict[str, Any], *names: str) -> bool:
+    by_launcher = os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+    return by_launcher or any(kwargs.get(name) is not None for name in names)
+
+
+def _refuse_lost_processes() -> None:
+    """Raise RuntimeError if `accelerate launch` starts fewer processes than asked for.
+
+    On a CPU it starts a single one and leaves the settings for several in its
+    environment.
+    """
+    from_accelerate = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    meant_for_several = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    is_member = any(
+        name in os.environ
+        for name in ("RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    )
+    if from_accelerate and meant_for_several and not is_member:
+        raise RuntimeError(
+            "`accelerate launch` was asked for several processes on the CPU, but "
+            "starts only one there unless it is given an --mpirun_hostfile. Use "
+            "`torchrun --nproc_per_node N train.py`, or `accelerate launch --multi_gpu "
+            "--num_processes N train.py` (distributed_type: MULTI_GPU in a config "
+            "file), which run on the CPU where there is no GPU."
+        )
+
+
+def _fsdp_plugin(kwargs: dict[str, Any]) -> Any:
+    """Return the plugin that asks for FSDP, with a policy for mixed precision."""
+    if not _asks_for("FSDP", kwargs, "fsdp_plugin"):
+        return None
+    plugin = kwargs.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
+    precision = kwargs.get("mixed_precision") or os.environ.get(
+        "ACCELERATE_MIXED_PRECISION", "no"
+    )
+    if (
+        plugin.fsdp_version == 2
+        and plugin.mixed_precision_policy is None
+        and precision == "bf16"
+    ):
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Accelerate would return outputs, and so losses, in bf16 with its 8 bits.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16,
+            reduce_dtype=torch.float32,
+            output_dtype=torch.float32,
+        )
+    return plugin
+
+
+def _use_gloo(kwargs: dict[str, Any]) -> None:
+    """Let DeepSpeed communicate on a machine without an accelerator device."""
+    handlers = list(kwargs.get("kwargs_handlers") or [])
+    if not any(isinstance(each, InitProcessGroupKwargs) for each in handlers):
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    kwargs["kwargs_handlers"] = handlers
+    # With it, Accelerate would replace DeepSpeed by DDP without a word.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+
+
+def _shard_on_cpu(
+    accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin
+) -> None:
+    """Let Accelerate shard over CPU processes, which it does on other devices only."""
+    if plugin.fsdp_version != 2:
+        raise RuntimeError(
+            "FSDP 1 does not run on a CPU. Ask for FSDP2: fsdp_version=2 in the "
+            "FullyShardedDataParallelPlugin, --fsdp_version 2, or fsdp_version: 2 in "
+            "the fsdp_config of a config file."
+        )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+
+
+def _check_world(accelerator: Accelerator) -> None:
+    launched, seen = num_launched(), accelerator.num_processes
+    if launched > 1 and seen != launched:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but Accelerate sees {seen}: "
+            "each would train a model of its own. On a machine without an accelerator "
+            "device set ACCELERATE_USE_CPU=true; otherwise check the distributed type "
+            "in `accelerate env`."
+        )
+
+
+def _check_settings(accelerator: Accelerator) -> None:
+    if (
+        accelerator.mixed_precision == "fp16"
+        and accelerator.device.type == "cpu"
+        and accelerator.scaler is None
+    ):
+        warnings.warn(
+            "mixed_precision='fp16' has no effect on a CPU: Accelerate trains in fp32 "
+            "there. Use 'bf16', which a CPU supports.",
+            stacklevel=4,
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        # The trainer owns the accumulation window: Accelerate would divide once more.
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            warnings.warn(
+                "Accelerate is configured with gradient_accumulation_steps="
+                f"{accelerator.gradient_accumulation_steps}, which the trainer does "
+                "not use; give gradient_accumulation_steps to train() instead.",
+                stacklevel=4,
+            )
+        accelerator.gradient_accumulation_steps = 1

@@ -1,0 +1,132 @@
+"""Ending a run in order when the machine is about to be taken away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.errors import TrainingInterruptedError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+# A scheduler that signals a whole job reaches a process twice: by itself, and through
+# the launcher, which passes the signal on.
+_SAME_REQUEST_SECONDS = 1.0
+
+
+class PreemptionCallback(TrainerCallback):
+    """Ends a run in order, to be resumed, when a signal asks the process to stop.
+
+    Batch systems send a signal some time before they take a machine away. The run then
+    ends on all processes together, after the next update or epoch, whichever of them
+    got the signal; a :class:`SaveTrainingStateCallback` saves where it stands; and
+    ``train()`` returns with ``trainer.interrupted`` set. What the script does then is
+    up to it::
+
+        trainer = Trainer(..., callbacks=[PreemptionCallback, SaveTrainingStateCallback])
+        trainer.train(..., resume_from="auto")
+        if trainer.interrupted:
+            sys.exit(143)
+
+    While a run is in progress a signal only leaves a note. If it comes again, more than
+    a second later, it is handled as it was before the run: by default that ends the
+    process at once. After the run the signals are handled as before.
+
+    Signals reach the main thread only; in a run on another thread this callback warns
+    and does nothing.
+
+    Args:
+        signals: Names of the signals; those that the system does not know are left
+            out.
+    """
+
+    def __init__(self, signals: Iterable[str] = ("SIGTERM", "SIGUSR1")) -> None:
+        names = (signals,) if isinstance(signals, str) else tuple(signals)
+        for name in names:
+            if not isinstance(name, str) or not name.startswith("SIG"):
+                raise ValueError(
+                    "signals must be names of signals such as 'SIGTERM', got "
+                    f"{name!r}."
+                )
+        self.signals = [
+            getattr(signal, name) for name in names if hasattr(signal, name)
+        ]
+        self._replaced: dict[int, Any] = {}
+        self._received: int | None = None
+        self._received_at = 0.0
+        self._num_updates: int | None = None
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen for the signals."""
+        self._restore_handlers()
+        self._received = None
+        self._num_updates = trainer.num_updates
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn(
+                "The run is not on the main thread, which is the only one that Python "
+                "lets handle signals: PreemptionCallback does nothing.",
+                stacklevel=2,
+            )
+            return
+        for number in self.signals:
+            self._replaced[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._received_at = number, now
+        elif now - self._received_at > _SAME_REQUEST_SECONDS:
+            signal.signal(number, self._replaced.get(number, signal.SIG_DFL))
+            os.kill(os.getpid(), number)
+
+    def on_train_step_end(
+        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
+    ) -> None:
+        """End the run, if a signal came and this step has made an update.
+
+        Raises:
+            TrainingInterruptedError: To end it, on all processes.
+        """
+        is_update = trainer.num_updates != self._num_updates
+        self._num_updates = trainer.num_updates
+        if is_update:
+            self._end_run_if_asked_to()
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """End the run, if a signal came.
+
+        Raises:
+            TrainingInterruptedError: To end it, on all processes.
+        """
+        self._end_run_if_asked_to()
+
+    def _end_run_if_asked_to(self) -> None:
+        if self._received is not None:
+            raise TrainingInterruptedError(
+                f"Ending the run, as {signal.Signals(self._received).name} asks"
+            )
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let the signals be handled as before."""
+        # One that came too late to end the run is not lost on the script.
+        if trainer.agree(self._received is not None):
+            trainer.interrupted = True
+        self._restore_handlers()
+
+    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Let the signals be handled as before."""
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        while self._replaced:
+            number, handler = self._replaced.popitem()
+            # None: it was not set from Python, which cannot set it again either
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

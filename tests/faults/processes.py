@@ -1,0 +1,118 @@
+"""Real processes for the trials, forked from one that has imported everything.
+
+Importing torch takes longer than a trial; forking takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+HANG_SECONDS = 120
+
+
+class Job:
+    """One or several processes that run a function, as a launcher would start them.
+
+    Args:
+        function: Called in each process; an exception makes its exit code 1.
+        num_processes: How many; more than one form a group of torch.distributed.
+        log: File for what they print.
+    """
+
+    def __init__(
+        self, function: Callable[[], None], log: Path, num_processes: int = 1
+    ) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.pids: list[int] = []
+        self.codes: dict[int, int] = {}
+        port = _free_port()
+        for rank in range(num_processes):
+            with warnings.catch_warnings():
+                # torch has threads, but none that the child would need
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                _run_in_child(function, rank, num_processes, port, log)
+            self.pids.append(pid)
+
+    def kill(self, signal_number: int, rank: int | None = None) -> None:
+        """Send a signal to one process, or to all that still run."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            if pid not in self.codes:
+                os.kill(pid, signal_number)
+
+    def poll(self) -> bool:
+        """Say whether all have ended."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) == len(self.pids)
+
+    def wait(self, seconds: float = HANG_SECONDS) -> list[int]:
+        """Wait for all to end, and return their exit codes; kill them if they hang."""
+        deadline = time.monotonic() + seconds
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self.kill(signal.SIGKILL)
+                text = self.log.read_text(errors="replace")[-2000:]
+                raise TimeoutError(f"Processes hang after {seconds} s: {text}")
+            time.sleep(0.005)
+        return [self.codes[pid] for pid in self.pids]
+
+    def wait_or_explain(self) -> str | None:
+        """Wait for all to end; say what went wrong if one did not end well."""
+        try:
+            codes = self.wait()
+        except TimeoutError as error:
+            return str(error)
+        if not any(codes):
+            return None
+        return f"exit codes {codes}: {self.log.read_text(errors='replace')[-3000:]}"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _run_in_child(
+    function: Callable[[], None], rank: int, num_processes: int, port: int, log: Path
+) -> None:
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (for good)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        if num_processes > 1:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(num_processes),
+                LOCAL_WORLD_SIZE=str(num_processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+        function()
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,68 @@
+"""kill -9 at random instants: the next run finishes with the very same weights."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from processes import Job
+from scenario import Scenario, difference, fingerprint
+
+SCENARIO = Scenario(num_epochs=3, save_every_n_steps=2, max_checkpoints=2)
+
+
+def finish(scenario, folder):
+    """Run to the end from wherever an earlier run was, and write down the result."""
+
+    def run():
+        trainer = scenario.run(folder, resume_from="auto")
+        if trainer._accelerator.is_main_process:
+            torch.save(fingerprint(trainer), folder / "result.part")
+            os.replace(folder / "result.part", folder / "result.pt")
+
+    return run
+
+
+def result_of(folder):
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+def undisturbed(scenario, folder, num_processes=1):
+    """Return the fingerprint of a run that nothing happens to, and its seconds."""
+    start = time.monotonic()
+    job = Job(finish(scenario, folder), folder / "log", num_processes)
+    assert job.wait_or_explain() is None
+    return result_of(folder), time.monotonic() - start
+
+
+def kill_once(scenario, folder, expected, seconds, num_processes=1):
+    """Kill a run after some time, finish it in new processes; say what is wrong."""
+    job = Job(finish(scenario, folder), folder / "log", num_processes)
+    time.sleep(seconds)
+    job.kill(signal.SIGKILL, rank=random.randrange(num_processes))
+    job.wait()
+    (folder / "result.pt").unlink(missing_ok=True)
+    job = Job(finish(scenario, folder), folder / "log", num_processes)
+    if text := job.wait_or_explain():
+        return text
+    return difference(expected, result_of(folder))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_kill_9_at_random_instants(num_workers, tmp_path, trials):
+    scenario = SCENARIO.with_(num_workers=num_workers)
+    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed")
+    for number in range(trials.count(100)):
+        folder = tmp_path / f"trial {number}"
+        delay = random.uniform(0.03, seconds)
+        trials.add(kill_once(scenario, folder, expected, delay))
+
+
+def test_kill_9_of_one_of_two_processes(tmp_path, trials):
+    expected, seconds = undisturbed(SCENARIO, tmp_path / "undisturbed", 2)
+    for number in range(trials.count(20)):
+        folder = tmp_path / f"trial {number}"
+        delay = random.uniform(0.1, seconds)
+        trials.add(kill_once(SCENARIO, folder, expected, delay, 2))

@@ -1,0 +1,456 @@
+"""The hooks of the trainer and the events of callbacks, in the order of a run."""
+
+import pytest
+import torch
+
+from pytorch_accelerated.callbacks import (
+    ProgressBarCallback,
+    StopTrainingError,
+    TrainerCallback,
+)
+from pytorch_accelerated.trainer import Trainer
+
+HOOKS = (
+    "training_run_start",
+    "train_epoch_start",
+    "calculate_train_batch_loss",
+    "backward_step",
+    "optimizer_step",
+    "scheduler_step",
+    "optimizer_zero_grad",
+    "train_epoch_end",
+    "eval_epoch_start",
+    "calculate_eval_batch_loss",
+    "eval_epoch_end",
+    "training_run_epoch_end",
+    "training_run_end",
+    "evaluation_run_start",
+    "evaluation_run_end",
+)
+EVENTS = tuple(name for name in dir(TrainerCallback) if name.startswith("on_"))
+
+
+def recording_trainer(calls, raise_at=None, error=None, on_occurrence=1):
+    """Make a class of trainers and a callback that note each call, then may raise."""
+
+    def note(name):
+        calls.append(name)
+        if name == raise_at and calls.count(name) == on_occurrence:
+            raise error
+
+    def hook(name):
+        def method(self, *args, **kwargs):
+            result = getattr(Trainer, name)(self, *args, **kwargs)
+            note(name)
+            return result
+
+        return method
+
+    def event(name):
+        def method(self, trainer, **kwargs):
+            note(name)
+
+        return method
+
+    trainer_class = type("Recording", (Trainer,), {name: hook(name) for name in HOOKS})
+    callback = type("Notes", (TrainerCallback,), {name: event(name) for name in EVENTS})
+    return trainer_class, callback
+
+
+def step(*, is_update=True):
+    update = ["optimizer_step", "optimizer_zero_grad", "on_train_update_end"]
+    return [
+        "on_train_step_start",
+        "calculate_train_batch_loss",
+        "backward_step",
+        *(update if is_update else ()),
+        "on_train_step_end",
+    ]
+
+
+def train_epoch(*steps):
+    return [
+        "train_epoch_start",
+        "on_train_epoch_start",
+        *(call for one in steps for call in one),
+        "train_epoch_end",
+        "on_train_epoch_end",
+    ]
+
+
+def eval_epoch(num_steps):
+    one_step = ["on_eval_step_start", "calculate_eval_batch_loss", "on_eval_step_end"]
+    return [
+        "eval_epoch_start",
+        "on_eval_epoch_start",
+        *(one_step * num_steps),
+        "eval_epoch_end",
+        "on_eval_epoch_end",
+    ]
+
+
+RUN_START = ["training_run_start", "on_training_run_start"]
+EPOCH_END = ["training_run_epoch_end", "on_training_run_epoch_end"]
+RUN_END = ["training_run_end", "on_training_run_end"]
+STOPPED = ["on_stop_training_error", *RUN_END]
+EVALUATION_START = ["evaluation_run_start", "on_evaluation_run_start"]
+EVALUATION_END = ["evaluation_run_end", "on_evaluation_run_end"]
+
+
+@pytest.fixture
+def train(create_trainer, samples):
+    """Train on 3 batches for two epochs, evaluating on 2 batches."""
+
+    def train(calls, *, num_samples=6, raise_at=None, error=None, **kwargs):
+        trainer_class, callback = recording_trainer(calls, raise_at, error)
+        trainer = create_trainer([callback], trainer_class=trainer_class)
+        arguments = {"num_epochs": 2, "eval_dataset": samples(4), **kwargs}
+        trainer.train(samples(num_samples), per_device_batch_size=2, **arguments)
+        return trainer
+
+    return train
+
+
+def test_calls_of_a_run_of_two_epochs_with_evaluation(train):
+    calls = []
+
+    train(calls)
+
+    epoch = [*train_epoch(step(), step(), step()), *eval_epoch(2), *EPOCH_END]
+    assert calls == ["on_init_end", *RUN_START, *epoch, *epoch, *RUN_END]
+
+
+def test_the_last_partial_window_of_an_epoch_makes_an_update(train):
+    calls = []
+
+    train(calls, num_epochs=1, eval_dataset=None, gradient_accumulation_steps=2)
+
+    epoch = train_epoch(step(is_update=False), step(), step())
+    assert calls == ["on_init_end", *RUN_START, *epoch, *EPOCH_END, *RUN_END]
+
+
+def test_the_scheduler_is_stepped_after_the_optimizer(train):
+    calls = []
+
+    train(
+        calls,
+        num_epochs=1,
+        eval_dataset=None,
+        gradient_accumulation_steps=3,
+        create_scheduler_fn=lambda optimizer: torch.optim.lr_scheduler.StepLR(
+            optimizer, 1
+        ),
+    )
+
+    start = calls.index("optimizer_step")
+    assert calls[start : start + 5] == [
+        "optimizer_step",
+        "scheduler_step",
+        "optimizer_zero_grad",
+        "on_train_update_end",
+        "on_train_step_end",
+    ]
+    assert calls.count("scheduler_step") == 1
+
+
+def test_calls_of_a_run_that_a_limit_ends_within_an_epoch(train):
+    calls = []
+
+    train(calls, max_num_train_steps=4)
+
+    first = [*train_epoch(step(), step(), step()), *eval_epoch(2), *EPOCH_END]
+    second = [*train_epoch(step()), *eval_epoch(2), *EPOCH_END]
+    assert calls == ["on_init_end", *RUN_START, *first, *second, *RUN_END]
+
+
+def test_calls_of_an_evaluation_run(create_trainer, samples):
+    calls = []
+    trainer_class, callback = recording_trainer(calls)
+    trainer = create_trainer([callback], trainer_class=trainer_class)
+
+    trainer.evaluate(samples(5), per_device_batch_size=2)
+
+    assert calls == [
+        "on_init_end",
+        *EVALUATION_START,
+        *eval_epoch(3),
+        *EVALUATION_END,
+    ]
+
+
+def test_hooks_come_before_the_event_of_the_same_name(train):
+    calls = []
+
+    train(calls)
+
+    for hook in HOOKS:
+        if hook in calls and f"on_{hook}" in EVENTS:
+            assert calls.index(hook) + 1 == calls.index(f"on_{hook}")
+
+
+def test_data_that_comes_with_the_events(create_trainer, samples):
+    received = {}
+
+    def event(name):
+        def method(self, trainer, **kwargs):
+            received.setdefault(name, []).append(kwargs)
+
+        return method
+
+    keeps = type("Keeps", (TrainerCallback,), {name: event(name) for name in EVENTS})
+    trainer = create_trainer([keeps])
+    trainer.train(
+        samples(4), num_epochs=1, eval_dataset=samples(2), per_device_batch_size=2
+    )
+    trainer.evaluate(samples(2))
+
+    keys = {name: [set(each) for each in kwargs] for name, kwargs in received.items()}
+    assert keys.pop("on_train_step_end") == [{"batch", "batch_output", "step"}] * 2
+    assert keys.pop("on_eval_step_end") == [{"batch", "batch_output"}] * 2
+    assert keys.pop("on_eval_epoch_start") == [{"is_intermediate"}] * 2
+    assert keys.pop("on_eval_epoch_end") == [{"is_intermediate"}] * 2
+    assert keys.pop("on_train_update_end") == [{"num_updates"}] * 2
+    assert all(each == set() for sets in keys.values() for each in sets)
+    assert [kwargs["step"] for kwargs in received["on_train_step_end"]] == [0, 1]
+    updates = [kwargs["num_updates"] for kwargs in received["on_train_update_end"]]
+    assert updates == [1, 2]
+
+
+def test_events_of_an_epoch_see_its_number_and_those_after_the_run_the_next(
+    create_trainer, samples
+):
+    epochs = {}
+
+    class KeepsEpochs(TrainerCallback):
+        def on_train_epoch_start(self, trainer, **kwargs):
+            epochs.setdefault("start", []).append(trainer.run_history.current_epoch)
+
+        def on_training_run_epoch_end(self, trainer, **kwargs):
+            epochs.setdefault("end", []).append(trainer.run_history.current_epoch)
+
+        def on_training_run_end(self, trainer, **kwargs):
+            epochs["after"] = trainer.run_history.current_epoch
+
+    create_trainer([KeepsEpochs]).train(samples(2), num_epochs=3)
+
+    assert epochs == {"start": [1, 2, 3], "end": [1, 2, 3], "after": 4}
+
+
+def test_step_end_sees_the_weights_after_the_update(create_trainer, samples):
+    weights = []
+
+    class KeepsWeights(TrainerCallback):
+        def on_train_update_end(self, trainer, **kwargs):
+            weights.append(trainer.model.weight.item())
+
+        def on_train_step_end(self, trainer, **kwargs):
+            weights.append(trainer.model.weight.item())
+
+    create_trainer([KeepsWeights]).train(
+        samples(2), num_epochs=1, per_device_batch_size=1
+    )
+
+    assert weights == [0.5, 0.5, 0.25, 0.25]
+
+
+IN_AN_EPOCH = [
+    "train_epoch_start",
+    "on_train_epoch_start",
+    "on_train_step_start",
+    "calculate_train_batch_loss",
+    "backward_step",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "on_train_update_end",
+    "on_train_step_end",
+    "train_epoch_end",
+    "on_train_epoch_end",
+    "eval_epoch_start",
+    "on_eval_epoch_start",
+    "on_eval_step_start",
+    "calculate_eval_batch_loss",
+    "on_eval_step_end",
+    "eval_epoch_end",
+    "on_eval_epoch_end",
+    "training_run_epoch_end",
+    "on_training_run_epoch_end",
+]
+
+
+@pytest.mark.parametrize("place", [*RUN_START, *IN_AN_EPOCH])
+def test_a_run_can_be_stopped_at_any_place(train, place):
+    """Defect 39: StopTrainingError at the start of a run escaped as an error."""
+    calls = []
+
+    trainer = train(calls, raise_at=place, error=StopTrainingError("enough"))
+
+    stop = calls.index(place)
+    assert calls[stop + 1 :] == STOPPED
+    assert trainer.run_history.current_epoch == 1
+
+
+@pytest.mark.parametrize("place", RUN_END)
+def test_stopping_at_the_end_of_a_run_changes_nothing(train, place):
+    """Defect 39: StopTrainingError at the end of a run escaped as an error."""
+    calls = []
+
+    train(calls, raise_at=place, error=StopTrainingError("enough"))
+
+    assert calls[-2:] == RUN_END
+    assert calls.count("on_training_run_end") == 1
+
+
+def test_an_error_while_the_stop_is_announced_does_not_skip_the_end_of_the_run(
+    create_trainer, samples
+):
+    calls = []
+    trainer_class, callback = recording_trainer(
+        calls, "on_stop_training_error", StopTrainingError("again")
+    )
+
+    class Stops(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise StopTrainingError("enough")
+
+    trainer = create_trainer([callback, Stops], trainer_class=trainer_class)
+    trainer.train(samples(2), num_epochs=2)
+
+    assert calls[-3:] == STOPPED
+
+
+@pytest.mark.parametrize(
+    "place", [*EVALUATION_START, "on_eval_step_end", *EVALUATION_END]
+)
+def test_an_evaluation_can_be_stopped_at_any_place(create_trainer, samples, place):
+    """Defect 39: StopTrainingError at the start of an evaluation escaped."""
+    calls = []
+    trainer_class, callback = recording_trainer(
+        calls, place, StopTrainingError("enough")
+    )
+    trainer = create_trainer([callback], trainer_class=trainer_class)
+
+    trainer.evaluate(samples(2))
+
+    assert calls[-2:] == EVALUATION_END
+    stopped_early = place not in EVALUATION_END
+    assert ("on_stop_training_error" in calls) == stopped_early
+
+
+def test_the_reason_for_a_stop_is_printed(train, capsys):
+    train([], raise_at="on_train_step_end", error=StopTrainingError("loss is low"))
+
+    assert "loss is low" in capsys.readouterr().out
+
+
+def test_all_callbacks_hear_of_the_event_at_which_one_stops_the_run(
+    create_trainer, samples
+):
+    heard = []
+
+    class Stops(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise StopTrainingError("enough")
+
+    class Listens(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            heard.append(trainer.run_history.current_epoch)
+
+    create_trainer([Stops, Listens]).train(samples(2), num_epochs=3)
+
+    assert heard == [1]
+
+
+@pytest.mark.parametrize("place", ["on_training_run_start", *IN_AN_EPOCH])
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_any_other_error_is_announced_and_goes_on_after_the_end_of_the_run(
+    train, place, error
+):
+    """Defect 39: other exceptions ended a run without any clean-up."""
+    calls = []
+
+    with pytest.raises(type(error)) as raised:
+        train(calls, raise_at=place, error=error)
+
+    assert raised.value is error
+    assert calls[calls.index(place) + 1 :] == ["on_exception", *RUN_END]
+
+
+@pytest.mark.parametrize(
+    ("place", "following"),
+    [
+        ("on_stop_training_error", ["on_exception", *RUN_END]),
+        ("training_run_end", ["on_exception", "on_training_run_end"]),
+        ("on_training_run_end", ["on_exception"]),
+    ],
+)
+def test_an_error_at_the_end_of_a_run_is_announced(
+    create_trainer, samples, place, following
+):
+    calls = []
+    trainer_class, callback = recording_trainer(calls, place, RuntimeError("broken"))
+
+    class Stops(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise StopTrainingError("enough")
+
+    trainer = create_trainer([callback, Stops], trainer_class=trainer_class)
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train(samples(2), num_epochs=1)
+
+    assert calls[calls.index(place) + 1 :] == following
+
+
+def test_an_error_in_an_evaluation_is_announced_and_goes_on(create_trainer, samples):
+    calls = []
+    trainer_class, callback = recording_trainer(
+        calls, "on_eval_step_end", RuntimeError("broken")
+    )
+    trainer = create_trainer([callback], trainer_class=trainer_class)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.evaluate(samples(2))
+
+    assert calls[-3:] == ["on_exception", *EVALUATION_END]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_after_an_error_the_model_is_plain_and_the_bars_are_closed(
+    create_trainer, samples, error, capsys
+):
+    """Defect 39: the progress bar stayed open and the model wrapped."""
+    bars = []
+
+    class Breaks(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            bars.append(trainer.callback_handler.callbacks[0].pbar)
+            raise error
+
+    trainer = create_trainer(
+        [ProgressBarCallback, Breaks], accelerator_kwargs={"mixed_precision": "bf16"}
+    )
+    model, optimizer = trainer.model, trainer.optimizer
+    with pytest.raises(type(error)):
+        trainer.train(samples(2), num_epochs=1)
+
+    assert trainer.callback_handler.callbacks[0].pbar is None
+    assert bars[0].disable  # as tqdm leaves a bar that it has closed
+    assert trainer.model is model
+    assert trainer.optimizer is optimizer
+    assert "forward" not in vars(model)
+    capsys.readouterr()
+
+
+def test_an_error_while_cleaning_up_does_not_hide_the_first_one(
+    create_trainer, samples, capsys
+):
+    class Breaks(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            raise RuntimeError("first")
+
+        def on_exception(self, trainer, **kwargs):
+            raise ValueError("second")
+
+    with pytest.raises(RuntimeError, match="first"):
+        create_trainer([Breaks]).train(samples(2), num_epochs=1)
+
+    assert "second" in capsys.readouterr().out
