@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class AccumulationWindow:
         process_index: Which of them this is.
         largest: Returns the largest of the numbers that the processes pass. Collective.
         add_up: Adds a 0-dim tensor up over all processes. Collective.
+        corrects_gradients: Whether gradients can be changed before the update. If not,
+            and items must be counted, each step counts as much as the others of its
+            window.
     """
 
     def __init__(
@@ -45,17 +49,20 @@ class AccumulationWindow:
         process_index: int = 0,
         largest: Callable[[float], float] = lambda number: number,
         add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        corrects_gradients: bool = True,
     ) -> None:
         self.num_steps = num_steps
         self.num_processes = num_processes
         self.process_index = process_index
         self._largest = largest
         self._add_up = add_up
+        self._corrects_gradients = corrects_gradients
         self._is_one_batch = num_steps == 1 and num_processes == 1
         self._plan: BatchPlan | None = None
         self._is_exact = True
         self._num_batches: int | None = None
         self._items: NumItems = 0
+        self._is_in_epoch = False
         # Set by the first batch of the run: whether items must be counted, and in what
         # unit. A power of two, so that its value changes no rounding.
         self._counts_items: bool | None = None
@@ -76,6 +83,21 @@ class AccumulationWindow:
         self._is_exact = is_exact
         self._num_batches = num_batches
         self._items = 0
+        self._is_in_epoch = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to know to go on in the middle of a window."""
+        return {
+            "items": self._items,
+            "counts_items": self._counts_items,
+            "unit": self._unit,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the window of a saved run; call it after :meth:`start_epoch`."""
+        self._items = state["items"]
+        self._counts_items = state["counts_items"]
+        self._unit = state["unit"]
 
     def is_closed_by(self, step: int, *, is_last: bool) -> bool:
         """Say whether the batch with this number (from 0) ends a window."""
@@ -119,6 +141,9 @@ class AccumulationWindow:
         """
         if self._is_one_batch:
             return loss
+        if not self._is_in_epoch:
+            # An override of the epoch, which will not close the window either.
+            return loss / self.num_steps
         if self._counts_items is None:
             self._choose_whether_to_count(step, num_items, are_samples)
         if not are_samples and not self._counts_items:
@@ -126,6 +151,8 @@ class AccumulationWindow:
                 "num_items_in_batch was returned for this batch but not for the first "
                 "one of the run. Return it for every batch, on every process."
             )
+        if self._counts_items and not self._corrects_gradients:
+            return loss * self._share_of_step(step, num_items)
         self._items = self._items + num_items
         weight = num_items / self._unit_of(step)
         if isinstance(weight, float) and weight == 1.0:
@@ -139,7 +166,10 @@ class AccumulationWindow:
             step: Number of the batch that closed the window.
             parameters: The parameters whose gradients were accumulated.
         """
-        if self._is_one_batch:
+        # An override of the step may have weighted the losses itself.
+        if self._is_one_batch or self._counts_items is None:
+            return
+        if self._counts_items and not self._corrects_gradients:
             return
         factor = self._correction(step)
         self._items = 0
@@ -147,7 +177,7 @@ class AccumulationWindow:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_([_local(g) for g in gradients], factor)
 
     def _choose_whether_to_count(
         self, step: int, num_items: NumItems, are_samples: bool
@@ -168,6 +198,15 @@ class AccumulationWindow:
             return self._unit
         return self._planned_items(step) / self.num_processes
 
+    def _share_of_step(self, step: int, num_items: NumItems) -> Tensor:
+        """Return the weight of this process's batch in a step that counts as a whole."""
+        total = self._add_up(torch.as_tensor(num_items, dtype=torch.float64))
+        first, last = (0, self.num_steps - 1)
+        if self._num_batches is not None:
+            first, last = self._window_around(step)
+        share = num_items * self.num_processes / (total + (total == 0))
+        return share / (last - first + 1)
+
     def _planned_items(self, step: int) -> int:
         assert self._plan is not None
         return self._plan.window_size(*self._window_around(step))
@@ -179,12 +218,11 @@ class AccumulationWindow:
 
     def _correction(self, step: int) -> float | Tensor:
         if self._counts_items:
-            total = self._items
+            total = _in_double_precision(self._items)
             if self.num_processes > 1:
                 total = self._add_up(torch.as_tensor(total, dtype=torch.float64))
             # A window without items has no gradient: any factor will do.
-            total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
-            return self._unit * self.num_processes / total
+            return self._unit * self.num_processes / (total + (total == 0))
         if self.num_processes == 1:
             return self._planned_items(step) / max(self._items, 1)
         self._warn_of_other_sizes(step)
@@ -205,3 +243,15 @@ class AccumulationWindow:
                 "num_items_in_batch for every batch to have the true number counted.",
                 stacklevel=2,
             )
+
+
+def _in_double_precision(number: NumItems) -> float | Tensor:
+    if not isinstance(number, Tensor):
+        return float(number)
+    return number.to(torch.float32 if number.device.type == "mps" else torch.float64)
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """Return the part of a sharded gradient that this process holds."""
+    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return part

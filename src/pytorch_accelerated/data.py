@@ -18,7 +18,8 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,9 @@ AUTO_NUM_WORKERS = _AutoNumWorkers(0)
 # What it takes to get a batch from a worker process, with room for a slow machine.
 HAND_OVER_SECONDS = 2e-3
 
+# One to know which is the last, one to copy to the device, and the present one.
+_MOST_FETCHED_AHEAD = 4
+
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 
 
@@ -58,14 +62,17 @@ def derive_seed(*values: int) -> int:
     Nearby values give unrelated seeds (SplitMix64; Steele, Lea and Flood, "Fast
     splittable pseudorandom number generators", 2014).
     """
+    return _mix(0, *values) >> 1
+
+
+def _mix(state: int, *values: int) -> int:
     mask = (1 << 64) - 1
-    state = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) & mask
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
-    return state >> 1
+    return state
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
@@ -106,6 +113,8 @@ class BatchPlan:
         num_processes: Number of processes.
         drop_last: Leave out the last step if it has fewer samples than the others.
         even: Spread the samples evenly; has no effect in a single process.
+        first: Position of the first sample: those before it are left out, because a
+            resumed run has seen them in other batches. Not for ``even``.
 
     Raises:
         ValueError: If ``even`` is asked for and there are too few samples to give every
@@ -117,6 +126,7 @@ class BatchPlan:
     num_processes: int = 1
     drop_last: bool = False
     even: bool = False
+    first: int = 0
 
     def __post_init__(self) -> None:
         slots = len(self) * self.num_processes
@@ -128,17 +138,17 @@ class BatchPlan:
                 "larger batch size or fewer processes."
             )
 
-    @property
+    @cached_property
     def _is_spread(self) -> bool:
         return self.even and self.num_processes > 1
 
-    @property
+    @cached_property
     def _step_size(self) -> int:
         return self.batch_size * self.num_processes
 
     def __len__(self) -> int:
         """Return the number of steps, which is the number of batches of a process."""
-        whole, rest = divmod(self.length, self._step_size)
+        whole, rest = divmod(self.length - self.first, self._step_size)
         return whole if self.drop_last or rest == 0 else whole + 1
 
     def bounds(self, step: int, process: int) -> tuple[int, int]:
@@ -147,10 +157,11 @@ class BatchPlan:
             total = len(self) * self._step_size if self.drop_last else self.length
             slots, slot = len(self) * self.num_processes, step * self.num_processes
             return _share(total, slots, slot + process)
-        start = step * self._step_size
-        first, last = _share(
-            min(self._step_size, self.length - start), self.num_processes, process
-        )
+        start = self.first + step * self._step_size
+        size = min(self._step_size, self.length - start)
+        if self.num_processes == 1:
+            return start, start + size
+        first, last = _share(size, self.num_processes, process)
         return start + first, start + last
 
     def size(self, step: int, process: int) -> int:
@@ -222,20 +233,25 @@ class PlannedBatchSampler(Sampler[SeededIndices]):
             return epoch_order(self.plan.length, self.seed, self.epoch)
         return torch.arange(self.plan.length)
 
-    def positions(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number and the dataset indices of each batch that is still due."""
-        order = self.order()
+    def positions(self) -> Iterator[tuple[int, int, int]]:
+        """Yield ``(step, first, past_last)`` for each batch that is still due.
+
+        The last two are positions in :meth:`order`.
+        """
         for step in range(self.first_step, len(self.plan)):
             first, last = self.plan.bounds(step, self.process_index)
             if first == last:
                 first, last = self.plan.length - 1, self.plan.length
-            yield step, order[first:last]
+            yield step, first, last
 
     def __iter__(self) -> Iterator[SeededIndices]:
         """Yield the indices of each batch, with the batch's seed."""
-        for step, indices in self.positions():
-            seed = derive_seed(self.seed, self.epoch, step, self.process_index)
-            yield SeededIndices(indices.tolist(), seed)
+        order = self.order().tolist()
+        # The seed is derive_seed(seed, epoch, step, process), begun once an epoch.
+        of_epoch = _mix(0, self.seed, self.epoch)
+        for step, first, last in self.positions():
+            seed = _mix(of_epoch, step, self.process_index) >> 1
+            yield SeededIndices(order[first:last], seed)
 
 
 class _RandomState:
@@ -244,15 +260,20 @@ class _RandomState:
     Saving and restoring python's and numpy's generators costs more than fetching a
     small batch. So only torch's generator is always seeded; the other two are from the
     moment at which a batch is seen to draw from them, which is looked for in the first
-    batch of every epoch.
+    batch of every epoch. If one of them has moved by the next epoch, for whatever
+    reason, it is seeded from then on: a later batch may have drawn from it.
     """
 
     def __init__(self) -> None:
         self.uses_python = False
         self.uses_numpy = False
+        self._python_left: Any = None
+        self._numpy_left: Any = None
 
     def fetch(self, fetch: Any, indices: SeededIndices, *, is_first: bool) -> Any:
         seed = indices.seed
+        if is_first:
+            self._look_for_draws_of_later_batches()
         seed_python = self.uses_python or is_first
         seed_numpy = self.uses_numpy or is_first
         generator = torch.default_generator
@@ -279,6 +300,12 @@ class _RandomState:
             if numpy_before is not None:
                 np.random.set_state(numpy_before)
 
+    def _look_for_draws_of_later_batches(self) -> None:
+        if self._python_left is not None:
+            self.uses_python |= random.getstate() != self._python_left
+            self.uses_numpy |= not _same_numpy_state(self._numpy_left)
+        self._python_left, self._numpy_left = random.getstate(), np.random.get_state()
+
 
 def _same_numpy_state(state: Any) -> bool:
     now: Any = np.random.get_state()
@@ -296,9 +323,13 @@ class _BatchDataset(Dataset[Any]):
         self._random_state = _RandomState()
 
     def __getitems__(self, indices: SeededIndices) -> Any:
-        if get_worker_info() is not None:
-            seed_everything(indices.seed)
-            return self._fetch(indices)
+        if get_worker_info() is None:
+            return self.fetch_here(indices)
+        seed_everything(indices.seed)
+        return self._fetch(indices)
+
+    def fetch_here(self, indices: SeededIndices) -> Any:
+        """Fetch in the main process, whose random state stays as it is."""
         is_first, self.is_first = self.is_first, False
         return self._random_state.fetch(self._fetch, indices, is_first=is_first)
 
@@ -361,6 +392,11 @@ class InMemoryDataset:
         return [tensor.index_select(0, indices) for tensor in self.tensors]
 
 
+def is_loader(data: Any) -> bool:
+    """Say whether this is a ready loader and not a dataset."""
+    return isinstance(data, DataLoader)
+
+
 def is_plain(loader: Any) -> bool:
     """Say whether a loader has a map-style dataset and no sampler of the user's."""
     return (
@@ -368,6 +404,7 @@ def is_plain(loader: Any) -> bool:
         and not isinstance(loader.dataset, IterableDataset)
         and isinstance(loader.dataset, Sized)
         and type(loader.batch_sampler) is BatchSampler
+        and loader.batch_sampler.sampler is loader.sampler
         and loader.generator is None
         and (
             type(loader.sampler) is SequentialSampler
@@ -458,20 +495,23 @@ class PlannedLoader:
 
     @property
     def is_exact(self) -> bool:
-        """Whether batches are as large as planned: other collate functions may filter."""
+        """Whether batches are as large as planned: a collate function may filter."""
         return self.loader.collate_fn is default_collate
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch of this process."""
         return len(self.plan)
 
-    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+    def set_epoch(self, epoch: int, first_step: int = 0, first_sample: int = 0) -> None:
         """Choose the epoch that the next iteration yields.
 
         Args:
             epoch: Number of the epoch, from 1.
             first_step: Batches at the start of the epoch to leave out, unloaded.
+            first_sample: Where in the order of the epoch the first batch starts.
         """
+        self.plan = replace(self.plan, first=first_sample)
+        self.batch_sampler.plan = self.plan
         self.batch_sampler.epoch = epoch
         self.batch_sampler.first_step = first_step
 
@@ -482,7 +522,7 @@ class PlannedLoader:
         self._batches.is_first = True
         if self.loader.num_workers == 0 and not self.loader.pin_memory:
             # What the loader would do, without what it spends on each batch.
-            here = map(self._batches.__getitems__, self.batch_sampler)
+            here = map(self._batches.fetch_here, self.batch_sampler)
             return to_device(here, self.device)
         return to_device(self._loader, self.device)
 
@@ -492,8 +532,9 @@ class PlannedLoader:
 
     def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
         pin = self.loader.pin_memory and self.device.type != "cpu"
-        for _, indices in self.batch_sampler.positions():
-            batch = data.batch(indices)
+        order = self.batch_sampler.order()
+        for _, first, last in self.batch_sampler.positions():
+            batch = data.batch(order[first:last])
             yield [tensor.pin_memory() for tensor in batch] if pin else batch
 
 
@@ -508,6 +549,38 @@ class DeviceLoader:
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self.loader = loader
         self.device = device
+        # A loader such as torchdata's, or a dataset that is read in this process.
+        dataset = getattr(loader, "dataset", None)
+        in_process = getattr(loader, "num_workers", 0) == 0
+        self._keeps_place: Any = next(
+            (
+                each
+                for each in (loader, dataset if in_process else None)
+                if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
+            ),
+            None,
+        )
+        self._places: dict[int, Any] = {}
+        self._num_fetched = 0
+
+    def place_after(self, num_batches: int) -> Any:
+        """Return the state of the loader or dataset after some batches of this epoch.
+
+        None if neither has a ``state_dict()`` and a ``load_state_dict()``.
+        """
+        return self._places.get(num_batches)
+
+    def go_to(self, place: Any, num_batches: int) -> None:
+        """Let the next iteration start from what :meth:`place_after` returned."""
+        self._keeps_place.load_state_dict(place)
+        self._num_fetched = num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the number of the epoch, from 1, to what wants to know it."""
+        parts = ("sampler", "batch_sampler", "dataset")
+        for part in (self.loader, *(getattr(self.loader, name, None) for name in parts)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":
@@ -520,7 +593,17 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
-        return to_device(self.loader, self.device)
+        if self._keeps_place is None:
+            return to_device(self.loader, self.device)
+        return to_device(self._batches_and_places(), self.device)
+
+    def _batches_and_places(self) -> Iterator[Any]:
+        number, self._num_fetched = self._num_fetched, 0
+        for number, batch in enumerate(self.loader, number + 1):  # noqa: B020
+            # Batches are fetched ahead, so the place to save is an earlier one.
+            self._places[number] = self._keeps_place.state_dict()
+            self._places.pop(number - _MOST_FETCHED_AHEAD, None)
+            yield batch
 
 
 def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
     StopTrainingError,
+    TrainingInterruptedError,
 )
 
 Result = TypeVar("Result")
@@ -167,6 +169,11 @@ def is_on_all_processes(error: BaseException) -> bool:
     return getattr(error, "_is_on_all_processes", False)
 
 
+def settle(error: BaseException) -> None:
+    """Note that an error has ended a run: the same one may be raised in another."""
+    error._is_on_all_processes = False  # type: ignore[attr-defined]
+
+
 def from_main_process(value: int, device: torch.device) -> int:
     """Return on all processes the integer that the main process passes. Collective."""
     if PartialState().num_processes == 1:
@@ -174,6 +181,26 @@ def from_main_process(value: int, device: torch.device) -> int:
     tensor = torch.tensor(value, dtype=torch.int64, device=device)
     torch.distributed.broadcast(tensor, src=0)
     return int(tensor.item())
+
+
+def same_on_all_processes(tensors: Iterable[Tensor]) -> None:
+    """Give tensors the values that they have on the main process. Collective."""
+    if PartialState().num_processes > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def objects_of_all(value: Result) -> list[Result]:
+    """Return what all processes pass, in their order. Collective.
+
+    It may hold tensors of all kinds: pickle alone cannot restore unsigned integers.
+    """
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return [
+        torch.load(io.BytesIO(content), weights_only=True)
+        for content in gather_object([buffer.getvalue()])
+    ]
 
 
 def object_from_main_process(value: Result) -> Result:
@@ -293,6 +320,7 @@ def local_process_zero_first(func: Callable[..., Result]) -> Callable[..., Resul
 
 _ERRORS_BY_KIND: dict[str, type[Exception]] = {
     "non-finite": NonFiniteLossError,
+    "interrupted": TrainingInterruptedError,
     "stop": StopTrainingError,
     "checkpoint": CheckpointError,
     "error": RuntimeError,

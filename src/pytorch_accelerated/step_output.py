@@ -30,6 +30,22 @@ def is_scalar(value: Any) -> bool:
     return isinstance(value, numbers.Real)
 
 
+def inputs_and_targets_of(batch: Any) -> tuple[Any, Any]:
+    """Take a batch apart for the default step, or say why it cannot be."""
+    try:
+        # The rows of a tensor are samples.
+        if not isinstance(batch, Tensor) and isinstance(batch[1], Tensor):
+            return batch[0], batch[1]
+    except (KeyError, IndexError, TypeError):
+        pass
+    raise TypeError(
+        "The default step takes batches of (inputs, targets), where targets is a tensor; "
+        f"got {describe_batch(batch)}. Override calculate_train_batch_loss and "
+        "calculate_eval_batch_loss to use it, or pass loss_func=None for a model that "
+        "takes the members of a mapping and returns a loss."
+    )
+
+
 def loss_of(outputs: Any) -> Any:
     """Return the loss that a model has calculated itself."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
@@ -63,7 +79,8 @@ def describe_batch(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, (list, tuple)):
-        return f"a {type(batch).__name__} of length {len(batch)}"
+        members = ", ".join(type(member).__name__ for member in batch[:5])
+        return f"a {type(batch).__name__} of length {len(batch)} ({members})"
     return f"a {type(batch).__name__}"
 
 

@@ -504,7 +504,7 @@ class LossTracker:
                 even if its loss is NaN.
         """
         if isinstance(loss_batch_value, torch.Tensor):
-            loss_batch_value = loss_batch_value.detach()
+            loss_batch_value = _without_dimensions(loss_batch_value.detach())
         self.loss_value = loss_batch_value
 
         if isinstance(batch_size, torch.Tensor):
@@ -570,6 +570,17 @@ class LossTracker:
         if not isinstance(total, torch.Tensor) or total.device != device:
             total = self.total_loss = _scalar_on(device, total)
         return total
+
+
+def _without_dimensions(loss: torch.Tensor) -> torch.Tensor:
+    if loss.dim() == 0:
+        return loss
+    if loss.numel() != 1:
+        raise ValueError(
+            "The loss of a batch must be a single number, got a tensor of shape "
+            f"{tuple(loss.shape)}. Reduce it to the mean over the batch."
+        )
+    return loss.reshape(())
 
 
 def _scalar_on(device: torch.device, value: float | torch.Tensor) -> torch.Tensor:

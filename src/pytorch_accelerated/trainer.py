@@ -37,10 +37,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import concatenate, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -51,6 +53,7 @@ from pytorch_accelerated import (
     checks,
     data,
     distributed,
+    engines,
     step_output,
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
@@ -75,6 +78,13 @@ from pytorch_accelerated.placeholders import (
     replace_trainer_placeholder_values,
 )
 from pytorch_accelerated.progress import RunProgress, Stage
+from pytorch_accelerated.resuming import (
+    BatchLayout,
+    find_place,
+    gradients_of,
+    set_gradients,
+    skip_batches,
+)
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.schedulers.scheduler_base import (
     StatefulSchedulerBase,
@@ -92,6 +102,8 @@ __all__ = [
     "TrainerWithTimmScheduler",
     "replace_trainer_placeholder_values",
 ]
+
+_AS_USUAL = nullcontext()
 
 _EVENTS_OF_A_STEP = (
     "on_train_step_start",
@@ -160,6 +172,7 @@ class Trainer:
         self.callback_handler = self._create_callback_handler()
         self.run_history = InMemoryRunHistory() if run_history is None else run_history
         self._accelerator: Accelerator = self._create_accelerator()
+        self._engine = engines.create_engine(self._accelerator)
         self._mixed_precision = self._accelerator.mixed_precision
         self._loss_tracker = LossTracker()
         self._scalar_trackers: dict[str, LossTracker] = {}
@@ -189,14 +202,20 @@ class Trainer:
         self._data_seed = 0
         self._progress = RunProgress()
         self._plateau_metric = "eval_loss_epoch"
+        self._update_limit: int | None = None
         self._window = AccumulationWindow(1)
         self._backward_is_plain = False
         self._noted_error: Exception | None = None
+        self._batch_output: dict[str, Any] | None = None
         self._agrees_after_updates = False
         self._prepared_model: distributed.PreparedModel | None = None
         self._plain_optimizer: torch.optim.Optimizer | None = None
         self._loaders_made: list[Any] = []
+        self._loaded_state: dict[str, Any] = {}
         self._resume_state: dict[str, Any] = {}
+        self._epoch_random_states: dict[str, Any] | None = None
+        self._background_writer = checkpoint.BackgroundWriter()
+        self._being_saved: str | None = None
 
         self._call_event("on_init_end")
 
@@ -271,11 +290,21 @@ class Trainer:
             gradient_clip_norm,
             create_scheduler_fn,
         )
+        self._engine.check_arguments(
+            data.batch_size_of_loader(
+                train_dataset, train_dataloader_kwargs, per_device_batch_size
+            ),
+            gradient_accumulation_steps,
+            gradient_clip_value,
+            gradient_clip_norm,
+        )
+        checks.check_dataset_is_not_empty(eval_dataset, "eval_dataset")
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.create_scheduler_fn = create_scheduler_fn
         self.collate_fn = collate_fn
         self._plateau_metric = plateau_metric
+        self._update_limit = max_num_train_steps
         resume_from = self._resolve_resume_from(resume_from)
         if reset_run_history and resume_from is None:
             self.run_history.reset()
@@ -292,7 +321,6 @@ class Trainer:
                 batch_size=per_device_batch_size,
                 train_dl_kwargs=train_dataloader_kwargs,
             )
-            self._eval_dataloader, self._eval_dl_kwargs = None, None
             if eval_dataset is not None:
                 self._eval_dataloader = self.create_eval_dataloader(
                     batch_size=eval_per_device_batch_size or per_device_batch_size,
@@ -345,16 +373,69 @@ class Trainer:
         Raises:
             ValueError: If there is nothing to evaluate on.
         """
+        recorded = self._count_recorded_metrics()
+        with self._prepared_to_evaluate(
+            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        ):
+            self._run_evaluation()
+        return {
+            name: self.run_history.get_latest_metric(name)
+            for name, count in self._count_recorded_metrics().items()
+            if count > recorded.get(name, 0)
+        }
+
+    def predict(
+        self,
+        dataset: Any,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Any:
+        """Return what the model makes of each sample, in the order of the dataset.
+
+        It needs no targets and no loss function, calls no events and records nothing.
+
+        Args:
+            dataset: A dataset or a ready ``DataLoader``.
+            per_device_batch_size: Samples in a batch of one process.
+            dataloader_kwargs: Arguments of the ``DataLoader``.
+            collate_fn: Makes a batch of a list of samples.
+
+        Returns:
+            What :meth:`calculate_predictions` returned for all batches, concatenated
+            along the first dimension; on the CPU, and the same on all processes.
+
+        Raises:
+            ValueError: If there is nothing to predict.
+        """
+        predictions = []
+        with (
+            self._prepared_to_evaluate(
+                dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+            ),
+            self._modes_and_trackers_kept(),
+            torch.no_grad(),
+        ):
+            self.model.eval()
+            for batch in self._eval_dataloader:
+                gathered = self.gather(self.calculate_predictions(batch))
+                predictions.append(send_to_device(gathered, "cpu"))
+        return concatenate(predictions)
+
+    @contextmanager
+    def _prepared_to_evaluate(
+        self,
+        dataset: Any,
+        per_device_batch_size: int,
+        dataloader_kwargs: Mapping[str, Any] | None,
+        collate_fn: Callable[[list[Any]], Any] | None,
+    ) -> Iterator[None]:
+        """Prepare everything for a run that does not train, and end it."""
         if dataset is None:
-            raise ValueError(
-                "evaluate() needs a dataset or a DataLoader to evaluate on, got None."
-            )
+            raise ValueError("A dataset or a DataLoader is needed, got None.")
         checks.check_dataset_is_not_empty(dataset, "dataset")
         self.eval_dataset = dataset
         self.collate_fn = collate_fn
-        self._train_dataloader, self._train_dl_kwargs = None, None
-        recorded = self._count_recorded_metrics()
-
         self._begin_run(is_training=False)
         try:
             self._eval_dataloader = self.create_eval_dataloader(
@@ -370,14 +451,9 @@ class Trainer:
                 gradient_clip_value=None,
             )
             self._check_eval_batch_size()
-            self._run_evaluation()
+            yield
         finally:
             self._end_run()
-        return {
-            name: self.run_history.get_latest_metric(name)
-            for name, count in self._count_recorded_metrics().items()
-            if count > recorded.get(name, 0)
-        }
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""
@@ -385,12 +461,14 @@ class Trainer:
             self._call(self.training_run_start)
             self._notify("on_training_run_start")
             for _ in range(self._progress.epochs_done, self.run_config.num_epochs):
-                if self._run_epoch():
+                at_start = self._progress.is_at_epoch_start
+                if (at_start and self._are_updates_used_up()) or self._run_epoch():
                     self.print(
                         f"Stopping after {self._progress.num_updates} updates, "
                         "as max_num_train_steps asks"
                     )
                     break
+        self.finish_saving()
 
     def _run_evaluation(self) -> None:
         """Evaluate once, between the events of the run."""
@@ -404,6 +482,8 @@ class Trainer:
     def _run_epoch(self) -> bool:
         """Train and evaluate for an epoch; say whether it must be the last."""
         is_over = self._are_updates_used_up()
+        if self._progress.step == 0 or self._progress.stage is not Stage.TRAINING:
+            self._restore_random_states()
         if self._progress.stage is Stage.TRAINING:
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
         if self._progress.stage is not Stage.ENDED:
@@ -440,28 +520,34 @@ class Trainer:
         return is_over
 
     def _run_train_steps(self, train_dl: Any) -> bool:
+        if self._are_updates_used_up():
+            return True  # it was saved right after the last one
         for step, batch, is_last in self._batches_that_are_due(train_dl):
-            self._call_event("on_train_step_start")
             closes_window = self._window.is_closed_by(step, is_last=is_last)
-            with nullcontext() if closes_window else self._without_gradient_sync():
-                batch_output = self._perform_forward_and_backward_passes(batch, step)
-            if closes_window:
-                self._update_weights(step)
-            self._count_step(step, batch_output)
-            # An override from 0.1.61 calls the event itself and returns nothing.
-            if batch_output is not None:
-                self._call_event(
-                    "on_train_step_end",
-                    batch=batch,
-                    batch_output=batch_output,
-                    step=step,
-                )
+            self._run_train_step(batch, step, closes_window)
             if closes_window:
                 if self._agrees_after_updates:
                     self._agree_to_go_on()
                 if self._are_updates_used_up():
                     return True
         return False
+
+    # A method of its own, so that nothing of a step outlives it.
+    def _run_train_step(self, batch: Any, step: int, closes_window: bool) -> None:
+        self._call_event("on_train_step_start")
+        with _AS_USUAL if closes_window else self._without_gradient_sync():
+            batch_output = self._perform_forward_and_backward_passes(batch, step)
+        # An override from 0.1.61 returns nothing, and either lets this class do the
+        # work, or calls the event itself.
+        batch_output = batch_output or self._batch_output
+        self._batch_output = None
+        self._count_step(step, batch_output)
+        if closes_window:
+            self._update_weights(step)
+        if batch_output is not None:
+            self._call_event(
+                "on_train_step_end", batch=batch, batch_output=batch_output, step=step
+            )
 
     def _perform_forward_and_backward_passes(
         self, batch: Any, step: int
@@ -485,6 +571,7 @@ class Trainer:
         self.backward_step(
             self._window.weigh(loss, step, num_items, are_samples=are_samples)
         )
+        self._batch_output = batch_output
         return batch_output
 
     def _update_weights(self, step: int) -> None:
@@ -494,14 +581,17 @@ class Trainer:
             self._clip_gradients()
         self.optimizer_step()
         # A scaled fp16 update whose gradients overflowed did not take place.
-        if was_applied := not self._accelerator.optimizer_step_was_skipped:
+        was_applied = (
+            self._backward_is_plain or not self._accelerator.optimizer_step_was_skipped
+        )
+        if was_applied:
             self._progress.num_updates += 1
-            if self._steps_scheduler:
+            self.num_updates = self._progress.num_updates
+            self.run_history.current_step = self._progress.num_updates
+            if self.scheduler is not None and self._steps_scheduler:
                 self.scheduler_step()
         self.optimizer_zero_grad()
         if was_applied:
-            self.num_updates = self._progress.num_updates
-            self.run_history.current_step = self._progress.num_updates
             self._call_event("on_train_update_end", num_updates=self.num_updates)
 
     def _run_eval_epoch(
@@ -515,10 +605,10 @@ class Trainer:
             is_intermediate: Whether it takes place in the middle of an epoch.
         """
         if is_intermediate:
-            metric_name = "intermediate_eval_loss"
+            metric_name = "eval_loss"  # "intermediate_eval_loss" with its prefix
         else:
             metric_name = "eval_loss_epoch" if is_training else "evaluation_loss"
-        with self._modes_and_trackers_kept():
+        with self._modes_and_trackers_kept(), self._metrics_apart(is_intermediate):
             self._call(self.eval_epoch_start)
             self._notify("on_eval_epoch_start", is_intermediate=is_intermediate)
             with torch.no_grad():
@@ -615,6 +705,25 @@ class Trainer:
         with torch.no_grad():
             return self._calculate_batch_loss(batch)
 
+    def calculate_predictions(self, batch: Any) -> Any:
+        """Return what :meth:`predict` is to collect of a batch, without a graph.
+
+        By default these are the outputs of the model, which is given the first member
+        of a batch that is a list or a tuple, and all of any other batch: a tensor as it
+        is, the members of a mapping as keyword arguments, without ``labels``.
+
+        Args:
+            batch: What the loader yielded, on the device.
+
+        Returns:
+            A tensor, or a list, tuple or mapping of tensors, whose first dimension is
+            that of the samples of the batch.
+        """
+        if isinstance(batch, Mapping):
+            inputs = {name: batch[name] for name in batch if name != "labels"}
+            return self.model(**inputs)
+        return self.model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
     def eval_epoch_end(self) -> None:
         """Called when an evaluation ends, before its loss is recorded."""
 
@@ -645,16 +754,7 @@ class Trainer:
         return {"loss": loss, "model_outputs": outputs, "batch_size": batch_size}
 
     def _inputs_and_targets(self, batch: Any) -> tuple[Any, Any]:
-        try:
-            inputs, targets = batch[0], batch[1]
-        except (KeyError, IndexError, TypeError) as error:
-            raise TypeError(
-                "The default step takes batches of (inputs, targets), got "
-                f"{step_output.describe_batch(batch)}. Override "
-                "calculate_train_batch_loss and calculate_eval_batch_loss to use it, "
-                "or pass loss_func=None for a model that takes the members of a "
-                "mapping and returns a loss."
-            ) from error
+        inputs, targets = step_output.inputs_and_targets_of(batch)
         if self.loss_func is None:
             raise ValueError(
                 "loss_func is None, and the batch is not a mapping whose members could "
@@ -675,7 +775,7 @@ class Trainer:
             train_dl_kwargs: Arguments that win over those of
                 :meth:`get_default_train_dl_kwargs`.
         """
-        if isinstance(self.train_dataset, DataLoader):
+        if data.is_loader(self.train_dataset):
             checks.check_no_loader_arguments(train_dl_kwargs, self.collate_fn)
             return self.train_dataset
         self._train_dl_kwargs = data.merge_dl_kwargs(
@@ -695,7 +795,7 @@ class Trainer:
             eval_dl_kwargs: Arguments that win over those of
                 :meth:`get_default_eval_dl_kwargs`.
         """
-        if isinstance(self.eval_dataset, DataLoader):
+        if data.is_loader(self.eval_dataset):
             checks.check_no_loader_arguments(eval_dl_kwargs, self.collate_fn)
             return self.eval_dataset
         self._eval_dl_kwargs = data.merge_dl_kwargs(
@@ -743,9 +843,11 @@ class Trainer:
         self._prepared_model = distributed.PreparedModel(self.model)
         self._plain_optimizer = self.optimizer
         if self._train_dataloader is None:
-            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.model = self._engine.prepare_for_evaluation(self.model)
         else:
-            self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+            self.model, self.optimizer = self._engine.prepare(
+                self.model, self.optimizer
+            )
             self._backward_is_plain = distributed.is_plain(accelerator)
             if self._backward_is_plain:
                 # Accelerate's wrapper would do nothing else than cost time.
@@ -773,7 +875,7 @@ class Trainer:
                 even=is_evaluation,
                 persistent_workers=(kwargs or {}).get("persistent_workers", True),
             )
-        if accelerator.num_processes == 1 or not isinstance(loader, DataLoader):
+        if accelerator.num_processes == 1 or not data.is_loader(loader):
             return data.DeviceLoader(loader, self.device)
         prepared = accelerator.prepare_data_loader(loader)
         if is_evaluation and hasattr(prepared.batch_sampler, "even_batches"):
@@ -861,6 +963,7 @@ class Trainer:
             accelerator.process_index,
             largest=distributed.largest,
             add_up=lambda tensor: accelerator.reduce(tensor.to(self.device), "sum"),
+            corrects_gradients=not self._engine.owns_gradients,
         )
 
     def _limit_batches(self) -> None:
@@ -878,7 +981,7 @@ class Trainer:
         if (
             num_samples is not None
             and batch_size is not None
-            and not isinstance(self.eval_dataset, DataLoader)
+            and not data.is_loader(self.eval_dataset)
         ):
             data.BatchPlan(
                 num_samples, batch_size, self.run_config.num_processes, even=True
@@ -892,6 +995,8 @@ class Trainer:
         self._noted_error = None
         self.callback_handler.raises_at_once = self._accelerator.num_processes == 1
         self._loaders_made = []
+        self._train_dataloader = self._eval_dataloader = None
+        self._train_dl_kwargs = self._eval_dl_kwargs = None
         if not is_training:
             return
         self._progress = RunProgress()
@@ -907,6 +1012,7 @@ class Trainer:
                 keep_torch_compile=self._prepared_model.was_compiled
             )
             self._prepared_model.restore()
+            self._engine.release(self.get_model(keep_torch_compile=False))
             self.optimizer = self._plain_optimizer
             self._prepared_model, self._plain_optimizer = None, None
             self._backward_is_plain = False
@@ -916,7 +1022,13 @@ class Trainer:
         for loader in (self._train_dataloader, self._eval_dataloader):
             if hasattr(loader, "stop_workers"):
                 loader.stop_workers()
-        self._resume_state = {}
+        self._loaded_state, self._resume_state = {}, {}
+        self._epoch_random_states = None
+        try:
+            self._background_writer.wait()
+        except CheckpointError as error:
+            # In a run that went well it was waited for before: another error is raised.
+            self.print(f"While cleaning up after an error: {error}")
 
     def _seed_run(self) -> None:
         if self.seed is None:
@@ -970,7 +1082,7 @@ class Trainer:
         """Clip the gradients of an update as the run config says."""
         config, parameters = self.run_config, self.model.parameters()
         if config.gradient_clip_norm is not None:
-            self.gradient_norm = self._accelerator.clip_grad_norm_(
+            self.gradient_norm = self._engine.clip_by_norm(
                 parameters, config.gradient_clip_norm
             )
         else:
@@ -980,9 +1092,8 @@ class Trainer:
 
     def _without_gradient_sync(self) -> AbstractContextManager[Any]:
         if self._accelerator.num_processes == 1:
-            return nullcontext()
-        context: AbstractContextManager[Any] = self._accelerator.no_sync(self.model)
-        return context
+            return _AS_USUAL
+        return self._engine.without_gradient_sync(self.model)
 
     def _batches_that_are_due(self, train_dl: Any) -> Iterator[tuple[int, Any, bool]]:
         """Yield the number of each batch, the batch, and whether it is the last.
@@ -990,13 +1101,16 @@ class Trainer:
         A resumed epoch starts where it was interrupted.
         """
         first_step = self._progress.step
+        if isinstance(getattr(train_dl, "plan", None), data.BatchPlan):
+            train_dl.set_epoch(
+                self.run_history.current_epoch, first_step, self._progress.first_sample
+            )
         num_batches = data.exact_length_of(train_dl)
         plan = getattr(train_dl, "plan", None)
         self._window.start_epoch(
             plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
         )
-        if first_step == 0:
-            self._restore_random_states()
+        self._restore_open_window()
         batches = self._start_iteration(train_dl, first_step)
         # In the middle of an epoch they are those after the loader was started.
         self._restore_random_states()
@@ -1010,20 +1124,33 @@ class Trainer:
                 range(first_step, num_batches), batches, strict=False
             ):
                 yield step, batch, step == num_batches - 1
-        if self._progress.step == 0:
+        if self._progress.is_at_epoch_start:
             raise ValueError("The training loader yielded no batch: it has no data.")
 
     def _start_iteration(self, train_dl: Any, first_step: int) -> Iterator[Any]:
         epoch = self.run_history.current_epoch
         if isinstance(getattr(train_dl, "plan", None), data.BatchPlan):
-            train_dl.set_epoch(epoch, first_step)
-            first_step = 0
-        elif hasattr(train_dl, "set_epoch"):
+            return iter(train_dl)
+        if hasattr(train_dl, "set_epoch"):
             train_dl.set_epoch(epoch)
+        place = self._resume_state.pop("place", None)
+        if place is not None and hasattr(train_dl, "go_to"):
+            train_dl.go_to(place, first_step)
+            return iter(train_dl)
+        # An order of the user's may follow from the random states at its start.
+        self._restore_random_states("epoch_random_states")
+        self._epoch_random_states = checkpoint.get_random_states()
         batches: Iterator[Any] = iter(train_dl)
-        for _ in range(first_step):
-            next(batches, None)
+        skip_batches(batches, first_step, train_dl)
         return batches
+
+    def _restore_open_window(self) -> None:
+        """Put back what a saved run had accumulated of a window."""
+        state = self._resume_state.pop("window", None)
+        gradients = self._resume_state.pop("gradients", {})
+        if state is not None:
+            self._window.load_state_dict(state)
+        set_gradients(self.get_model(keep_torch_compile=False), gradients)
 
     def _count_step(self, step: int, batch_output: Mapping[str, Any] | None) -> None:
         progress = self._progress
@@ -1042,7 +1169,7 @@ class Trainer:
         self.run_history.current_step = self._progress.num_updates
 
     def _are_updates_used_up(self) -> bool:
-        limit = self.run_config.max_num_train_steps
+        limit = self._update_limit
         return limit is not None and self._progress.num_updates >= limit
 
     def _items_of(
@@ -1051,9 +1178,10 @@ class Trainer:
         """Return how many items a batch has, and whether these are samples."""
         if self._window.is_filler(step):
             return 0, True
-        return step_output.num_items(batch_output), batch_output.get(
-            "num_items_in_batch"
-        ) is None
+        num_items = batch_output.get("num_items_in_batch")
+        if num_items is None:
+            return batch_output["batch_size"], True
+        return num_items, False
 
     def _reset_trackers(self) -> None:
         self._loss_tracker.reset()
@@ -1107,6 +1235,13 @@ class Trainer:
             for module, mode in modes:
                 module.training = mode
 
+    def _metrics_apart(self, is_intermediate: bool) -> AbstractContextManager[Any]:
+        """Keep the metrics of an intermediate evaluation out of the epochs' series."""
+        history = self.run_history
+        if not is_intermediate:
+            return nullcontext()
+        return history.prefixed(history.metric_name_prefix + "intermediate_")
+
     def _count_recorded_metrics(self) -> dict[str, int]:
         history = self.run_history
         return {
@@ -1118,7 +1253,8 @@ class Trainer:
 
     def _call_event(self, event: str, **kwargs: Any) -> None:
         """Call the callbacks for an event within an epoch."""
-        self._call(self.callback_handler.call_event, event, self, **kwargs)
+        if self.callback_handler.listeners(event):
+            self._call(self.callback_handler.call_event, event, self, **kwargs)
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call what a user may have written.
@@ -1177,21 +1313,23 @@ class Trainer:
             try:
                 yield
             except StopTrainingError as stop:
+                distributed.settle(stop)
                 self.print(stop)
                 stops.append(stop)
                 due.insert(0, partial(self._notify, "on_stop_training_error"))
             while due:
                 try:
                     due.pop(0)()
-                except StopTrainingError as stop:
+                except StopTrainingError as stop:  # noqa: PERF203 (each on its own)
                     self.print(stop)  # the run is over as it is
                     stops.append(stop)
         except BaseException as error:
+            distributed.settle(error)
             self._clean_up_after(error, due)
             raise
-        for stop in stops:
-            if isinstance(stop, NonFiniteLossError):
-                raise stop
+        for reason in stops:
+            if isinstance(reason, NonFiniteLossError):
+                raise reason
 
     def _clean_up_after(self, error: BaseException, due: list[partial[None]]) -> None:
         """Let callbacks close what they opened; an error of theirs hides no other."""
@@ -1235,15 +1373,18 @@ class Trainer:
             CheckpointError: If the file could not be written.
         """
         self._notify("on_before_save")
-        contents: dict[str, Any] = {"model_state_dict": self._model_state_dict()}
+        state = self._accelerator.state
+        writes = state.is_local_main_process if save_per_node else state.is_main_process
+        contents: dict[str, Any] = {"model_state_dict": self._model_state_dict(writes)}
         if save_optimizer and self.optimizer is not None:
-            contents["optimizer_state_dict"] = self.optimizer.state_dict()
+            contents["optimizer_state_dict"] = self._engine.whole(
+                self.optimizer.state_dict(), writes
+            )
         if save_scheduler and self.scheduler is not None:
             contents.update(self._scheduler_contents("scheduler_state_dict"))
         contents.update(checkpoint_kwargs or {})
-        state = self._accelerator.state
         with self._on_all_processes_or_none():
-            if state.is_local_main_process if save_per_node else state.is_main_process:
+            if writes:
                 checkpoint.save_file(contents, save_path)
 
     def load_checkpoint(
@@ -1269,6 +1410,12 @@ class Trainer:
                 optimizer.
         """
         contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
+        if "model_state_dict" not in contents:
+            raise CheckpointError(
+                f"{checkpoint_path} was not written by save_checkpoint(): it has no "
+                f"'model_state_dict' but {list(contents)[:5]}. If these are the weights "
+                "themselves, load them with model.load_state_dict(torch.load(path))."
+            )
         load_optimizer = load_optimizer and "optimizer_state_dict" in contents
         if load_optimizer and self.optimizer is None:
             raise ValueError(
@@ -1287,6 +1434,8 @@ class Trainer:
         self,
         output_dir: str | os.PathLike[str],
         checkpoint_kwargs: Mapping[str, Any] | None = None,
+        *,
+        asynchronous: bool = False,
     ) -> None:
         """Save everything that a run needs to go on from here, in a folder.
 
@@ -1297,6 +1446,9 @@ class Trainer:
             output_dir: The folder.
             checkpoint_kwargs: What :meth:`load_training_state` is to return besides the
                 epoch.
+            asynchronous: Whether to return once everything is copied to the host's
+                memory, and to write it meanwhile. The next save, the end of the run and
+                :meth:`finish_saving` wait for it, and raise its error.
 
         Raises:
             TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
@@ -1304,60 +1456,112 @@ class Trainer:
             CheckpointError: If the folder could not be written.
         """
         self._notify("on_before_save")
-        accelerator = self._accelerator
-        token = distributed.object_from_main_process(checkpoint.new_token())
-        writer = checkpoint.CheckpointWriter(output_dir, token=token)
+        self.finish_saving()
+        path = os.path.abspath(output_dir)
         epoch = self.run_history.current_epoch + (self._progress.stage is Stage.ENDED)
         metadata = {"current_epoch": epoch, **(checkpoint_kwargs or {})}
-        try:
-            with self._on_all_processes_or_none():
-                if accelerator.is_main_process:
-                    writer.begin()
-            with self._on_all_processes_or_none():
-                TrainingState.write_random_states(writer, accelerator.process_index)
-                if accelerator.is_main_process:
-                    self._training_state(metadata).write(writer)
-            with self._on_all_processes_or_none():
-                if accelerator.is_main_process:
-                    writer.commit(
-                        {
-                            "num_updates": self._progress.num_updates,
-                            "epoch": epoch,
-                            "metrics": self._latest_metrics(),
-                        },
-                        accelerator.num_processes,
-                    )
-        finally:
-            if accelerator.is_main_process:
-                writer.abort()
-        self.last_checkpoint = str(writer.path)
+        progress = {
+            "num_updates": self._progress.num_updates,
+            "epoch": epoch,
+            "metrics": self._latest_metrics(),
+        }
+        with self._on_all_processes_or_none():
+            state = self._training_state(metadata)
+            state.parts = self._save_parts(path)
+        state.processes = distributed.objects_of_all(self._state_of_process())
+        with self._on_all_processes_or_none():
+            if not self._accelerator.is_main_process:
+                pass
+            elif asynchronous:
+                write = partial(state.snapshot().write, path, progress)
+                self._background_writer.start(write)
+            else:
+                state.write(path, progress)
+        self._being_saved = path
+        if not asynchronous:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait until a training state that is written in the background is complete.
+
+        All processes must call this.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        saved, self._being_saved = self._being_saved, None
+        with self._on_all_processes_or_none():
+            self._background_writer.wait()
+        self.last_checkpoint = saved or self.last_checkpoint
 
     def _training_state(self, metadata: dict[str, Any]) -> TrainingState:
-        progress = self._progress_to_save()
         scaler = self._accelerator.scaler
+        in_parts, keep = self._engine.saved_in_parts, self._accelerator.is_main_process
         run: dict[str, Any] = {
-            "progress": progress.to_dict(),
+            "progress": self._progress_to_save().to_dict(),
+            "layout": self._batch_layout().to_dict(),
             "data_seed": self._data_seed,
             "num_runs": self._num_runs,
-            "callbacks": self.callback_handler.state_dict(),
+            "callbacks": self._engine.whole(self.callback_handler.state_dict(), keep),
         }
         if hasattr(self.run_history, "state_dict"):
             run["run_history"] = self.run_history.state_dict()
-        if progress.step > 0:
-            run["trackers"] = {
-                "loss": self._loss_tracker.state_dict(),
-                **{name: t.state_dict() for name, t in self._scalar_trackers.items()},
-            }
         return TrainingState(
-            model=self._model_state_dict(),
-            optimizer=None if self.optimizer is None else self.optimizer.state_dict(),
-            scheduler=self._scheduler_contents("scheduler").get("scheduler"),
+            model=None if "model" in in_parts else self._model_state_dict(keep),
+            optimizer=None
+            if self.optimizer is None or "optimizer" in in_parts
+            else self._engine.whole(self.optimizer.state_dict(), keep),
+            scheduler=None
+            if self.scheduler is None
+            else self._scheduler_contents("scheduler").get("scheduler"),
             scaler=None if scaler is None else scaler.state_dict(),
             metadata=metadata,
             run=run,
         )
 
-    def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    def _save_parts(self, path: str) -> str | None:
+        """Let every process write what it alone holds; say in which folder."""
+        if not self._engine.saved_in_parts:
+            return None
+        token = distributed.object_from_main_process(checkpoint.new_token())
+        folder = f"{path}.tmp-{token}"
+        self._engine.save_parts(
+            self.get_model(keep_torch_compile=False), self.optimizer, Path(folder))
+        return folder
+
+    def _state_of_process(self) -> dict[str, Any]:
+        """Return what this process has of its own."""
+        progress = self._progress
+        state = {
+            "random_states": checkpoint.get_random_states(),
+            "epoch_random_states": self._epoch_random_states,
+            "window": self._window.state_dict(),
+        }
+        if progress.step == 0 or progress.stage is not Stage.TRAINING:
+            return state
+        state["trackers"] = {
+            "loss": self._loss_tracker.state_dict(),
+            **{name: t.state_dict() for name, t in self._scalar_trackers.items()},
+        }
+        if hasattr(self._train_dataloader, "place_after"):
+            state["place"] = self._train_dataloader.place_after(progress.step)
+        if progress.step % self._window.num_steps:
+            state["gradients"] = gradients_of(self.get_model(keep_torch_compile=False))
+        return state
+
+    def _batch_layout(self) -> BatchLayout:
+        config = self.run_config
+        plan = getattr(self._train_dataloader, "plan", None)
+        return BatchLayout(
+            num_samples=None if plan is None else plan.length,
+            batch_size=config.train_per_device_batch_size,
+            num_processes=config.num_processes,
+            accumulation=config.gradient_accumulation_steps,
+        )
+
+    def load_training_state(
+        self, input_dir: str | os.PathLike[str], *, allow_pickle: bool = False
+    ) -> dict[str, Any]:
         """Load the weights and the optimizer, scheduler and random states of a run.
 
         To go on with the run itself, use ``train(resume_from=...)``, which calls this.
@@ -1365,6 +1569,8 @@ class Trainer:
         Args:
             input_dir: A folder that :meth:`save_training_state` wrote; those of the
                 published version 0.1.61 are read too.
+            allow_pickle: Whether parts of a state of 0.1.61 that run code while they
+                are loaded are read. True only for files that you wrote yourself.
 
         Returns:
             ``current_epoch``, the number of the epoch to go on with, and the
@@ -1373,19 +1579,30 @@ class Trainer:
         Raises:
             CheckpointError: If the folder is not whole, or does not fit the model.
         """
-        state = TrainingState.read(input_dir, self._accelerator.process_index)
-        self._load_model(state.model, input_dir)
+        state = TrainingState.read(input_dir, allow_pickle=allow_pickle)
+        if state.model is not None:
+            self._load_model(state.model, input_dir)
+        if state.parts is not None:
+            self._engine.load_parts(
+                self.get_model(keep_torch_compile=False),
+                self.optimizer,
+                Path(state.parts),
+                len(state.processes),
+            )
         if self.optimizer is not None and state.optimizer is not None:
             self._load_optimizer(dict(state.optimizer), input_dir)
         if self.scheduler is not None and state.scheduler is not None:
             self.scheduler.load_state_dict(state.scheduler)
         if self._accelerator.scaler is not None and state.scaler is not None:
             self._accelerator.scaler.load_state_dict(state.scaler)
-        if state.random_states is not None:
-            checkpoint.set_random_states(state.random_states)
-        self._resume_state = {
+        own = state.of_process(
+            self._accelerator.process_index, self._accelerator.num_processes
+        )
+        if own.get("random_states") is not None:
+            checkpoint.set_random_states(own["random_states"])
+        self._loaded_state = {
             **state.run,
-            "random_states": state.random_states,
+            **own,
             "has_scheduler": state.scheduler is not None,
         }
         return dict(state.metadata)
@@ -1417,17 +1634,31 @@ class Trainer:
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
         """Put the run where a training state says that it stood."""
-        metadata = self.load_training_state(resume_from)
-        state = self._resume_state
+        with self._on_all_processes_or_none():
+            metadata = self.load_training_state(resume_from)
+        # Only here: a state that a callback loads is not one to go on from.
+        state = self._resume_state = self._loaded_state
         if "progress" in state:
             self._check_schedule_was_saved(resume_from)
-            self._progress = RunProgress.from_dict(state["progress"])
+            then, now = BatchLayout(**state["layout"]), self._batch_layout()
+            progress = RunProgress.from_dict(state["progress"])
+            self._progress = find_place(progress, then, now)
+            if self._progress.step != progress.step:
+                # What was begun of a window is done again.
+                state.pop("gradients", None)
+            if "random_states" not in state:
+                # Other processes saved theirs.
+                data.seed_everything(
+                    data.derive_seed(
+                        state["data_seed"],
+                        progress.num_updates,
+                        self._accelerator.process_index,
+                    )
+                )
             self._num_runs = state["num_runs"]
             self._follow_data_seed(state["data_seed"])
             if "run_history" in state and hasattr(self.run_history, "load_state_dict"):
                 self.run_history.load_state_dict(state["run_history"])
-            if self._progress.stage is not Stage.TRAINING:
-                state["random_states"] = None  # they hold as of now
         epoch = metadata.get("current_epoch", 1)
         if "progress" not in state:
             self._progress.epochs_done = max(epoch - 1, 0)
@@ -1453,8 +1684,8 @@ class Trainer:
             if isinstance(getattr(loader, "plan", None), data.BatchPlan):
                 loader.batch_sampler.seed = data_seed
 
-    def _restore_random_states(self) -> None:
-        states = self._resume_state.pop("random_states", None)
+    def _restore_random_states(self, name: str = "random_states") -> None:
+        states = self._resume_state.pop(name, None)
         if states is not None:
             checkpoint.set_random_states(states)
 
@@ -1470,11 +1701,10 @@ class Trainer:
             for name in self.run_history.get_metric_names()
         }
 
-    def _model_state_dict(self) -> dict[str, Any]:
-        state_dict: dict[str, Any] = self.get_model(
-            keep_torch_compile=False
-        ).state_dict()
-        return state_dict
+    def _model_state_dict(self, keep: bool = True) -> dict[str, Any]:
+        return self._engine.model_state(
+            self.get_model(keep_torch_compile=False), keep
+        )
 
     def _scheduler_contents(self, key: str) -> dict[str, Any]:
         """Return the scheduler's state under a key; nothing if it cannot be saved."""
@@ -1492,13 +1722,13 @@ class Trainer:
         state_dict = checkpoint.fit_to_model(model, state_dict)
         if mismatch := checkpoint.explain_mismatch(model, state_dict):
             raise CheckpointError(f"{source} does not fit the model: {mismatch}")
-        model.load_state_dict(state_dict)
+        self._engine.load_model(model, state_dict)
 
     def _load_optimizer(
         self, state_dict: dict[str, Any], source: str | os.PathLike[str]
     ) -> None:
         try:
-            self.optimizer.load_state_dict(state_dict)  # type: ignore[union-attr]
+            self._engine.load_optimizer(self.optimizer, state_dict)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"The optimizer's state in {source} does not fit the optimizer: "
@@ -1573,7 +1803,8 @@ class Trainer:
         checks.check_clipping(gradient_clip_value, gradient_clip_norm)
         checks.check_scheduler_fn(create_scheduler_fn)
         checks.check_dataset_is_not_empty(train_dataset, "train_dataset")
-        checks.check_optimizer(self.model, self.optimizer)
+        if not self._engine.knows(self.model):
+            checks.check_optimizer(self.model, self.optimizer)
 
 
 class TrainerWithTimmScheduler(Trainer):

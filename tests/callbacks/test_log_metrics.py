@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -97,6 +98,21 @@ def test_looking_at_an_unknown_metric_does_no_harm(create_trainer, samples):
     log = Log()
     create_trainer([Look(), log]).train(samples(1), 1, eval_dataset=samples(1))
     assert log.logged == [{"train_loss_epoch": 1}, {"eval_loss_epoch": 0.25}]
+
+
+def test_a_metric_whose_values_are_gone_is_not_logged():
+    values = {"a": [1], "b": [2]}
+    history = SimpleNamespace(
+        get_metric_names=lambda: values.keys(),
+        get_metric_values=lambda name: values[name],
+        get_latest_metric=lambda name: values[name][-1],
+    )
+    trainer, log = SimpleNamespace(run_history=history), Log()
+    log.on_eval_epoch_end(trainer)
+    values["a"].clear()
+    values["b"].append(3)
+    log.on_eval_epoch_end(trainer)
+    assert log.logged == [{"a": 1, "b": 2}, {"b": 3}]
 
 
 @pytest.mark.parametrize(

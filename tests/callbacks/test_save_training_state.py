@@ -157,6 +157,14 @@ def test_a_second_run_does_not_delete_what_it_has_just_written(
     assert saving._saved_checkpoints == [tmp_path / "epoch_3", tmp_path / "epoch_1"]
 
 
+def test_a_state_that_is_written_anew_is_listed_once(create_trainer, samples, tmp_path):
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    trainer = create_trainer([saving])
+    trainer.train(samples(1), num_epochs=2)
+    trainer.train(samples(1), num_epochs=1)
+    assert saving._saved_checkpoints == [tmp_path / "epoch_2", tmp_path / "epoch_1"]
+
+
 def test_the_best_epochs_are_kept_besides_the_newest(train_with_scores, tmp_path):
     saving = SaveTrainingStateCallback(
         tmp_path,

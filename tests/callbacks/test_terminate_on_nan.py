@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
     SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
     TerminateOnNaNCallback,
     TrainerCallback,
     stopping,
@@ -127,6 +128,22 @@ def test_saving_by_hand_is_refused_in_the_run_and_possible_after_it(
     assert [path.name for path in tmp_path.iterdir()] == ["after.pt"]
 
 
+def test_callbacks_cannot_save_at_the_end_of_a_bad_run(
+    create_trainer, samples, tmp_path
+):
+    class SaveAtEnd(TrainerCallback):
+        def on_training_run_end(self, trainer, **kwargs):
+            trainer.save_checkpoint(tmp_path / "end.pt")
+
+    trainer = create_trainer(
+        [TerminateOnNaNCallback, SaveAtEnd], trainer_class=BadLossTrainer
+    )
+    trainer.bad_steps = (0,)
+    with pytest.raises(NonFiniteLossError, match="in epoch 1, at step 0"):
+        trainer.train(samples(1), num_epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bad_loss_in_the_evaluation_stops_training_before_a_save(
     create_trainer, samples, tmp_path
 ):
@@ -137,6 +154,17 @@ def test_a_bad_loss_in_the_evaluation_stops_training_before_a_save(
     with pytest.raises(NonFiniteLossError, match=r"The evaluation loss .* in epoch 1"):
         trainer.train(samples(2), num_epochs=2, eval_dataset=samples(2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_amid_an_epoch_does_not_take_the_blame(create_trainer, samples):
+    _, message = train_badly(
+        create_trainer,
+        samples,
+        [StepBasedEvaluationCallback(2)],
+        bad_step=1,
+        eval_dataset=samples(1),
+    )
+    assert "The training loss became NaN or infinite in epoch 1, at step 1 (" in message
 
 
 def test_evaluate_raises_after_its_end(create_trainer, samples):
@@ -160,6 +188,7 @@ def test_one_batch_can_be_checked_at_once(loss):
     callback = TerminateOnNaNCallback()
     callback.check_for_nan_after_batch({"loss": 1.0})
     callback.check_for_nan_after_batch({"loss": torch.tensor([1.0, 2.0])})
+    callback.check_for_nan_after_batch({"loss": torch.full((2,), 60000.0).half()})
     assert not callback.triggered
     with pytest.raises(NonFiniteLossError, match="at step 7"):
         callback.check_for_nan_after_batch({"loss": loss}, step=7)

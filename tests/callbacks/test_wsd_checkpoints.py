@@ -5,7 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pytorch_accelerated.callbacks import SaveBestModelCallback, WSDCheckpointCallback
+from pytorch_accelerated.callbacks import (
+    CallbackHandler,
+    SaveBestModelCallback,
+    WSDCheckpointCallback,
+)
 from pytorch_accelerated.checkpoint import Checkpoint
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 
@@ -123,6 +127,28 @@ def test_a_continuation_after_a_decay_starts_at_the_full_learning_rate(
     )
     trainer = train(second, is_continuation_from_checkpoint=True)
     assert trainer.learning_rates[:8] == [0.25] * 8
+
+
+def test_a_run_can_start_in_the_middle_of_the_same_schedule(train, tmp_path):
+    train(WSDCheckpointCallback(tmp_path / "first"))
+    second = WSDCheckpointCallback(
+        tmp_path / "second",
+        initial_checkpoint=tmp_path / "first" / "checkpoint_8_wsd_pre_decay",
+    )
+    train(second)
+    assert names_in(tmp_path / "second") == [
+        "checkpoint_10_wsd_post_decay.pt",
+        "checkpoint_18_wsd_pre_decay",
+        "checkpoint_20_wsd_post_decay.pt",
+    ]
+    pre_decay = Checkpoint(tmp_path / "second" / "checkpoint_18_wsd_pre_decay")
+    assert pre_decay.num_updates == 18 - 8
+
+
+def test_it_saves_before_the_best_weights_are_loaded():
+    wsd = WSDCheckpointCallback()
+    handler = CallbackHandler([SaveBestModelCallback, wsd])
+    assert handler.listeners("on_training_run_end")[0] == wsd.on_training_run_end
 
 
 def test_the_losses_of_a_continuation_are_its_own(train, tmp_path):

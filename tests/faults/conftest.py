@@ -2,11 +2,10 @@
 
 import os
 import sys
-import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -15,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 TRIALS_FACTOR = float(os.environ.get("FAULT_TRIALS", "1"))
 # Where to write the table, if anywhere.
 TABLE_FILE = os.environ.get("FAULT_TABLE")
+START, END = "<!-- trials: start -->\n", "<!-- trials: end -->\n"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault(title): the row of the table of trials")
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +29,11 @@ def _fresh_accelerator_state():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm_accelerate():
-    """Let Accelerate import what it imports late, once, before anything is forked."""
-    Accelerator(cpu=True)
+def _everything_is_imported(tmp_path_factory):
+    """Train once, so that what is imported late need not be by each forked process."""
+    from scenario import Scenario
+
+    Scenario(num_epochs=1, num_samples=12).run(tmp_path_factory.mktemp("warm"))
 
 
 class Trials:
@@ -53,10 +59,34 @@ def trials(request):
     """Collects the trials of a test, which fails at its end if one of them did."""
     collected = Trials()
     yield collected
-    fault = request.node.get_closest_marker("fault")
-    title = fault.args[0] if fault else request.node.name
+    title = request.node.get_closest_marker("fault").args[0]
     request.node.user_properties.append(
         ("fault", (title, collected.number, len(collected.failures)))
     )
     assert collected.number > 0
     assert not collected.failures, "\n".join(collected.failures[:5])
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = defaultdict(lambda: [0, 0])
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "teardown":
+                continue
+            for name, value in report.user_properties:
+                if name == "fault":
+                    title, number, failures = value
+                    rows[title][0] += number
+                    rows[title][1] += failures
+    if not rows:
+        return
+    lines = ["| fault | trials | failures |", "|---|---:|---:|"]
+    lines += [f"| {title} | {n} | {bad} |" for title, (n, bad) in sorted(rows.items())]
+    terminalreporter.write_line("")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if TABLE_FILE:
+        before, _, rest = Path(TABLE_FILE).read_text().partition(START)
+        _, _, after = rest.partition(END)
+        table = "\n".join(lines) + "\n"
+        Path(TABLE_FILE).write_text(before + START + table + END + after)

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 def on_processes(tmp_path):
     """Call a function on several processes and return what each returned, in order."""
 
-    def run(num_processes, function, *args, timeout_seconds=120):
+    def run(num_processes, function, *args, timeout_seconds=60):
         return _Processes(tmp_path, num_processes, function, args).results(
             timeout_seconds
         )

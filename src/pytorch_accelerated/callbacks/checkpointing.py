@@ -7,9 +7,10 @@ import operator
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.best import (
@@ -18,9 +19,14 @@ from pytorch_accelerated.callbacks.best import (
     decided_by_main_process,
     latest_value,
 )
-from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints
+from pytorch_accelerated.checkpoint import (
+    Checkpoint,
+    DirectoryLock,
+    clean_leftovers,
+    list_checkpoints,
+)
 from pytorch_accelerated.checkpoint._disk import remove_folder
-from pytorch_accelerated.errors import CheckpointError, NonFiniteLossError
+from pytorch_accelerated.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -180,8 +186,19 @@ class SaveTrainingStateCallback(TrainerCallback):
             the newest.
         watch_metric: The metric that says which epochs are best.
         greater_is_better: Whether a greater value of it is better.
+        asynchronous: Whether training goes on while a state is written: it waits for
+            the copy to the host's memory only. The next save and the end of the run
+            wait until the one before is complete, and old folders are deleted then.
+        on_save_error: What to do if a state cannot be saved, for instance because the
+            disk is full: "warn" goes on training and tries again when the next one is
+            due, "raise" ends the run. At the end of a run the error is always raised.
+
+    Raises:
+        CheckpointError: At the start of a run, if another one writes to ``save_dir`` or
+            if it cannot be written to.
     """
 
+    may_stop_alone = False
     called_first = ("on_training_run_end",)  # before the best weights are loaded
     called_last = ("on_train_step_end", "on_training_run_epoch_end")
 
@@ -197,6 +214,8 @@ class SaveTrainingStateCallback(TrainerCallback):
         keep_best: int = 0,
         watch_metric: str = "eval_loss_epoch",
         greater_is_better: bool = False,
+        asynchronous: bool = False,
+        on_save_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         _check_at_least_one(
             save_every_n_epochs=save_every_n_epochs,
@@ -212,6 +231,10 @@ class SaveTrainingStateCallback(TrainerCallback):
                 f"keep_best={keep_best} has no meaning while all are kept. Say with "
                 "max_checkpoints how many of the newest to keep besides."
             )
+        if on_save_error not in ("warn", "raise"):
+            raise ValueError(
+                f"on_save_error must be 'warn' or 'raise', got {on_save_error!r}."
+            )
         self.save_dir = Path(save_dir)
         self.save_every_n_epochs = save_every_n_epochs
         self.save_every_n_steps = save_every_n_steps
@@ -221,6 +244,10 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.keep_best = keep_best
         self.watch_metric = watch_metric
         self.greater_is_better = greater_is_better
+        self.asynchronous = asynchronous
+        self.on_save_error = on_save_error
+        self._lock: DirectoryLock | None = None
+        self._being_written: Path | None = None
         self._saved_checkpoints: list[Path] = []  # oldest first
         self._global_step = 0
         self._last_save = time.monotonic()
@@ -231,6 +258,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Find the folders of earlier runs, and where this run starts."""
         if self.keep_best:
             check_watch_metric(trainer, self.watch_metric)
+        self._being_written = None
+        if trainer._accelerator.is_main_process:
+            self._take_over_folder()
         known = {path.absolute() for path in self._saved_checkpoints}
         earlier = [path for path in _find_saved(self.save_dir) if path not in known]
         self._saved_checkpoints = [*earlier, *self._saved_checkpoints]
@@ -241,6 +271,18 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._last_save = time.monotonic()
         self._is_resumed = False
         self._has_failed = False
+
+    def _take_over_folder(self) -> None:
+        self._release_lock()
+        self._lock = DirectoryLock(self.save_dir)
+        self._lock.acquire()
+        # Nobody else writes here then, so what any machine left is dead.
+        clean_leftovers(self.save_dir, other_machines=self._lock.is_held)
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_train_step_end(
         self,
@@ -281,33 +323,71 @@ class SaveTrainingStateCallback(TrainerCallback):
         Of a run that was interrupted, it is a ``step_<n>`` to resume from.
         """
         self._is_resumed = False
-        if not self.save_at_end or self._has_failed:
-            return
         try:
-            if trainer.interrupted is True:
-                self._save(trainer, f"step_{self._global_step}")
-            else:
-                self._save_state(trainer, self.save_dir / "final")
-        except NonFiniteLossError:
-            # That is why the run has ended, and train() is about to raise it.
-            trainer.print("The last training state is not saved: a loss was not finite")
+            if not self._has_failed:
+                self._save_at_end(trainer)
+        finally:
+            self._release_lock()
+
+    def _save_at_end(self, trainer: Trainer) -> None:
+        self._finish(trainer)
+        if trainer.interrupted is True:
+            path = self.save_dir / f"step_{self._global_step}"
+            self._save_state(trainer, path)
+            self._note_saved(trainer, path)
+        elif self.save_at_end:
+            self._save_state(trainer, self.save_dir / "final")
 
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Remember that the run has failed."""
+        """Remember that the run has failed, and let other runs have the folder."""
         self._has_failed = True
+        self._release_lock()
 
     def _save(self, trainer: Trainer, name: str) -> None:
+        """Save when it is due; an error is what ``on_save_error`` says."""
+        with self._errors_warned_of():
+            self._finish(trainer)
         path = self.save_dir / name
-        self._save_state(trainer, path)
+        with self._errors_warned_of():
+            self._save_state(trainer, path, asynchronous=self.asynchronous)
+            if self.asynchronous:
+                self._being_written = path
+            else:
+                self._note_saved(trainer, path)
+
+    @contextmanager
+    def _errors_warned_of(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if self.on_save_error == "raise":
+                raise
+            warnings.warn(
+                f"The training state was not saved; the run goes on. {error}",
+                stacklevel=3,
+            )
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Wait for a state that is being written."""
+        path, self._being_written = self._being_written, None
+        if path is not None:
+            trainer.finish_saving()
+            self._note_saved(trainer, path)
+
+    def _note_saved(self, trainer: Trainer, path: Path) -> None:
         if path in self._saved_checkpoints:
             self._saved_checkpoints.remove(path)
         self._saved_checkpoints.append(path)
         if trainer._accelerator.is_main_process:
             self._delete_old_ones()
 
-    def _save_state(self, trainer: Trainer, path: Path) -> None:
+    def _save_state(
+        self, trainer: Trainer, path: Path, *, asynchronous: bool = False
+    ) -> None:
+        # An override from before it was there is not given the argument.
+        when = {"asynchronous": True} if asynchronous else {}
         trainer.save_training_state(
-            path, checkpoint_kwargs={"global_step": self._global_step}
+            path, checkpoint_kwargs={"global_step": self._global_step}, **when
         )
         self._last_save = time.monotonic()
 

@@ -12,6 +12,7 @@ from torch import nn
 from pytorch_accelerated.callbacks.base import CallbackHandler
 from pytorch_accelerated.callbacks.best import check_watch_metric
 from pytorch_accelerated.callbacks.checkpointing import SaveBestModelCallback
+from pytorch_accelerated.distributed import same_on_all_processes
 from pytorch_accelerated.ema import ModelEma
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class ModelEmaCallback(SaveBestModelCallback):
         is_in_training_run = self._averaged_model is not None
         is_intermediate = kwargs.get("is_intermediate", False)
         if self.evaluate_during_training and is_in_training_run and not is_intermediate:
+            # Each process has averaged its own, such as the statistics of batch norm;
+            # the average that is saved is that of the first.
+            same_on_all_processes(self.ema_model.module.buffers())
             with (
                 self._average_as_model(trainer),
                 self._own_callbacks(trainer),

@@ -31,7 +31,8 @@ class PreemptionCallback(TrainerCallback):
     ``train()`` returns with ``trainer.interrupted`` set. What the script does then is
     up to it::
 
-        trainer = Trainer(..., callbacks=[PreemptionCallback, SaveTrainingStateCallback])
+        callbacks = [PreemptionCallback, SaveTrainingStateCallback]
+        trainer = Trainer(..., callbacks=callbacks)
         trainer.train(..., resume_from="auto")
         if trainer.interrupted:
             sys.exit(143)
@@ -53,8 +54,7 @@ class PreemptionCallback(TrainerCallback):
         for name in names:
             if not isinstance(name, str) or not name.startswith("SIG"):
                 raise ValueError(
-                    "signals must be names of signals such as 'SIGTERM', got "
-                    f"{name!r}."
+                    f"signals must be names of signals such as 'SIGTERM', got {name!r}."
                 )
         self.signals = [
             getattr(signal, name) for name in names if hasattr(signal, name)

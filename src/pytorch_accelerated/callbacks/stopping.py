@@ -143,8 +143,8 @@ class TerminateOnNaNCallback(TrainerCallback):
     """Stops the run, on all processes together, when a loss is NaN or infinite.
 
     After the end events of the run, ``train()`` or ``evaluate()`` raises the
-    :class:`NonFiniteLossError`, which names the epoch, the step, the learning rate and
-    the last checkpoint. Nothing is saved in between.
+    :class:`~pytorch_accelerated.errors.NonFiniteLossError`, which names the epoch, the
+    step, the learning rate and the last checkpoint. Nothing is saved in between.
 
     A step does not wait for the device: the losses are collected there and looked at
     once a second, at the end of each epoch, and before anything is saved.
@@ -154,6 +154,8 @@ class TerminateOnNaNCallback(TrainerCallback):
     """
 
     may_stop_alone = False
+    # Before others evaluate the weights of the step.
+    called_first = ("on_train_step_end",)
     # After the others have ended the run, which must not save anything.
     called_last = ("on_training_run_end", "on_evaluation_run_end")
 
@@ -209,8 +211,9 @@ class TerminateOnNaNCallback(TrainerCallback):
         self._train_losses.clear()
 
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget the losses of an evaluation that was not finished."""
+        """Look at the training losses so far: a bad one shows in the evaluation too."""
         self._eval_losses.clear()
+        self._look(trainer, self._train_losses, "training")
 
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any

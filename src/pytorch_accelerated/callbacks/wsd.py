@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.errors import NonFiniteLossError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -124,11 +123,7 @@ class WSDCheckpointCallback(TrainerCallback):
         if self._has_failed or step == self.last_checkpoint_step:
             return
         if self._is_end_of_decay(step):
-            try:
-                self._save_post_decay(trainer, step)
-            except NonFiniteLossError:
-                # That is why the run has ended, and train() is about to raise it.
-                trainer.print("The model is not saved: a loss was not finite")
+            self._save_post_decay(trainer, step)
 
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
         """Remember that the run has failed."""

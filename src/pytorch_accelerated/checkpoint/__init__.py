@@ -10,6 +10,8 @@ random generators    :func:`get_random_states`, :func:`set_random_states`
 checkpoint folders   :class:`CheckpointWriter`, :class:`Checkpoint`,
                      :func:`list_checkpoints`, :func:`newest`, :func:`best`,
                      :func:`prune`, :func:`clean_leftovers`, :func:`new_token`
+writing meanwhile    :class:`BackgroundWriter`
+one run at a time    :class:`DirectoryLock`
 states of 0.1.61     :func:`read_legacy_training_state`,
                      :func:`is_legacy_training_state`
 ==================== ===================================================================
@@ -18,6 +20,7 @@ states of 0.1.61     :func:`read_legacy_training_state`,
 ``--verify``, checks every file of them.
 """
 
+from pytorch_accelerated.checkpoint._background import BackgroundWriter
 from pytorch_accelerated.checkpoint._checkpoint import (
     Checkpoint,
     best,
@@ -36,6 +39,7 @@ from pytorch_accelerated.checkpoint._legacy import (
     is_legacy_training_state,
     read_legacy_training_state,
 )
+from pytorch_accelerated.checkpoint._lock import DirectoryLock
 from pytorch_accelerated.checkpoint._random_states import (
     get_random_states,
     set_random_states,
@@ -50,9 +54,11 @@ from pytorch_accelerated.checkpoint._weights import (
 from pytorch_accelerated.checkpoint._writer import CheckpointWriter, clean_leftovers
 
 __all__ = [
+    "BackgroundWriter",
     "Checkpoint",
     "CheckpointNotFoundError",
     "CheckpointWriter",
+    "DirectoryLock",
     "LegacyTrainingState",
     "best",
     "clean_leftovers",

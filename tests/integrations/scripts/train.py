@@ -1,6 +1,6 @@
 """A user's script: nothing in it knows how it is launched.
 
-Writes from the main process what the run ended with, and from each process where it was.
+The main process writes the weights, and each process where it was.
 """
 
 import json

@@ -1,0 +1,215 @@
+"""Training with FSDP2 on processes without a GPU, and the same without it."""
+
+import os
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import TrainerCallback
+
+NUM_EPOCHS = 3
+
+
+def create_data(num_samples=26):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(num_samples, 6, generator=generator)
+    return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
+
+
+def create_model():
+    torch.manual_seed(0)
+    # The last bias has one element: one of two processes has none of it.
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 7), nn.Linear(7, 1)
+    )
+
+
+def create_trainer(fsdp=True, callbacks=(), trainer_class=Trainer, **kwargs):
+    settings = {"state_dict_type": "SHARDED_STATE_DICT", **kwargs.pop("plugin", {})}
+    if fsdp:
+        kwargs["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2, **settings
+        )
+    model = create_model()
+    return trainer_class(
+        model,
+        loss_func=nn.MSELoss(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02),
+        callbacks=callbacks,
+        seed=3,
+        accelerator_kwargs=kwargs,
+    )
+
+
+def batch_size():
+    return 4 // int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def train(trainer, **kwargs):
+    arguments = {"num_epochs": NUM_EPOCHS, "eval_dataset": create_data(10), **kwargs}
+    return trainer.train(create_data(), per_device_batch_size=batch_size(), **arguments)
+
+
+def weights(trainer):
+    """Return the whole weights, in memory of their own."""
+    state = trainer._model_state_dict()
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+class WithoutDropout(Trainer):
+    """Processes drop other units than a single one would."""
+
+    def train_epoch_start(self):
+        super().train_epoch_start()
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+
+
+def result_of(**kwargs):
+    arguments = kwargs.pop("arguments", {})
+    trainer = create_trainer(trainer_class=WithoutDropout, **kwargs)
+    history = train(trainer, **arguments)
+    return {
+        "weights": weights(trainer),
+        "losses": list(history.get_metric_values("train_loss_epoch")),
+        "eval_losses": list(history.get_metric_values("eval_loss_epoch")),
+        "is_sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "norm": trainer.gradient_norm,
+    }
+
+
+def plain(folder):
+    return result_of(fsdp=False)
+
+
+def plain_clipped(folder):
+    return result_of(fsdp=False, arguments={"gradient_clip_norm": 0.3})
+
+
+def plain_accumulated(folder):
+    return result_of(fsdp=False, arguments={"gradient_accumulation_steps": 3})
+
+
+def sharded(folder):
+    return result_of()
+
+
+def clipped(folder):
+    return result_of(arguments={"gradient_clip_norm": 0.3})
+
+
+def accumulated(folder):
+    return result_of(arguments={"gradient_accumulation_steps": 3})
+
+
+class CountsItems(WithoutDropout):
+    """Has gradients corrected when a window closes."""
+
+    def calculate_train_batch_loss(self, batch):
+        output = super().calculate_train_batch_loss(batch)
+        return {**output, "num_items_in_batch": output["batch_size"] + 0}
+
+
+def counted(folder):
+    trainer = create_trainer(trainer_class=CountsItems)
+    train(trainer, gradient_accumulation_steps=3)
+    return {"weights": weights(trainer)}
+
+
+def evaluated_and_trained_again(folder):
+    trainer = create_trainer(trainer_class=WithoutDropout)
+    train(trainer, num_epochs=1)
+    before = trainer.evaluate(create_data(10), per_device_batch_size=batch_size())
+    train(trainer, num_epochs=1, reset_run_history=False)
+    return {
+        "evaluated": before["evaluation_loss"],
+        "losses": list(trainer.run_history.get_metric_values("eval_loss_epoch")),
+        "weights": weights(trainer),
+    }
+
+
+def trained_again_plainly(folder):
+    trainer = create_trainer(fsdp=False, trainer_class=WithoutDropout)
+    train(trainer, num_epochs=1)
+    train(trainer, num_epochs=1, reset_run_history=False)
+    return {"weights": weights(trainer)}
+
+
+def exported(folder):
+    trainer = create_trainer()
+    train(trainer, num_epochs=1)
+    trainer.save_checkpoint(folder / "exported.pt")
+    again = create_trainer()
+    train(again, num_epochs=1, max_num_train_steps=1)
+    again.load_checkpoint(folder / "exported.pt")
+    return {"weights": weights(trainer), "loaded": weights(again)}
+
+
+class SaveOnce(TrainerCallback):
+    def __init__(self, path, at_update):
+        self.path = path
+        self.at_update = at_update
+
+    def on_train_step_end(self, trainer, **kwargs):
+        if trainer.num_updates == self.at_update:
+            trainer.save_training_state(self.path)
+
+
+def _resumed(folder, kind):
+    path = folder / f"state_{kind}"
+    plugin = {"state_dict_type": kind}
+    whole = create_trainer(callbacks=[SaveOnce(path, 9)], plugin=plugin)
+    train(whole)
+    resumed = create_trainer(plugin=plugin)
+    train(resumed, resume_from=path)
+    return {
+        "whole": weights(whole),
+        "resumed": weights(resumed),
+        "histories": [
+            list(each.run_history.get_metric_values("train_loss_epoch"))
+            for each in (whole, resumed)
+        ],
+    }
+
+
+def resumed_from_parts(folder):
+    return _resumed(folder, "SHARDED_STATE_DICT")
+
+
+def resumed_from_whole_state(folder):
+    return _resumed(folder, "FULL_STATE_DICT")
+
+
+def low_precision(folder):
+    class KeepsDtype(WithoutDropout):
+        def calculate_train_batch_loss(self, batch):
+            output = super().calculate_train_batch_loss(batch)
+            self.dtype = output["loss"].dtype
+            return output
+
+    trainer = create_trainer(trainer_class=KeepsDtype, mixed_precision="bf16")
+    history = train(trainer)
+    return {
+        "loss_dtype": trainer.dtype,
+        "losses": list(history.get_metric_values("train_loss_epoch")),
+        "weights": weights(trainer),
+    }
+
+
+def refused(folder):
+    try:
+        train(create_trainer(), gradient_clip_value=0.1)
+    except ValueError as error:
+        return str(error)
+
+
+def loaded_from_parts(folder):
+    """On another number of processes, and without FSDP: see the test."""
+    trainer = create_trainer(fsdp=False)
+    trainer.load_training_state(folder / "state_SHARDED_STATE_DICT")
+    return {"weights": weights(trainer), "optimizer": trainer.optimizer.state_dict()}

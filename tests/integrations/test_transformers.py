@@ -1,0 +1,274 @@
+"""Models, tokenizers, schedules and adapters of the Hugging Face libraries."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.data import epoch_order
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+NUM_UPDATES_OF_RUN = (
+    TrainerPlaceholderValues.NUM_EPOCHS
+    * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+)
+
+
+class Tokenized(Dataset):
+    """Texts with labels, of the length that each has."""
+
+    def __init__(self, samples, tokenizer):
+        self.samples, self.tokenizer = samples, tokenizer
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        text, label = self.samples[index]
+        encoded = self.tokenizer(text, truncation=True, max_length=24)
+        return {**encoded, "labels": label}
+
+
+class RecordLearningRates(TrainerCallback):
+    def on_training_run_start(self, trainer, **kwargs):
+        self.values = []
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.values.append(trainer.optimizer.param_groups[0]["lr"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bert_folder):
+    return transformers.AutoTokenizer.from_pretrained(bert_folder)
+
+
+@pytest.fixture(scope="module")
+def collate(tokenizer):
+    return transformers.DataCollatorWithPadding(tokenizer)
+
+
+@pytest.fixture
+def create_bert(bert_folder):
+    """Create the pretrained classifier of three classes, always with the same head."""
+
+    def create(**kwargs):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return transformers.AutoModelForSequenceClassification.from_pretrained(
+                bert_folder, num_labels=3, **kwargs
+            )
+
+    return create
+
+
+def fine_tune_by_hand(model, dataset, collate, *, seed, lr, batch_size):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    num_updates = 2 * len(dataset) // batch_size
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 2, num_updates)
+    torch.manual_seed(seed)
+    model.train()
+    for epoch in (1, 2):
+        order = epoch_order(len(dataset), seed, epoch)
+        for indices in order.split(batch_size):
+            batch = collate([dataset[index] for index in indices.tolist()])
+            model(**batch).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return model
+
+
+def fine_tune(model, dataset, collate, *, seed, lr, batch_size, callbacks=(), **kwargs):
+    trainer = Trainer(
+        model,
+        loss_func=None,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=lr),
+        callbacks=callbacks,
+        seed=seed,
+    )
+    trainer.train(
+        dataset,
+        num_epochs=2,
+        per_device_batch_size=batch_size,
+        collate_fn=collate,
+        create_scheduler_fn=partial(
+            transformers.get_linear_schedule_with_warmup,
+            num_warmup_steps=2,
+            num_training_steps=NUM_UPDATES_OF_RUN,
+        ),
+        **kwargs,
+    )
+    return trainer
+
+
+def test_a_bert_is_fine_tuned_bit_for_bit_as_by_hand(
+    create_bert, tweets, tokenizer, collate
+):
+    dataset = Tokenized(tweets[:48], tokenizer)
+    settings = {"seed": 3, "lr": 5e-5, "batch_size": 8}
+    by_hand = fine_tune_by_hand(create_bert(), dataset, collate, **settings)
+    rates = RecordLearningRates()
+
+    trainer = fine_tune(create_bert(), dataset, collate, callbacks=[rates], **settings)
+
+    for name, tensor in by_hand.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], tensor), name
+    # Two updates up to 5e-5, ten down; the twelfth is the last above zero.
+    expected = [0.0, 2.5e-5, *(5e-5 * (10 - i) / 10 for i in range(10))]
+    assert rates.values == pytest.approx(expected)
+
+
+def test_a_bert_learns_the_sentiment_of_tweets(create_bert, tweets, tokenizer, collate):
+    train, test = tweets[::2], tweets[1::8]
+    model = create_bert()
+
+    class WithAccuracy(Trainer):
+        def calculate_eval_batch_loss(self, batch):
+            output = super().calculate_eval_batch_loss(batch)
+            predictions = output["model_outputs"].logits.argmax(dim=1)
+            output["accuracy"] = (predictions == batch["labels"]).float().mean()
+            return output
+
+    trainer = WithAccuracy(
+        model, None, torch.optim.AdamW(model.parameters(), lr=2e-4), (), seed=0
+    )
+    arguments = {"per_device_batch_size": 16, "collate_fn": collate}
+    trainer.train(Tokenized(train, tokenizer), num_epochs=3, **arguments)
+
+    metrics = trainer.evaluate(Tokenized(test, tokenizer), **arguments)
+
+    most_frequent = max(sum(label == k for _, label in test) for k in range(3))
+    assert metrics["evaluation_accuracy"] > most_frequent / len(test) + 0.05
+
+
+def test_a_trained_model_can_be_saved_and_loaded_by_transformers(
+    create_bert, tweets, tokenizer, collate, tmp_path
+):
+    dataset = Tokenized(tweets[:8], tokenizer)
+    trainer = fine_tune(create_bert(), dataset, collate, seed=0, lr=1e-4, batch_size=4)
+
+    trainer.get_model().save_pretrained(tmp_path)
+
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.num_labels == 3
+    batch = collate([dataset[0], dataset[1]])
+    trainer.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(**batch).logits, trainer.model(**batch).logits, rtol=0, atol=0
+        )
+
+
+class CausalLMTrainer(Trainer):
+    """Weights every token alike, whatever the lengths of the texts in a batch."""
+
+    def calculate_train_batch_loss(self, batch):
+        output = super().calculate_train_batch_loss(batch)
+        # The first token of a text is predicted from nothing, so it has no loss.
+        output["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum()
+        return output
+
+
+def collate_texts(texts):
+    """Pad lists of tokens; the padding is not to be predicted."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t in texts])
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def create_causal_lm():
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return transformers.LlamaForCausalLM(config).double()
+
+
+def test_accumulation_of_texts_of_different_lengths_equals_the_large_batch():
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        torch.randint(1, 50, (length,), generator=generator).tolist()
+        for length in (3, 20, 5, 4, 30, 6, 2, 17)
+    ]
+
+    def train(batch_size, gradient_accumulation_steps):
+        model = create_causal_lm()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        trainer = CausalLMTrainer(model, None, optimizer, (), seed=0)
+        trainer.train(
+            texts,
+            num_epochs=3,
+            per_device_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            collate_fn=collate_texts,
+        )
+        return model, trainer.run_history.get_metric_values("train_loss_epoch")
+
+    large, large_losses = train(8, 1)
+    small, small_losses = train(2, 4)
+
+    # The model is in float64, but transformers calculates every loss in float32.
+    torch.testing.assert_close(
+        small.state_dict(), large.state_dict(), rtol=0, atol=1e-7
+    )
+    assert small_losses == pytest.approx(large_losses, rel=1e-6)
+    assert large_losses[2] < large_losses[0]
+
+
+# PEFT asks transformers for a property by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_lora_adapters_train_alone_and_are_saved_alone(
+    create_bert, tweets, tokenizer, collate, tmp_path
+):
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query"])
+    model = peft.get_peft_model(create_bert(), config)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    dataset = Tokenized(tweets[:16], tokenizer)
+
+    trainer = fine_tune(model, dataset, collate, seed=0, lr=1e-3, batch_size=8)
+
+    changed = {
+        name
+        for name, tensor in model.named_parameters()
+        if not torch.equal(tensor, before[name])
+    }
+    assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "classifier" in name for name in changed)
+
+    trainer.get_model().save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 1_000_000
+    loaded = peft.PeftModel.from_pretrained(create_bert(), tmp_path).eval()
+    batch = collate([dataset[0], dataset[1]])
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0
+        )
+
+
+def test_gradient_checkpointing_of_the_model_changes_no_weights(
+    create_bert, tweets, tokenizer, collate
+):
+    dataset = Tokenized(tweets[:16], tokenizer)
+    settings = {"seed": 0, "lr": 1e-4, "batch_size": 8}
+    plain = fine_tune(create_bert(), dataset, collate, **settings)
+    model = create_bert()
+    model.activation_checkpointing_enable()
+
+    trainer = fine_tune(model, dataset, collate, **settings)
+
+    torch.testing.assert_close(trainer.model.state_dict(), plain.model.state_dict())

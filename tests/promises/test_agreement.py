@@ -1,0 +1,441 @@
+"""R2, R15: a stop on one process stops all of them, at the same update."""
+
+import contextlib
+import io
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from accelerate.utils import InitProcessGroupKwargs
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    ProgressBarCallback,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.trainer import Trainer
+
+
+def samples(count):
+    return TensorDataset(torch.ones(count, 1), torch.zeros(count, 1))
+
+
+class Keeps(TrainerCallback):
+    """Notes the events of the end, and raises nothing."""
+
+    may_stop_alone = False
+
+    def __init__(self):
+        self.ends = []
+
+    def on_stop_training_error(self, trainer, **kwargs):
+        self.ends.append("stop")
+
+    def on_exception(self, trainer, exception, **kwargs):
+        self.ends.append("exception")
+
+    def on_training_run_end(self, trainer, **kwargs):
+        self.ends.append("end")
+
+
+class RaisesOnOneProcess(TrainerCallback):
+    """Raises an error in an event, when it has been called a number of times."""
+
+    def __init__(self, event, error, calls=1, process=1):
+        self.error, self.calls, self.process = error, calls, process
+        setattr(self, event, self._count)
+
+    def _count(self, trainer, **kwargs):
+        self.calls -= 1
+        if self.calls == 0 and trainer._accelerator.process_index == self.process:
+            raise self.error
+
+
+def train(callbacks, trainer_class=Trainer, **kwargs):
+    """Train; return all that tells how the run ended."""
+    model = nn.Linear(1, 1)
+    keeps = Keeps()
+    trainer = trainer_class(
+        model,
+        nn.MSELoss(),
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        [*callbacks, keeps],
+        accelerator_kwargs=kwargs.pop("accelerator_kwargs", None),
+    )
+    error, printed = None, io.StringIO()
+    arguments = {"num_epochs": 3, "eval_dataset": samples(8), **kwargs}
+    with contextlib.redirect_stdout(printed):
+        try:
+            trainer.train(samples(20), per_device_batch_size=1, **arguments)
+        except Exception as raised:
+            error = raised
+    return {
+        "updates": trainer.num_updates,
+        "error": type(error).__name__,
+        "message": str(error),
+        "ends": keeps.ends,
+        "printed": printed.getvalue(),
+        "epoch": trainer.run_history.current_epoch,
+        "is plain": trainer.model is model,
+    }
+
+
+def check_stopped(runs, updates, message):
+    """All stopped after so many updates, in order, and the first one says why."""
+    for run in runs:
+        assert run["updates"] == updates
+        assert run["error"] == "NoneType"
+        assert run["ends"] == ["stop", "end"]
+        assert run["is plain"]
+    assert message in runs[0]["printed"]
+
+
+def check_failed(runs, updates, message, failing=1, error="ValueError"):
+    """All failed after so many updates, and all say why."""
+    for process, run in enumerate(runs):
+        assert run["updates"] == updates
+        assert run["error"] == (error if process == failing else "RuntimeError")
+        assert message in run["message"]
+        assert run["ends"] == ["exception"]
+        assert run["is plain"]
+
+
+# ---------------------------------------------------------------- stops in a callback
+
+
+def test_a_stop_after_an_update_stops_both_at_that_update(on_processes):
+    """Defect 40."""
+
+    def run():
+        stop = StopTrainingError("enough")
+        return [
+            train([RaisesOnOneProcess(event, stop, calls=3)])
+            for event in ("on_train_step_end", "on_train_update_end")
+        ]
+
+    for runs in zip(*on_processes(2, run), strict=True):
+        check_stopped(runs, 3, "Process 1 raised StopTrainingError('enough')")
+
+
+def test_a_stop_amid_a_window_stops_both_when_the_window_ends(on_processes):
+    def run():
+        stop = RaisesOnOneProcess(
+            "on_train_step_end", StopTrainingError("enough"), calls=4
+        )
+        return train([stop], gradient_accumulation_steps=3)
+
+    check_stopped(on_processes(2, run), 2, "enough")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_error_in_a_callback_is_raised_on_both_at_that_update(on_processes, process):
+    """Defect 40; the other process says where the error comes from."""
+
+    def run():
+        error = ValueError("a wrong turn")
+        callback = RaisesOnOneProcess("on_train_step_end", error, 5, process)
+        return train([callback])
+
+    runs = on_processes(2, run)
+    check_failed(runs, 5, "a wrong turn", failing=process)
+    assert f"Process {process} raised ValueError" in runs[1 - process]["message"]
+
+
+# The updates that are done when an event happens for the first time; 10 an epoch.
+EVENTS = {
+    "on_training_run_start": 0,
+    "on_train_epoch_start": 0,
+    "on_train_step_start": 1,  # the window is finished first
+    "on_train_epoch_end": 10,
+    "on_eval_epoch_start": 10,
+    "on_eval_step_start": 10,
+    "on_eval_step_end": 10,
+    "on_eval_epoch_end": 10,
+    "on_training_run_epoch_end": 10,
+}
+
+
+def test_an_error_in_any_event_is_raised_on_both(on_processes):
+    """Defect 39."""
+
+    def run():
+        return [
+            train([RaisesOnOneProcess(event, ValueError(event))]) for event in EVENTS
+        ]
+
+    for runs, (event, updates) in zip(
+        zip(*on_processes(2, run), strict=True), EVENTS.items(), strict=True
+    ):
+        check_failed(runs, updates, event)
+
+
+HOOKS = {
+    "training_run_start": 0,
+    "train_epoch_start": 0,
+    "train_epoch_end": 10,
+    "eval_epoch_start": 10,
+    "eval_epoch_end": 10,
+    "training_run_epoch_end": 10,
+}
+
+
+def test_an_error_in_a_hook_between_steps_is_raised_on_both(on_processes):
+    def failing_in(hook):
+        def fail(trainer):
+            if trainer._accelerator.process_index == 1:
+                raise ValueError(hook)
+
+        return type("Fails", (Trainer,), {hook: fail})
+
+    def run():
+        return [train([], failing_in(hook)) for hook in HOOKS]
+
+    for runs, (hook, updates) in zip(
+        zip(*on_processes(2, run), strict=True), HOOKS.items(), strict=True
+    ):
+        check_failed(runs, updates, hook)
+
+
+def test_callbacks_that_communicate_still_meet_when_another_one_fails(on_processes):
+    """An error before them in the list kept one process from them: the other hung."""
+
+    def run():
+        return [
+            train([RaisesOnOneProcess(event, ValueError("first")), *others])
+            for event, *others in (
+                ("on_training_run_epoch_end", EarlyStoppingCallback()),
+                ("on_train_step_end", TerminateOnNaNCallback()),
+            )
+        ]
+
+    early_stopping, non_finite = zip(*on_processes(2, run), strict=True)
+    check_failed(early_stopping, 10, "first")
+    check_failed(non_finite, 1, "first")
+
+
+def test_an_error_that_all_raise_wins_over_that_of_one_process(on_processes):
+    def run():
+        return train(
+            [
+                RaisesOnOneProcess("on_train_step_end", ValueError("of one"), 1, 0),
+                TerminateOnNaNCallback(),
+            ],
+            BadOnOneProcess,
+        )
+
+    for result in on_processes(2, run):
+        assert result["error"] == "NonFiniteLossError"
+
+
+# -------------------------------------------------------------------- what stops a run
+
+
+class BadOnOneProcess(Trainer):
+    """Has a loss that is NaN on the second process, from some step on."""
+
+    bad_step = 0
+
+    def calculate_train_batch_loss(self, batch):
+        output = super().calculate_train_batch_loss(batch)
+        if self._accelerator.process_index == 1 and self.num_steps >= self.bad_step:
+            output["loss"] = output["loss"] * torch.nan
+        return output
+
+
+class BadLater(BadOnOneProcess):
+    bad_step = 4
+
+
+def test_a_loss_that_is_nan_on_one_process_stops_both(on_processes):
+    """Defects 21 and 40."""
+
+    def run():
+        return [
+            train([TerminateOnNaNCallback(), *others], BadOnOneProcess)
+            for others in ((), (RaisesOnOneProcess("on_train_step_end", None, 99),))
+        ]
+
+    for results in on_processes(2, run):
+        for result in results:
+            assert result["error"] == "NonFiniteLossError"
+            assert result["updates"] == 1
+            assert result["ends"] == ["stop", "end"]
+            assert "at step 0" in result["message"]
+
+
+class SavesEveryUpdate(TrainerCallback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_update_end(self, trainer, num_updates, **kwargs):
+        trainer.save_checkpoint(self.folder / f"{num_updates}.pt")
+
+
+def test_nothing_is_saved_when_the_loss_of_one_process_is_nan(on_processes, tmp_path):
+    """The save itself looks, on all processes together; the fifth update has the NaN."""
+
+    def run():
+        return train([TerminateOnNaNCallback(), SavesEveryUpdate(tmp_path)], BadLater)
+
+    for result in on_processes(2, run):
+        assert result["error"] == "NonFiniteLossError"
+        assert result["updates"] == 6
+    saved = {path.name for path in tmp_path.glob("*.pt")}
+    assert {"1.pt", "4.pt"} <= saved
+    assert "6.pt" not in saved
+
+
+class OtherMetricOnEachProcess(Trainer):
+    def eval_epoch_end(self):
+        epoch = self.run_history.current_epoch
+        sign = 1 - 2 * self._accelerator.process_index
+        self.run_history.update_metric("score", sign * epoch)
+
+
+def test_early_stopping_follows_the_main_process_where_metrics_differ(on_processes):
+    """Defect 40: the score of the first process gets better, that of the second worse."""
+
+    def run():
+        return [
+            train(
+                [EarlyStoppingCallback(1, 0.0, "score", greater_is_better=greater)],
+                OtherMetricOnEachProcess,
+            )
+            for greater in (True, False)
+        ]
+
+    for goes_on, stops in on_processes(2, run):
+        assert goes_on["updates"] == 30
+        assert stops["updates"] == 20
+        assert stops["ends"] == ["stop", "end"]
+
+
+def test_the_limit_of_updates_ends_both_at_once(on_processes):
+    def run():
+        return train([], max_num_train_steps=13)
+
+    for result in on_processes(2, run):
+        assert result["updates"] == 13
+        assert result["ends"] == ["end"]
+        assert result["epoch"] == 3
+
+
+def test_a_stop_that_all_processes_raise_in_a_step_ends_the_run_in_order(on_processes):
+    class Stops(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            if self.num_steps == 4:
+                raise StopTrainingError("all of us")
+            return super().calculate_train_batch_loss(batch)
+
+    check_stopped(on_processes(2, lambda: train([], Stops)), 4, "all of us")
+
+
+# ------------------------------------------------------------- what the agreement costs
+
+
+def count_collectives(callbacks, trainer_class=Trainer):
+    """Return how many collectives of ours an update of a run costs, at most."""
+    names = ("all_reduce", "broadcast", "all_gather_into_tensor", "all_gather_object")
+    count = [0]
+
+    def counting(collective):
+        def call(*args, **kwargs):
+            count[0] += 1
+            return collective(*args, **kwargs)
+
+        return call
+
+    class CountsPerUpdate(trainer_class):
+        counts = ()
+
+        def optimizer_zero_grad(self):
+            self.counts = (*self.counts, count[0])
+            super().optimizer_zero_grad()
+
+    originals = {name: getattr(torch.distributed, name) for name in names}
+    for name, collective in originals.items():
+        setattr(torch.distributed, name, counting(collective))
+    model = nn.Linear(1, 1)
+    trainer = CountsPerUpdate(
+        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.01), callbacks
+    )
+    trainer.train(samples(200), num_epochs=1, per_device_batch_size=1)
+    for name, collective in originals.items():
+        setattr(torch.distributed, name, collective)
+    return [
+        after - before
+        for before, after in zip(trainer.counts, trainer.counts[1:], strict=False)
+    ]
+
+
+class CountsTokens(Trainer):
+    def calculate_train_batch_loss(self, batch):
+        output = super().calculate_train_batch_loss(batch)
+        return {**output, "num_items_in_batch": torch.tensor(1 + self.num_steps % 3)}
+
+
+def test_an_update_costs_a_collective_only_where_it_has_to(on_processes):
+    def run():
+        listens = RaisesOnOneProcess("on_train_step_end", None, 10**6)
+        usual = [TerminateOnNaNCallback(), ProgressBarCallback(), Keeps()]
+        return [
+            count_collectives([]),
+            count_collectives(usual),
+            count_collectives([listens]),
+            count_collectives([], CountsTokens),
+        ]
+
+    for none, usual, listened_to, counted in on_processes(2, run):
+        assert set(none) == {0}
+        # A look for NaN after 1, 2, 4, ... updates while they take under a second.
+        assert set(usual) == {0, 2}
+        assert usual.count(2) < 10
+        assert set(listened_to) == {1}
+        assert set(counted) == {1}
+
+
+# ----------------------------------------------------------------- a process that hangs
+
+
+class HangsInACallback(TrainerCallback):
+    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+        hang_on_one_process(trainer)
+
+
+class HangsInAStep(Trainer):
+    def calculate_train_batch_loss(self, batch):
+        hang_on_one_process(self)
+        return super().calculate_train_batch_loss(batch)
+
+
+def hang_on_one_process(trainer):
+    if trainer._accelerator.process_index == 1 and trainer.num_steps == 2:
+        time.sleep(6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs_in", ["a callback", "a step"])
+def test_nobody_waits_longer_than_the_timeout_of_the_user(on_processes, hangs_in):
+    def run():
+        timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
+        result = train(
+            [HangsInACallback()] if hangs_in == "a callback" else [],
+            Trainer if hangs_in == "a callback" else HangsInAStep,
+            accelerator_kwargs={"kwargs_handlers": [timeout]},
+        )
+        torch.distributed.destroy_process_group()
+        return result
+
+    waiting, _ = on_processes(2, run, timeout_seconds=60)
+    assert waiting["updates"] <= 3
+    assert waiting["error"] != "NoneType"
+
+
+def test_the_error_of_a_collective_names_its_kind():
+    """What one process raises as a kind of stop, the others raise as the same kind."""
+    assert issubclass(NonFiniteLossError, StopTrainingError)

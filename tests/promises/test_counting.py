@@ -1,0 +1,258 @@
+"""R8: updates, steps and samples; limits; runs that go on; placeholders."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
+from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.updates, self.epochs, self.steps = [], [], []
+
+    def on_train_update_end(self, trainer, num_updates, **kwargs):
+        self.updates.append(num_updates)
+
+    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+        self.steps.append(kwargs["step"])
+
+    def on_training_run_epoch_end(self, trainer, **kwargs):
+        self.epochs.append(trainer.run_history.current_epoch)
+
+
+class CountsOptimizerSteps(Trainer):
+    num_optimizer_steps = 0
+
+    def optimizer_step(self):
+        self.num_optimizer_steps += 1
+        super().optimizer_step()
+
+
+class KeepsArguments:
+    """Takes the place of a scheduler, to look at what placeholders stand for."""
+
+    def __init__(self, optimizer, **arguments):
+        self.arguments = arguments
+
+    def step(self):
+        pass
+
+    def state_dict(self):
+        return {}
+
+
+PLACEHOLDERS = {member.name: member for member in TrainerPlaceholderValues}
+
+
+def samples(count):
+    return TensorDataset(torch.ones(count, 1), torch.zeros(count, 1))
+
+
+def create_trainer(callbacks=()):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return CountsOptimizerSteps(model, nn.MSELoss(), optimizer, callbacks)
+
+
+def count(num_samples, num_epochs, callbacks=(), **kwargs):
+    recorder = Recorder()
+    trainer = create_trainer([recorder, *callbacks])
+    history = trainer.train(
+        samples(num_samples),
+        num_epochs,
+        eval_dataset=samples(8),
+        create_scheduler_fn=partial(KeepsArguments, **PLACEHOLDERS),
+        **kwargs,
+    )
+    return {
+        "updates": trainer.num_updates,
+        "optimizer steps": trainer.num_optimizer_steps,
+        "steps": trainer.num_steps,
+        "samples": trainer.num_samples_seen,
+        "numbers of updates": recorder.updates,
+        "numbers of steps": recorder.steps,
+        "epochs": recorder.epochs,
+        "planned epochs": trainer.run_config.num_epochs,
+        "per epoch": trainer.run_config.num_update_steps_per_epoch,
+        "per epoch too": trainer.run_config.num_local_update_steps_per_epoch,
+        "limit": trainer.run_config.max_num_train_steps,
+        "total batch size": trainer.run_config.train_total_batch_size,
+        "placeholders": trainer.scheduler.arguments,
+        "train losses": len(history.get_metric_values("train_loss_epoch")),
+        "eval losses": len(history.get_metric_values("eval_loss_epoch")),
+        "next epoch": history.current_epoch,
+    }
+
+
+# The arguments of a run, with batches of 4 samples over all processes.
+GRID = [
+    {
+        "num_samples": num_samples,
+        "num_epochs": num_epochs,
+        "gradient_accumulation_steps": accumulation,
+        "max_num_train_steps": limit,
+    }
+    for num_samples in (8, 10, 21)
+    for num_epochs in (1, 3)
+    for accumulation in (1, 2, 4)
+    for limit in (None, 1, 5, 100)
+]
+
+
+def check(counts, case, num_processes):
+    steps = math.ceil(case["num_samples"] / 4)
+    accumulation = case["gradient_accumulation_steps"]
+    per_epoch = math.ceil(steps / accumulation)
+    total = min(case["num_epochs"] * per_epoch, case["max_num_train_steps"] or math.inf)
+    whole_epochs, rest = divmod(total, per_epoch)
+    num_epochs = math.ceil(total / per_epoch)
+    # In an epoch that is cut short, all windows are full ones.
+    num_steps = whole_epochs * steps + rest * accumulation
+    num_samples = whole_epochs * case["num_samples"] + rest * accumulation * 4
+    assert counts["updates"] == counts["optimizer steps"] == total, case
+    assert counts["steps"] == num_steps, case
+    assert counts["samples"] == num_samples, case
+    assert counts["numbers of updates"] == list(range(1, total + 1)), case
+    assert counts["numbers of steps"] == [
+        *list(range(steps)) * whole_epochs,
+        *range(rest * accumulation),
+    ], case
+    assert counts["epochs"] == list(range(1, num_epochs + 1)), case
+    # Also an epoch that was cut short has its loss and its evaluation.
+    assert counts["train losses"] == counts["eval losses"] == num_epochs, case
+    assert counts["next epoch"] == num_epochs + 1, case
+    assert counts["planned epochs"] == num_epochs, case
+    assert counts["per epoch"] == counts["per epoch too"] == per_epoch, case
+    assert counts["total batch size"] == 4 * accumulation, case
+    limit = case["max_num_train_steps"]
+    assert counts["limit"] == (limit or case["num_epochs"] * per_epoch + 1), case
+    placeholders = counts["placeholders"]
+    assert placeholders["NUM_EPOCHS"] == num_epochs, case
+    assert placeholders["TRAIN_DATALOADER_LEN"] == steps, case
+    assert placeholders["EVAL_DATALOADER_LEN"] == 2, case
+    # What a schedule is told is the length of the run: one that is cut short amid an
+    # epoch counts as so many whole ones.
+    assert (
+        placeholders["NUM_UPDATE_STEPS_PER_EPOCH"]
+        == placeholders["PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH"]
+    ), case
+
+
+def test_one_process_counts_what_it_did():
+    """Defects 15, 17 and 58."""
+    for case in GRID:
+        check(count(**case, per_device_batch_size=4), case, 1)
+
+
+def test_two_processes_count_what_the_job_did(on_processes):
+    """Defects 1 and 15."""
+    runs = on_processes(
+        2, lambda: [count(**case, per_device_batch_size=2) for case in GRID]
+    )
+    for process in runs:
+        for counts, case in zip(process, GRID, strict=True):
+            check(counts, case, 2)
+
+
+def test_the_samples_of_a_run_that_is_never_whole_are_still_counted():
+    case = {"num_samples": 7, "num_epochs": 2}
+    assert count(**case, per_device_batch_size=2)["samples"] == 14
+    dropped = count(
+        **case, per_device_batch_size=2, train_dataloader_kwargs={"drop_last": True}
+    )
+    assert dropped["samples"] == 12
+    assert dropped["per epoch"] == 3
+
+
+def test_a_limit_of_batches_is_part_of_all_counts():
+    """Defects 38 and 58: the last window was never applied."""
+    counts = count(
+        20,
+        2,
+        [LimitBatchesCallback(3)],
+        per_device_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    assert counts["steps"] == 6
+    assert counts["updates"] == counts["optimizer steps"] == 4
+    assert counts["per epoch"] == 2
+    assert counts["placeholders"]["TRAIN_DATALOADER_LEN"] == 3
+
+
+def test_limits_are_those_of_each_call():
+    """Defect 7: a run that went on stopped early."""
+    trainer = create_trainer()
+    arguments = {"per_device_batch_size": 2, "reset_run_history": False}
+    trainer.train(samples(8), 2, **arguments)
+    trainer.train(samples(8), 6, **arguments)
+    assert trainer.num_updates == 24
+    trainer.train(samples(8), 9, max_num_train_steps=5, **arguments)
+    assert trainer.num_updates == 5
+    assert trainer.num_optimizer_steps == 8 + 24 + 5
+    history = trainer.run_history
+    assert len(history.get_metric_values("train_loss_epoch")) == 2 + 6 + 2
+    assert history.current_epoch == 11
+    assert [record.epoch for record in history.records("train_loss_epoch")] == list(
+        range(1, 11)
+    )
+
+
+def test_a_run_that_resets_the_history_starts_from_epoch_one():
+    trainer = create_trainer()
+    trainer.train(samples(8), 2, per_device_batch_size=2)
+    trainer.train(samples(8), 1, per_device_batch_size=2)
+    assert trainer.run_history.current_epoch == 2
+    assert len(trainer.run_history.get_metric_values("train_loss_epoch")) == 1
+
+
+def test_evaluate_adds_to_the_history():
+    """Defect 57: it was wiped."""
+    trainer = create_trainer()
+    trainer.train(samples(8), 2, per_device_batch_size=2)
+    trainer.evaluate(samples(4))
+    trainer.evaluate(samples(4))
+    history = trainer.run_history
+    assert len(history.get_metric_values("train_loss_epoch")) == 2
+    assert len(history.get_metric_values("evaluation_loss")) == 2
+
+
+def test_metrics_know_the_update_at_which_they_were_recorded():
+    history = create_trainer().train(samples(8), 2, per_device_batch_size=2)
+    assert [record.step for record in history.records("train_loss_epoch")] == [4, 8]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(samples(10))
+
+
+def test_a_stream_of_unknown_length_ends_by_itself_or_at_the_limit():
+    trainer = create_trainer()
+    trainer.train(Stream(), 2, per_device_batch_size=3, gradient_accumulation_steps=3)
+    # Batches of 3, 3, 3 and 1: two windows in each epoch.
+    assert (trainer.num_steps, trainer.num_updates) == (8, 4)
+    assert trainer.num_samples_seen == 20
+    trainer.train(Stream(), 100, per_device_batch_size=3, max_num_train_steps=6)
+    assert (trainer.num_steps, trainer.num_updates) == (6, 6)
+    assert trainer.run_config.num_update_steps_per_epoch is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be"),
+        ({"gradient_accumulation_steps": -2}, "gradient_accumulation_steps must be"),
+        ({"max_num_train_steps": 0}, "max_num_train_steps must be"),
+        ({"num_epochs": -1}, "num_epochs must be"),
+    ],
+)
+def test_numbers_that_make_no_run_are_refused(arguments, message):
+    """Defect 59."""
+    with pytest.raises(ValueError, match=message):
+        create_trainer().train(samples(4), **{"num_epochs": 1, **arguments})

@@ -1,0 +1,219 @@
+"""R6 and R9: modes, left-over gradients, and clipping once per update."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated.callbacks import StepBasedEvaluationCallback, TrainerCallback
+from pytorch_accelerated.errors import StopTrainingError
+from pytorch_accelerated.trainer import Trainer
+
+
+def samples(count, inputs=1.0):
+    return TensorDataset(torch.full((count, 1), inputs), torch.zeros(count, 1))
+
+
+def one_weight(weight=1.0):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, weight)
+    return model
+
+
+def sgd(model, lr=0.25):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+# ------------------------------------------------------------------------------ modes
+
+
+def with_batch_norms():
+    return nn.Sequential(
+        nn.Linear(1, 2),
+        nn.BatchNorm1d(2),
+        nn.Dropout(),
+        nn.BatchNorm1d(2),
+        nn.Linear(2, 1),
+    )
+
+
+class KeepsModes(TrainerCallback):
+    def __init__(self):
+        self.training, self.evaluating = [], []
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.training.append([m.training for m in trainer.get_model()])
+
+    def on_eval_step_start(self, trainer, **kwargs):
+        self.evaluating.append([m.training for m in trainer.get_model()])
+
+
+def train_with_a_frozen_batch_norm():
+    model = with_batch_norms()
+    model[1].eval()
+    keeps = KeepsModes()
+    trainer = Trainer(
+        model, nn.MSELoss(), sgd(model), [StepBasedEvaluationCallback(1), keeps]
+    )
+    trainer.train(
+        samples(8), num_epochs=2, eval_dataset=samples(4), per_device_batch_size=2
+    )
+    means = [model[1].running_mean.clone(), model[3].running_mean.clone()]
+    return keeps.training, keeps.evaluating, [m.training for m in model], means
+
+
+FROZEN = [True, False, True, True, True]
+
+
+def check_modes(result):
+    training, evaluating, left, (frozen_mean, mean) = result
+    assert all(modes == FROZEN for modes in training)
+    assert not any(any(modes) for modes in evaluating)
+    assert left == FROZEN
+    assert torch.equal(frozen_mean, torch.zeros(2))
+    assert not torch.equal(mean, torch.zeros(2))
+
+
+def test_a_frozen_batch_norm_stays_frozen_through_evaluations_amid_an_epoch():
+    """Defects 12 and 46."""
+    check_modes(train_with_a_frozen_batch_norm())
+
+
+def test_a_frozen_batch_norm_stays_frozen_on_both_processes(on_processes):
+    for result in on_processes(2, train_with_a_frozen_batch_norm):
+        check_modes(result)
+
+
+def test_modes_come_back_when_an_evaluation_fails():
+    class Fails(Trainer):
+        def calculate_eval_batch_loss(self, batch):
+            raise ZeroDivisionError
+
+    model = with_batch_norms()
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError):
+        Fails(model, nn.MSELoss(), None, ()).evaluate(samples(4))
+    assert [m.training for m in model] == FROZEN
+
+
+def test_evaluate_leaves_a_model_in_evaluation_mode_as_it_was():
+    model = with_batch_norms().eval()
+    Trainer(model, nn.MSELoss(), None, ()).evaluate(samples(4))
+    assert not any(m.training for m in model.modules())
+
+
+# -------------------------------------------------------------------------- gradients
+
+
+def test_a_gradient_that_was_left_does_not_enter_the_first_update():
+    """Defect 29."""
+    model = one_weight()
+    model.weight.grad = torch.tensor([[100.0]])
+    Trainer(model, nn.MSELoss(), sgd(model), ()).train(samples(1), 1)
+    assert model.weight.item() == 0.5
+
+
+class StopsInsideAWindow(TrainerCallback):
+    is_armed = True
+
+    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+        if self.is_armed:
+            self.is_armed = False
+            raise StopTrainingError("in the middle of a window")
+
+
+def test_the_gradient_of_a_run_stopped_inside_a_window_does_not_enter_the_next():
+    """Defect 29."""
+    model = one_weight()
+    trainer = Trainer(model, nn.MSELoss(), sgd(model), [StopsInsideAWindow()])
+    arguments = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer.train(samples(2), 1, **arguments)
+    assert model.weight.item() == 1.0
+    trainer.train(samples(2), 1, **arguments)
+    assert model.weight.item() == 0.5
+
+
+def test_evaluation_makes_no_gradient():
+    model = one_weight()
+    Trainer(model, nn.MSELoss(), None, ()).evaluate(samples(2))
+    assert model.weight.grad is None
+
+
+# --------------------------------------------------------------------------- clipping
+
+
+class KeepsNorms(TrainerCallback):
+    def __init__(self):
+        self.norms = []
+
+    def on_train_update_end(self, trainer, **kwargs):
+        self.norms.append(trainer.gradient_norm)
+
+
+def opposed():
+    """Two samples whose gradients for a weight of 1 are 8 and -7: their mean is 0.5."""
+    return TensorDataset(torch.ones(2, 1), torch.tensor([[-3.0], [4.5]]))
+
+
+def train_on_opposed(num_processes=1, **clip):
+    model, keeps = one_weight(), KeepsNorms()
+    trainer = Trainer(model, nn.MSELoss(), sgd(model), [keeps])
+    trainer.train(
+        opposed(),
+        1,
+        per_device_batch_size=1,
+        gradient_accumulation_steps=2 // num_processes,
+        train_dataloader_kwargs={"shuffle": False},
+        **clip,
+    )
+    return model.weight.item(), keeps.norms
+
+
+@pytest.mark.parametrize(
+    ("clip", "weight"),
+    [
+        ({}, 1 - 0.25 * 0.5),
+        ({"gradient_clip_value": 1.0}, 1 - 0.25 * 0.5),
+        ({"gradient_clip_norm": 1.0}, 1 - 0.25 * 0.5),
+        ({"gradient_clip_value": 0.1}, 1 - 0.25 * 0.1),
+        ({"gradient_clip_norm": 0.1}, 1 - 0.25 * 0.1),
+    ],
+)
+def test_the_gradient_of_the_whole_window_is_clipped_once(on_processes, clip, weight):
+    """Defect 4: each part was clipped, which turned the sign of the sum."""
+    one = train_on_opposed(**clip)
+    for result, norms in (one, *on_processes(2, lambda: train_on_opposed(2, **clip))):
+        assert result == pytest.approx(weight, rel=1e-5)
+        if "gradient_clip_norm" in clip:
+            # Before clipping, and left on the device.
+            assert [norm.item() for norm in norms] == pytest.approx([0.5])
+        else:
+            assert norms == [None]
+
+
+def test_clipping_happens_once_per_update():
+    class Counts(Trainer):
+        calls = ()
+
+        def _clip_gradients(self):
+            self.calls = (*self.calls, self.num_updates)
+            super()._clip_gradients()
+
+    model = one_weight()
+    trainer = Counts(model, nn.MSELoss(), sgd(model), ())
+    trainer.train(
+        samples(5),
+        1,
+        per_device_batch_size=1,
+        gradient_accumulation_steps=2,
+        gradient_clip_norm=1.0,
+    )
+    assert trainer.calls == (0, 1, 2)
+
+
+def test_a_value_and_a_norm_to_clip_at_are_refused_together():
+    model = one_weight()
+    with pytest.raises(ValueError, match="choose one of them"):
+        Trainer(model, nn.MSELoss(), sgd(model), ()).train(
+            samples(1), 1, gradient_clip_value=1.0, gradient_clip_norm=1.0
+        )

@@ -1,0 +1,355 @@
+"""The names, arguments and defaults that scripts rely on stay as they are."""
+
+import abc
+import dataclasses
+import enum
+import importlib
+import inspect
+
+import accelerate
+import pytest
+
+import pytorch_accelerated
+from pytorch_accelerated import callbacks, run_config, tracking, utils
+from pytorch_accelerated import trainer as trainer_module
+from pytorch_accelerated.finetuning import ModelFreezer
+from pytorch_accelerated.schedulers import (
+    CosineLrScheduler,
+    SchedulerBase,
+    StatefulSchedulerBase,
+    WSDLrScheduler,
+)
+from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
+
+# Each line is a signature of 0.1.61, with the names and defaults of its arguments.
+SIGNATURES = """
+trainer.Trainer(model, loss_func, optimizer, callbacks=DEFAULT_CALLBACKS, run_history=None)
+trainer.Trainer.train(self, train_dataset, num_epochs, eval_dataset=None, per_device_batch_size=8, max_num_train_steps=None, gradient_accumulation_steps=1, gradient_clip_value=None, create_scheduler_fn=None, train_dataloader_kwargs=None, eval_dataloader_kwargs=None, reset_run_history=True, collate_fn=None, resume_from=None)
+trainer.Trainer.evaluate(self, dataset=None, per_device_batch_size=8, dataloader_kwargs=None, collate_fn=None)
+trainer.Trainer.create_train_dataloader(self, batch_size, train_dl_kwargs=None)
+trainer.Trainer.create_eval_dataloader(self, batch_size, eval_dl_kwargs=None)
+trainer.Trainer.get_default_train_dl_kwargs(self, batch_size)
+trainer.Trainer.get_default_eval_dl_kwargs(self, batch_size)
+trainer.Trainer.create_scheduler(self)
+trainer.Trainer.training_run_start(self)
+trainer.Trainer.training_run_epoch_end(self)
+trainer.Trainer.training_run_end(self)
+trainer.Trainer.train_epoch_start(self)
+trainer.Trainer.train_epoch_end(self)
+trainer.Trainer.calculate_train_batch_loss(self, batch)
+trainer.Trainer.backward_step(self, loss)
+trainer.Trainer.optimizer_step(self)
+trainer.Trainer.scheduler_step(self)
+trainer.Trainer.optimizer_zero_grad(self)
+trainer.Trainer.eval_epoch_start(self)
+trainer.Trainer.eval_epoch_end(self)
+trainer.Trainer.calculate_eval_batch_loss(self, batch)
+trainer.Trainer.evaluation_run_start(self)
+trainer.Trainer.evaluation_run_end(self)
+trainer.Trainer.gather(self, tensor, padding_value=None)
+trainer.Trainer.print(self, *args, **kwargs)
+trainer.Trainer.get_model(self, keep_torch_compile=True)
+trainer.Trainer.save_checkpoint(self, save_path, checkpoint_kwargs=None, save_optimizer=True, save_scheduler=True, save_per_node=True)
+trainer.Trainer.load_checkpoint(self, checkpoint_path, load_optimizer=True, load_scheduler=True)
+trainer.Trainer.save_training_state(self, output_dir, checkpoint_kwargs=None)
+trainer.Trainer.load_training_state(self, input_dir)
+trainer.Trainer._create_accelerator(self)
+trainer.Trainer._create_callback_handler(self)
+trainer.Trainer._prepare_model_optimizer_and_dataloaders(self)
+trainer.Trainer._create_run_config(self, num_epochs, gradient_accumulation_steps, max_num_train_steps, per_device_batch_size, gradient_clip_value)
+trainer.Trainer._check_eval_batch_size(self)
+trainer.Trainer._run_training(self)
+trainer.Trainer._run_evaluation(self)
+trainer.Trainer._run_train_epoch(self, train_dl)
+trainer.Trainer._run_eval_epoch(self, valid_dl, is_training=True, is_intermediate=False)
+trainer.Trainer._perform_forward_and_backward_passes(self, batch, step)
+trainer.Trainer._clip_gradients(self)
+trainer.Trainer._update_loss_tracker(self, batch_loss, batch_size)
+trainer.Trainer._add_epoch_loss_to_run_history(self, metric_name)
+trainer.TrainerWithTimmScheduler(model, loss_func, optimizer, callbacks=DEFAULT_CALLBACKS, run_history=None)
+trainer.replace_trainer_placeholder_values(trainer, instance)
+callbacks.CallbackHandler(callbacks)
+callbacks.CallbackHandler.add_callbacks(self, callbacks)
+callbacks.CallbackHandler.add_callback(self, callback)
+callbacks.CallbackHandler.clear_callbacks(self)
+callbacks.CallbackHandler.call_event(self, event, *args, **kwargs)
+callbacks.get_default_callbacks(progress_bar=True)
+callbacks.LogMetricsCallback.log_metrics(self, trainer, metrics)
+callbacks.LogMetricsCallback._log_latest_metrics(self, trainer, metric_names)
+callbacks.LogMetricsCallback._get_latest_metrics(self, trainer, metric_names)
+callbacks.ProgressBarCallback()
+callbacks.PrintProgressCallback()
+callbacks.LogMetricsCallback()
+callbacks.TerminateOnNaNCallback()
+callbacks.TerminateOnNaNCallback.check_for_nan_after_batch(self, batch_output, step=None)
+callbacks.MoveModulesToDeviceCallback()
+callbacks.ConvertSyncBatchNormCallback()
+callbacks.SaveBestModelCallback(save_path='best_model.pt', watch_metric='eval_loss_epoch', greater_is_better=False, reset_on_train=True, save_optimizer=True, save_scheduler=True, load_saved_checkpoint=True)
+callbacks.LimitBatchesCallback(num_batches)
+callbacks.ModelEmaCallback(decay=0.99, evaluate_during_training=True, save_path='ema_model.pt', watch_metric='ema_model_eval_loss_epoch', greater_is_better=False, model_ema=ModelEma, callbacks=())
+callbacks.StepBasedEvaluationCallback(eval_every_n_steps)
+callbacks.LimitEvalStepsCallback(num_eval_steps, limit_intermediate_only=True)
+callbacks.SaveTrainingStateCallback(save_dir='training_states', save_every_n_epochs=None, save_every_n_steps=None, save_at_end=True, max_checkpoints=None)
+callbacks.WSDCheckpointCallback(save_dir='checkpoints', save_optimizer=True, save_scheduler=True, initial_checkpoint=None)
+tracking.InMemoryRunHistory()
+tracking.LossTracker()
+tracking.LossTracker.update(self, loss_batch_value, batch_size=1)
+tracking.LossTracker.reset(self)
+utils.LimitBatches(num_batches)
+utils.DataLoaderSlice(dl, slice_size)
+utils.local_process_zero_only(func)
+utils.world_process_zero_only(func)
+utils.local_process_zero_first(func)
+utils.worker_init_fn(worker_id)
+utils.remove_padding(padded_tensor, pad_value)
+utils.ModelEma.update(self, model)
+utils.ModelEma.update_fn(self, ema_model_weights, updated_model_weights)
+utils.ModelEma.set(self, model)
+finetuning.ModelFreezer(model, freeze_batch_norms=False)
+finetuning.ModelFreezer.get_layer_groups(self)
+finetuning.ModelFreezer.get_layers(self)
+finetuning.ModelFreezer.get_trainable_parameters(self)
+finetuning.ModelFreezer.freeze(self, from_index=0, to_index=-2, set_modules_as_eval=False)
+finetuning.ModelFreezer.unfreeze(self, from_index=-1, to_index=0, set_modules_as_training=True)
+schedulers.SchedulerBase(optimizer, param_group_field='lr')
+schedulers.SchedulerBase.get_updated_values(self, num_updates)
+schedulers.SchedulerBase.step_update(self, num_updates)
+schedulers.StatefulSchedulerBase(optimizer, param_group_field='lr')
+schedulers.CosineLrScheduler(optimizer, total_num_epochs, num_update_steps_per_epoch, k_decay=1.0, lr_min=1e-06, min_lr_ratio=None, num_warmup_epochs=0, warmup_starting_lr=1e-06, warmup_starting_lr_ratio=None, num_cooldown_epochs=0)
+schedulers.CosineLrScheduler.create_scheduler_fn(total_num_epochs=NUM_EPOCHS, num_update_steps_per_epoch=NUM_UPDATE_STEPS_PER_EPOCH, k_decay=1.0, lr_min=1e-06, min_lr_ratio=None, num_warmup_epochs=0, warmup_starting_lr=1e-06, warmup_starting_lr_ratio=None, num_cooldown_epochs=0)
+schedulers.WSDLrScheduler(optimizer, num_epochs=None, num_update_steps_per_epoch=None, total_steps=None, num_warmup_steps=0, decay_phase_ratio=0.1, lr_min=1e-06, warmup_starting_lr=1e-06, use_inverse_sqrt_decay=True, num_checkpoints=1, is_continuation_from_checkpoint=False)
+schedulers.WSDLrScheduler.get_checkpoint_steps(self)
+schedulers.WSDLrScheduler.get_decay_info(self)
+schedulers.WSDLrScheduler.get_phase_info(self, num_updates)
+schedulers.WSDLrScheduler.get_current_step(self)
+schedulers.WSDLrScheduler.get_current_phase_info(self)
+schedulers.WSDLrScheduler.create_scheduler_fn(total_num_epochs=NUM_EPOCHS, num_update_steps_per_epoch=PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH, num_warmup_epochs=None, decay_phase_ratio=0.1, lr_min=1e-06, warmup_starting_lr=1e-06, use_inverse_sqrt_decay=True, num_checkpoints=1, is_continuation_from_checkpoint=False)
+schedulers.wsd_scheduler.estimate_checkpoint_steps(total_steps, num_checkpoints=3)
+""".strip().splitlines()  # noqa: E501
+
+# Mended on purpose: an improvement below 0.01 is an improvement, and an average with
+# the decay of 0.99 would only cover the last hundred updates.
+MENDED = {
+    "callbacks.ModelEmaCallback": {"decay"},
+}
+
+
+def describe(value):
+    if value is trainer_module.DEFAULT_CALLBACKS:
+        return "DEFAULT_CALLBACKS"
+    if isinstance(value, enum.Enum):
+        return value.name
+    return value.__name__ if isinstance(value, type) else repr(value)
+
+
+def written(parameter):
+    prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+    name = prefix.get(parameter.kind, "") + parameter.name
+    if parameter.default is parameter.empty:
+        return name
+    return f"{name}={describe(parameter.default)}"
+
+
+def find(path):
+    module, _, rest = path.partition(".")
+    found = importlib.import_module(f"pytorch_accelerated.{module}")
+    for name in rest.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("line", SIGNATURES, ids=lambda line: line.partition("(")[0])
+def test_arguments_keep_their_names_order_and_defaults(line):
+    path, _, arguments = line.rstrip(")").partition("(")
+    expected = arguments.split(", ") if arguments else []
+
+    parameters = list(inspect.signature(find(path)).parameters.values())
+
+    mended = MENDED.get(path, set())
+    names_or_all = [
+        parameter.name if parameter.name in mended else written(parameter)
+        for parameter in parameters
+    ]
+    expected = [
+        argument.partition("=")[0] if argument.partition("=")[0] in mended else argument
+        for argument in expected
+    ]
+    assert names_or_all[: len(expected)] == expected
+    # What is new has a default, and cannot take the place of an argument by mistake.
+    assert all(
+        parameter.default is not parameter.empty
+        or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        for parameter in parameters[len(expected) :]
+    )
+
+
+EVENTS = """
+on_init_end on_training_run_start on_train_epoch_start on_train_step_start
+on_train_step_end on_train_epoch_end on_eval_epoch_start on_eval_step_start
+on_eval_step_end on_eval_epoch_end on_training_run_epoch_end on_training_run_end
+on_evaluation_run_start on_evaluation_run_end on_stop_training_error
+""".split()
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_callback_may_call_the_event_of_its_base_class(event):
+    class Callback(callbacks.TrainerCallback):
+        pass
+
+    batch = {"batch": 1, "batch_output": {}} if "step_end" in event else {}
+    assert getattr(Callback(), event)(None, **batch, something="new") is None
+
+
+def test_names_of_the_root():
+    assert pytorch_accelerated.Trainer is Trainer
+    assert pytorch_accelerated.TrainerPlaceholderValues is TrainerPlaceholderValues
+    assert pytorch_accelerated.notebook_launcher is accelerate.notebook_launcher
+    assert pytorch_accelerated.accelerate_notebook_launcher
+    assert pytorch_accelerated.set_seed is accelerate.utils.set_seed
+    assert pytorch_accelerated.logger.name == "pytorch_accelerated"
+    assert isinstance(pytorch_accelerated.__version__, str)
+
+
+@pytest.mark.parametrize(
+    "module", ["trainer", "callbacks", "tracking", "run_config", "utils"]
+)
+def test_modules_are_attributes_of_the_root(module):
+    assert getattr(pytorch_accelerated, module) is importlib.import_module(
+        f"pytorch_accelerated.{module}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (
+            "trainer",
+            "Trainer TrainerWithTimmScheduler TrainerPlaceholderValues "
+            "replace_trainer_placeholder_values DEFAULT_CALLBACKS DataLoader",
+        ),
+        ("callbacks", "StopTrainingError CallbackMethodNotImplementedError"),
+        ("tracking", "RunHistory InMemoryRunHistory LossTracker"),
+        ("run_config", "TrainerRunConfig"),
+        ("utils", "LIMIT_BATCHES_ENV_VAR ModelEma DataLoaderSlice LimitBatches"),
+        (
+            "finetuning",
+            "Layer LayerGroup ModelFreezer BN_MODULES _module_is_batch_norm",
+        ),
+        (
+            "schedulers",
+            "CosineLrScheduler WSDLrScheduler StatefulSchedulerBase SchedulerBase",
+        ),
+        ("schedulers.scheduler_base", "SchedulerBase StatefulSchedulerBase"),
+        ("schedulers.cosine_scheduler", "CosineLrScheduler"),
+        ("schedulers.wsd_scheduler", "WSDLrScheduler estimate_checkpoint_steps"),
+    ],
+)
+def test_names_can_be_imported_from_where_they_were(module, names):
+    found = importlib.import_module(f"pytorch_accelerated.{module}")
+
+    assert [name for name in names.split() if not hasattr(found, name)] == []
+
+
+def test_default_callbacks_are_classes_in_their_order():
+    names = [callback.__name__ for callback in trainer_module.DEFAULT_CALLBACKS]
+
+    assert isinstance(trainer_module.DEFAULT_CALLBACKS, tuple)
+    assert names == [
+        "MoveModulesToDeviceCallback",
+        "TerminateOnNaNCallback",
+        "PrintProgressCallback",
+        "ProgressBarCallback",
+        "LogMetricsCallback",
+    ]
+    assert callbacks.get_default_callbacks() == trainer_module.DEFAULT_CALLBACKS
+    assert callbacks.get_default_callbacks(progress_bar=False) == tuple(
+        callback
+        for callback in trainer_module.DEFAULT_CALLBACKS
+        if callback is not callbacks.ProgressBarCallback
+    )
+
+
+def test_placeholders():
+    assert TrainerPlaceholderValues.placeholder_set() == {
+        "NUM_EPOCHS",
+        "NUM_UPDATE_STEPS_PER_EPOCH",
+        "PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH",
+        "TRAIN_DATALOADER_LEN",
+        "EVAL_DATALOADER_LEN",
+    }
+    assert issubclass(TrainerPlaceholderValues, enum.Enum)
+
+
+def test_a_run_config_can_be_built_from_the_fields_of_the_published_version():
+    fields = (
+        "num_epochs train_per_device_batch_size train_dl_kwargs "
+        "eval_per_device_batch_size eval_dl_kwargs gradient_accumulation_steps "
+        "gradient_clip_value train_total_batch_size eval_total_batch_size "
+        "num_update_steps_per_epoch num_local_update_steps_per_epoch "
+        "max_num_train_steps is_local_process_zero is_world_process_zero "
+        "is_distributed mixed_precision num_processes"
+    ).split()
+
+    config = run_config.TrainerRunConfig(**dict.fromkeys(fields, 1))
+
+    assert [field.name for field in dataclasses.fields(config)][: len(fields)] == fields
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_epochs = 2
+
+
+def test_what_a_run_history_of_the_user_must_define():
+    assert tracking.RunHistory.__abstractmethods__ <= {
+        "get_metric_names",
+        "get_metric_values",
+        "get_latest_metric",
+        "set_metric_name_prefix",
+        "metric_name_prefix",
+        "update_metric",
+        "delete_metric",
+        "current_epoch",
+        "_increment_epoch",
+        "reset",
+    }
+
+
+def test_which_classes_are_bases_of_others():
+    assert issubclass(callbacks.TrainerCallback, abc.ABC)
+    assert not callbacks.TrainerCallback.__abstractmethods__
+    assert issubclass(callbacks.StopTrainingError, Exception)
+    assert issubclass(callbacks.CallbackMethodNotImplementedError, Exception)
+    assert issubclass(callbacks.ModelEmaCallback, callbacks.SaveBestModelCallback)
+    assert issubclass(trainer_module.TrainerWithTimmScheduler, Trainer)
+    assert issubclass(StatefulSchedulerBase, SchedulerBase)
+    assert issubclass(CosineLrScheduler, StatefulSchedulerBase)
+    assert issubclass(WSDLrScheduler, StatefulSchedulerBase)
+    assert utils.LIMIT_BATCHES_ENV_VAR == "PT_ACC_LIMIT_BATCHES"
+    assert ModelFreezer
+
+
+def test_attributes_of_a_new_trainer(create_trainer):
+    trainer = create_trainer()
+
+    for name in (
+        "create_scheduler_fn scheduler collate_fn train_dataset eval_dataset run_config "
+        "_train_dataloader _eval_dataloader _train_dl_kwargs _eval_dl_kwargs"
+    ).split():
+        assert getattr(trainer, name) is None, name
+    assert trainer._pad_uneven_eval_batches is False
+    assert trainer._callbacks == ()
+    assert trainer.device == trainer._accelerator.device
+    assert isinstance(trainer.run_history, tracking.InMemoryRunHistory)
+    assert isinstance(trainer._loss_tracker, tracking.LossTracker)
+    assert isinstance(trainer.callback_handler, callbacks.CallbackHandler)
+
+
+def test_default_arguments_of_loaders(create_trainer):
+    trainer = create_trainer()
+
+    for kwargs, shuffle in (
+        (trainer.get_default_train_dl_kwargs(4), True),
+        (trainer.get_default_eval_dl_kwargs(4), False),
+    ):
+        assert {"shuffle", "pin_memory", "batch_size", "num_workers"} <= set(kwargs)
+        assert kwargs["shuffle"] is shuffle
+        assert kwargs["batch_size"] == 4
+        assert kwargs["worker_init_fn"] is utils.worker_init_fn

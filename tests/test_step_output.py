@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from pytorch_accelerated import step_output
+
+
+def test_a_loss_is_a_mean_over_the_samples_or_over_what_num_items_in_batch_says():
+    assert step_output.num_items({"batch_size": 8}) == 8
+    assert step_output.num_items({"batch_size": 8, "num_items_in_batch": None}) == 8
+    assert step_output.num_items({"batch_size": 8, "num_items_in_batch": 100}) == 100
+
+
+@pytest.mark.parametrize("value", [1, 2.5, True, torch.tensor(3.0)])
+def test_numbers_and_tensors_without_dimensions_are_scalars(value):
+    assert step_output.is_scalar(value)
+
+
+@pytest.mark.parametrize("value", ["1", None, torch.ones(1), [1.0], {"a": 1}])
+def test_anything_else_is_no_scalar(value):
+    assert not step_output.is_scalar(value)
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_a_batch_of_inputs_and_targets_may_have_further_members(container):
+    inputs, targets = torch.ones(2), torch.zeros(2)
+
+    batch = container([inputs, targets, "file names"])
+
+    assert step_output.inputs_and_targets_of(batch) == (inputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("batch", "description"),
+    [
+        ({"image": torch.ones(2)}, r"a dict with the keys \['image'\]"),
+        (torch.ones(4, 3), r"a tensor of shape \(4, 3\)"),
+        ([torch.ones(2)], r"a list of length 1 \(Tensor\)"),
+        ((torch.ones(2), ["cat", "dog"]), r"a tuple of length 2 \(Tensor, list\)"),
+        (7, "a int"),
+    ],
+)
+def test_a_batch_that_cannot_be_taken_apart_is_described(batch, description):
+    with pytest.raises(
+        TypeError, match=f"got {description}. Override calculate_train_batch_loss and"
+    ):
+        step_output.inputs_and_targets_of(batch)
+
+
+def test_the_size_of_a_batch_of_named_tensors_is_that_of_the_first_with_dimensions():
+    batch = {"scale": torch.tensor(2.0), "ids": torch.ones(5, 3), "mask": torch.ones(5)}
+
+    assert step_output.batch_size_of(batch) == 5
+
+
+def test_a_batch_without_a_tensor_has_no_size():
+    with pytest.raises(ValueError, match="the keys \\['text'\\]. Override"):
+        step_output.batch_size_of({"text": ["a", "b"]})
+
+
+def test_the_loss_of_a_model_is_an_attribute_or_a_member_of_its_outputs():
+    class Outputs:
+        loss = 1.5
+
+    assert step_output.loss_of(Outputs()) == 1.5
+    assert step_output.loss_of({"loss": 2.5, "logits": None}) == 2.5
+
+
+def test_outputs_without_a_loss_are_refused_with_advice():
+    with pytest.raises(ValueError, match=r"got dict.*batch has 'labels'"):
+        step_output.loss_of({"logits": torch.ones(2)})
+
+
+def graph():
+    return torch.ones((), requires_grad=True) * 2
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (graph(), TypeError, "must return a dictionary with 'loss'.*got Tensor"),
+        ({"loss": graph()}, KeyError, r"\['batch_size'\] not among \['loss'\]"),
+        ({"loss": 1.0, "batch_size": 1}, TypeError, "the loss is a float"),
+        (
+            {"loss": graph() * torch.ones(3), "batch_size": 3},
+            ValueError,
+            r"the loss has shape \(3,\). Reduce it",
+        ),
+        ({"loss": graph().detach(), "batch_size": 1}, ValueError, "has no graph"),
+    ],
+)
+def test_what_the_first_step_returns_is_checked(output, error, message):
+    with pytest.raises(error, match=message):
+        step_output.check_loss(output)
+
+
+def test_a_loss_with_a_graph_passes_the_check():
+    step_output.check_loss({"loss": graph(), "batch_size": 1})

@@ -1,0 +1,302 @@
+"""What cannot work is refused with advice, before any weight has moved."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveBestModelCallback,
+)
+from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.trainer import Trainer
+
+
+@pytest.fixture
+def refuses(samples):
+    """Check that train() refuses its arguments, and that nothing has changed."""
+
+    def refuses(trainer, error, message, dataset=None, num_epochs=1, **kwargs):
+        before = [parameter.clone() for parameter in trainer.model.parameters()]
+        with pytest.raises(error, match=message):
+            trainer.train(
+                samples(4) if dataset is None else dataset, num_epochs, **kwargs
+            )
+        after = list(trainer.model.parameters())
+        assert all(map(torch.equal, before, after))
+
+    return refuses
+
+
+def test_an_optimizer_of_another_model(create_trainer, refuses):
+    trainer = create_trainer()
+    trainer.optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+
+    refuses(
+        trainer,
+        ValueError,
+        "holds no parameter of the model. Create it from the parameters of this model",
+    )
+
+
+def test_a_model_that_is_frozen_as_a_whole(create_trainer, refuses):
+    trainer = create_trainer()
+    trainer.model.requires_grad_(False)
+
+    refuses(trainer, ValueError, r"nothing to train. Unfreeze.*ModelFreezer")
+
+
+def test_no_optimizer(refuses):
+    trainer = Trainer(nn.Linear(1, 1), nn.MSELoss(), None, callbacks=())
+
+    refuses(trainer, ValueError, "needs an optimizer; the trainer was created with None")
+
+
+def test_an_empty_dataset(create_trainer, refuses, samples):
+    """Defect 59: a loss of NaN was recorded silently."""
+    refuses(
+        create_trainer(),
+        ValueError,
+        "train_dataset is empty: there is nothing to take a batch from",
+        dataset=samples(0),
+    )
+
+
+def test_an_empty_evaluation_dataset(create_trainer, refuses, samples):
+    refuses(
+        create_trainer(), ValueError, "eval_dataset is empty", eval_dataset=samples(0)
+    )
+
+
+def test_a_loader_without_a_batch(create_trainer, refuses):
+    """Defect 59: with a limit of updates it was a division by zero."""
+    refuses(
+        create_trainer(),
+        ValueError,
+        "no batches.*drop_last leaves out the only batch. Use more data or a smaller",
+        train_dataloader_kwargs={"drop_last": True},
+        max_num_train_steps=2,
+    )
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5])
+def test_an_accumulation_of_less_than_one_batch(create_trainer, refuses, value):
+    """Defect 59: 0 was a division by zero, and -2 was accepted."""
+    refuses(
+        create_trainer(),
+        ValueError,
+        f"gradient_accumulation_steps must be a whole number of at least 1, got {value}",
+        gradient_accumulation_steps=value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_epochs": -1}, "num_epochs must be a whole number of at least 0, got -1"),
+        ({"max_num_train_steps": 0}, "max_num_train_steps must be .* at least 1, got 0"),
+        ({"gradient_clip_value": 0}, "gradient_clip_value must be greater than 0"),
+        ({"gradient_clip_norm": -1.0}, "got -1.0. To train without clipping, leave"),
+        ({"per_device_batch_size": 0}, "batch_size should be a positive integer"),
+    ],
+)
+def test_numbers_that_make_no_sense(create_trainer, refuses, arguments, message):
+    refuses(create_trainer(), ValueError, message, **arguments)
+
+
+def test_two_ways_of_clipping(create_trainer, refuses):
+    refuses(
+        create_trainer(),
+        ValueError,
+        "Both gradient_clip_value=1.0 and gradient_clip_norm=2.0 .* choose one",
+        gradient_clip_value=1.0,
+        gradient_clip_norm=2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "create", [partial(StepLR, step_size=1), partial(CosineLrScheduler, total_num_epochs=1, num_update_steps_per_epoch=1)]
+)
+def test_a_scheduler_in_place_of_what_makes_one(create_trainer, refuses, create):
+    trainer = create_trainer()
+    scheduler = create(trainer.optimizer)
+
+    refuses(
+        trainer,
+        TypeError,
+        rf"Pass functools.partial\({type(scheduler).__name__}, ...\) with all",
+        create_scheduler_fn=scheduler,
+    )
+
+
+def test_a_scheduler_that_needs_a_length_that_nobody_knows(create_trainer, refuses):
+    loader = [(torch.ones(1, 1), torch.zeros(1, 1))]
+
+    class Stream(Trainer):
+        def create_train_dataloader(self, batch_size, train_dl_kwargs=None):
+            return iter(loader)
+
+    refuses(
+        create_trainer(trainer_class=Stream),
+        ValueError,
+        "length of the training data is unknown. Give train.. max_num_train_steps",
+        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
+    )
+
+
+class NamedMembers(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"image": torch.ones(1), "label": torch.zeros(1)}
+
+
+def test_a_batch_that_the_default_step_cannot_take_apart(create_trainer, refuses):
+    refuses(
+        create_trainer(),
+        TypeError,
+        r"got a dict with the keys \['image', 'label'\]. Override "
+        "calculate_train_batch_loss and calculate_eval_batch_loss",
+        dataset=NamedMembers(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensors", "description"),
+    [
+        ([torch.ones(4, 1)], r"a list of length 1 \(Tensor\)"),
+        (torch.ones(4, 3), r"a tensor of shape \(4, 3\)"),
+    ],
+)
+def test_a_batch_without_targets(create_trainer, refuses, tensors, description):
+    is_dataset = isinstance(tensors, list)
+    refuses(
+        create_trainer(),
+        TypeError,
+        f"got {description}. Override calculate_train_batch_loss",
+        dataset=TensorDataset(*tensors) if is_dataset else tensors,
+    )
+
+
+def test_no_loss_function_for_batches_of_inputs_and_targets(create_trainer, refuses):
+    trainer = create_trainer()
+    trainer.loss_func = None
+
+    refuses(trainer, ValueError, "loss_func is None, and the batch is not a mapping")
+
+
+@pytest.mark.parametrize(
+    ("loss_func", "error", "message"),
+    [
+        (
+            lambda outputs, targets: outputs.pow(2).mean().detach(),
+            ValueError,
+            "the loss has no graph. Was it detached",
+        ),
+        (
+            lambda outputs, targets: outputs.mean().item(),
+            TypeError,
+            "the loss is a float",
+        ),
+        (
+            nn.MSELoss(reduction="none"),
+            ValueError,
+            r"the loss has shape \(4, 1\). Reduce it to a mean",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_with(
+    create_trainer, refuses, loss_func, error, message
+):
+    trainer = create_trainer()
+    trainer.loss_func = loss_func
+
+    refuses(trainer, error, message)
+
+
+def test_a_step_that_forgets_to_return_something(create_trainer, refuses):
+    class Forgets(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            super().calculate_train_batch_loss(batch)
+
+    refuses(
+        create_trainer(trainer_class=Forgets),
+        TypeError,
+        "must return a dictionary with 'loss', a scalar with a graph, and 'batch_size'",
+    )
+
+
+@pytest.mark.parametrize("callback", [SaveBestModelCallback, EarlyStoppingCallback])
+def test_a_metric_that_is_never_recorded(
+    create_trainer, samples, callback, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    trainer = create_trainer([callback(watch_metric="eval_los_epoch")])
+
+    with pytest.raises(ValueError, match=r"'eval_los_epoch'.*train_loss_epoch"):
+        trainer.train(samples(2), num_epochs=2, eval_dataset=samples(2))
+
+
+def test_arguments_for_making_a_loader_beside_a_ready_one(
+    create_trainer, refuses, samples
+):
+    refuses(
+        create_trainer(),
+        ValueError,
+        r"loader arguments were given too: \['num_workers', 'collate_fn'\]. Give them "
+        "to the DataLoader",
+        dataset=DataLoader(samples(4)),
+        train_dataloader_kwargs={"num_workers": 2},
+        collate_fn=list,
+    )
+
+
+def test_nothing_to_evaluate_on(create_trainer, samples):
+    """Defect 37: evaluate() without a dataset was a TypeError of DataLoader."""
+    with pytest.raises(ValueError, match="needs? .*a dataset|A dataset .*needed"):
+        create_trainer().evaluate()
+    with pytest.raises(ValueError, match="dataset is empty"):
+        create_trainer().evaluate(samples(0))
+
+
+def test_arguments_that_are_refused_leave_the_history_of_the_last_run(
+    create_trainer, samples
+):
+    trainer = create_trainer()
+    trainer.train(samples(2), num_epochs=1)
+
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        trainer.train(samples(2), num_epochs=1, gradient_accumulation_steps=0)
+
+    assert trainer.run_history.get_metric_values("train_loss_epoch") == [1.0]
+
+
+def test_a_checkpoint_of_another_model(create_trainer, samples, tmp_path):
+    trainer = create_trainer()
+    trainer.save_checkpoint(tmp_path / "model.pt")
+    model = nn.Sequential(nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = Trainer(model, None, optimizer, callbacks=())
+    before = model[0].weight.clone()
+
+    with pytest.raises(CheckpointError, match=r"model.pt does not fit.*0.weight"):
+        other.load_checkpoint(tmp_path / "model.pt")
+
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_schedule_that_ends_before_the_run_is_torch_s_own_error(
+    create_trainer, samples
+):
+    create = partial(OneCycleLR, max_lr=0.1, total_steps=1)
+
+    with pytest.raises(ValueError, match="Tried to step 2 times"):
+        create_trainer().train(
+            samples(2), 2, per_device_batch_size=1, create_scheduler_fn=create
+        )

@@ -1,0 +1,512 @@
+"""The loaders that a trainer makes, and what the user may say about them."""
+
+import os
+import random
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+
+from pytorch_accelerated import trainer as trainer_module
+from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.trainer import Trainer
+from pytorch_accelerated.utils import (
+    LIMIT_BATCHES_ENV_VAR,
+    LimitBatches,
+    worker_init_fn,
+)
+
+
+@pytest.fixture
+def numbered():
+    """Create a dataset whose inputs are 0, 1, 2, ..."""
+
+    def create(count):
+        inputs = torch.arange(count, dtype=torch.float32).reshape(-1, 1)
+        return TensorDataset(inputs, torch.zeros(count, 1))
+
+    return create
+
+
+class KeepsInputs(Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.inputs = []
+
+    def calculate_train_batch_loss(self, batch):
+        self.inputs.append(batch[0].flatten().tolist())
+        return super().calculate_train_batch_loss(batch)
+
+
+@pytest.fixture
+def inputs_of_a_run(create_trainer, numbered):
+    """Return the inputs of each batch of a run on 6 samples."""
+
+    def train(num_epochs=1, seed=None, dataset=None, **kwargs):
+        trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs, seed=seed)
+        trainer.train(dataset or numbered(6), num_epochs, **kwargs)
+        return trainer.inputs
+
+    return train
+
+
+# ------------------------------------------------------------------ arguments of a loader
+
+
+def test_the_trainer_calls_data_loader_with_the_documented_arguments(
+    create_trainer, numbered
+):
+    train_set, eval_set = numbered(4), numbered(2)
+    with mock.patch.object(
+        trainer_module, "DataLoader", wraps=trainer_module.DataLoader
+    ) as loader:
+        create_trainer().train(
+            train_set, 1, eval_dataset=eval_set, per_device_batch_size=3
+        )
+
+    common = {
+        "collate_fn": None,
+        "pin_memory": torch.cuda.is_available(),
+        "batch_size": 3,
+        "num_workers": 0,
+        "worker_init_fn": worker_init_fn,
+    }
+    assert [call.args for call in loader.call_args_list] == [(), ()]
+    assert [call.kwargs for call in loader.call_args_list] == [
+        {"dataset": train_set, "shuffle": True, **common},
+        {"dataset": eval_set, "shuffle": False, **common},
+    ]
+
+
+def test_arguments_of_the_user_reach_the_loader(create_trainer, numbered):
+    def collate(samples):
+        return torch.utils.data.default_collate(samples)
+
+    with mock.patch.object(
+        trainer_module, "DataLoader", wraps=trainer_module.DataLoader
+    ) as loader:
+        create_trainer().train(
+            numbered(4),
+            1,
+            collate_fn=collate,
+            train_dataloader_kwargs={"batch_size": 2, "drop_last": True},
+        )
+
+    arguments = loader.call_args.kwargs
+    assert arguments["collate_fn"] is collate
+    assert arguments["batch_size"] == 2
+    assert arguments["drop_last"] is True
+
+
+def test_a_batch_size_among_the_loader_arguments_wins(create_trainer, numbered):
+    trainer = create_trainer()
+    trainer.train(
+        numbered(6),
+        1,
+        eval_dataset=numbered(6),
+        per_device_batch_size=4,
+        train_dataloader_kwargs={"batch_size": 3},
+        eval_dataloader_kwargs={"batch_size": 2},
+    )
+
+    assert trainer.run_config.train_per_device_batch_size == 3
+    assert trainer.run_config.eval_per_device_batch_size == 2
+    assert trainer.run_config.num_update_steps_per_epoch == 2
+
+
+def test_the_order_of_the_user_s_sampler_is_used_as_it_is(inputs_of_a_run):
+    assert inputs_of_a_run(
+        train_dataloader_kwargs={"sampler": [5, 0, 3], "batch_size": 2}
+    ) == [[5.0, 0.0], [3.0]]
+
+
+def test_the_batches_of_the_user_s_sampler_are_used_as_they_are(inputs_of_a_run):
+    """Defect 37: batch_sampler was refused because of the default batch size."""
+    assert inputs_of_a_run(
+        train_dataloader_kwargs={"batch_sampler": [[1, 4], [2], [0, 3, 5]]}
+    ) == [[1.0, 4.0], [2.0], [0.0, 3.0, 5.0]]
+
+
+def test_a_sampler_that_can_be_told_the_epoch_is_told(inputs_of_a_run):
+    class ByEpoch(Sampler):
+        def __init__(self):
+            self.epoch = None
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter([self.epoch, 0])
+
+    assert inputs_of_a_run(
+        num_epochs=2, train_dataloader_kwargs={"sampler": ByEpoch()}
+    ) == [[1.0, 0.0], [2.0, 0.0]]
+
+
+def test_a_sampler_may_yield_anything_that_the_dataset_understands(create_trainer):
+    class BySize(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, key):
+            index, size = key
+            return torch.full((1,), float(size)), torch.zeros(1)
+
+    trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs)
+    trainer.train(
+        BySize(),
+        1,
+        train_dataloader_kwargs={
+            "batch_sampler": BatchSampler([(0, 7), (1, 9)], 2, drop_last=False)
+        },
+    )
+
+    assert trainer.inputs == [[7.0, 9.0]]
+
+
+def test_batches_made_by_the_dataset_are_used_as_they_are(create_trainer):
+    """Defect 37: batch_size=None failed with an AttributeError."""
+
+    class Batches(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((2, 1), float(index)), torch.zeros(2, 1)
+
+    trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs)
+    history = trainer.train(
+        Batches(),
+        1,
+        eval_dataset=Batches(),
+        train_dataloader_kwargs={"batch_size": None, "shuffle": False},
+        eval_dataloader_kwargs={"batch_size": None},
+    )
+
+    assert trainer.inputs == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+    assert history.get_latest_metric("eval_loss_epoch") == 5 / 3
+    assert trainer.num_samples_seen == 6
+
+
+def ragged(samples):
+    inputs = torch.cat([torch.ones(1, 1) for _ in samples])
+    return inputs, torch.zeros(len(samples), 1)
+
+
+class Ragged(Dataset):
+    """Samples that torch's default function cannot make a batch of."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        return torch.ones(index + 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"collate_fn": ragged},
+        {
+            "train_dataloader_kwargs": {"collate_fn": ragged},
+            "eval_dataloader_kwargs": {"collate_fn": ragged},
+        },
+    ],
+)
+def test_a_collate_function_may_be_an_argument_of_train_or_of_the_loader(
+    create_trainer, arguments
+):
+    """Defect 37: collate_fn among the loader arguments was a TypeError."""
+    trainer = create_trainer()
+
+    trainer.train(Ragged(), 1, eval_dataset=Ragged(), **arguments)
+
+    assert trainer.model.weight.item() == 0.5
+
+
+def test_defaults_may_be_replaced_by_an_override(create_trainer, numbered):
+    """Defect 37: an override without "shuffle" failed together with a sampler."""
+
+    class Own(KeepsInputs):
+        def get_default_train_dl_kwargs(self, batch_size):
+            return {"batch_size": batch_size}
+
+        def get_default_eval_dl_kwargs(self, batch_size):
+            return {"batch_size": 1}
+
+    trainer = create_trainer(lr=0.0, trainer_class=Own)
+    trainer.train(
+        numbered(4),
+        1,
+        eval_dataset=numbered(2),
+        per_device_batch_size=3,
+        train_dataloader_kwargs={"sampler": [3, 1]},
+    )
+
+    assert trainer.inputs == [[3.0, 1.0]]
+    assert trainer.run_config.eval_per_device_batch_size == 1
+
+
+# -------------------------------------------------------------------- order and seeds
+
+
+def test_every_sample_is_seen_once_in_an_epoch_in_a_new_order(inputs_of_a_run):
+    first, second = inputs_of_a_run(num_epochs=2, seed=1)
+
+    assert sorted(first) == sorted(second) == [0, 1, 2, 3, 4, 5]
+    assert first != second
+
+
+def test_the_same_seed_gives_the_same_order_and_another_another(inputs_of_a_run):
+    assert inputs_of_a_run(seed=1) == inputs_of_a_run(seed=1)
+    assert inputs_of_a_run(seed=1) != inputs_of_a_run(seed=2)
+
+
+def test_without_a_seed_two_runs_differ(inputs_of_a_run, numbered):
+    """Defect 9: every run had the order of the seed 42."""
+    dataset = numbered(60)
+
+    assert inputs_of_a_run(dataset=dataset) != inputs_of_a_run(dataset=dataset)
+
+
+def test_another_run_of_a_trainer_with_a_seed_does_not_repeat_the_first(
+    create_trainer, numbered
+):
+    """Defect 9: each successive train() repeated the same order."""
+
+    def train_twice():
+        trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs, seed=1)
+        for _ in range(2):
+            trainer.train(numbered(8), 1)
+        return trainer.inputs
+
+    first, second = train_twice()
+    assert first != second
+    assert [first, second] == train_twice()
+
+
+def test_without_a_seed_a_run_takes_one_draw_and_moves_nothing_else(
+    create_trainer, noise, one_by_one
+):
+    """Defect 9: every run reseeded python, numpy and torch."""
+    trainer = create_trainer()
+    inputs, _ = noise(6).tensors
+    dataset = one_by_one(TensorDataset(inputs[:, :1], inputs[:, :1]))
+    python, numpy = random.getstate(), np.random.get_state()[1].tolist()
+    torch.manual_seed(11)
+
+    trainer.train(dataset, 2, eval_dataset=dataset, per_device_batch_size=2)
+
+    after = torch.get_rng_state()
+    torch.manual_seed(11)
+    drawn = torch.randint(2**63 - 1, ())
+    assert torch.equal(torch.get_rng_state(), after)
+    assert trainer.run_config.data_seed == drawn
+    assert random.getstate() == python
+    assert np.random.get_state()[1].tolist() == numpy
+
+
+def test_a_seed_makes_the_random_numbers_of_the_model_repeatable(
+    create_trainer, numbered
+):
+    class Draws(Trainer):
+        def training_run_start(self):
+            self.drawn = (random.random(), np.random.rand(), torch.rand(()).item())
+
+    def draw(seed):
+        trainer = create_trainer(trainer_class=Draws, seed=seed)
+        trainer.train(numbered(2), 1)
+        return trainer.drawn
+
+    assert draw(5) == draw(5)
+    assert not set(draw(5)) & set(draw(6))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_is_repeatable_with_any_number_of_workers(
+    create_trainer, num_workers
+):
+    """Defect 11: with workers, each run had other random numbers."""
+
+    class Augmented(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            noise = random.random() + np.random.rand() + torch.rand(()).item()
+            return torch.full((1,), noise), torch.zeros(1)
+
+    def train(num_workers):
+        trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs, seed=4)
+        trainer.train(
+            Augmented(),
+            2,
+            per_device_batch_size=2,
+            train_dataloader_kwargs={"num_workers": num_workers},
+        )
+        return trainer.inputs
+
+    assert train(num_workers) == train(0)
+
+
+# ---------------------------------------------------------------- what the run config says
+
+
+def test_the_run_config_is_a_plain_dictionary_on_request(create_trainer, numbered):
+    """Defect 31: to_dict() failed without an evaluation set and removed samplers."""
+    trainer = create_trainer()
+    sampler = [0, 1]
+    trainer.train(numbered(2), 1, train_dataloader_kwargs={"sampler": sampler})
+
+    values = trainer.run_config.to_dict()
+
+    assert values["num_epochs"] == 1
+    assert values["eval_dl_kwargs"] is None
+    assert values["train_dl_kwargs"]["sampler"] is sampler
+    assert trainer._train_dl_kwargs["sampler"] is sampler
+
+
+def test_the_chosen_number_of_workers_is_in_the_run_config(create_trainer, numbered):
+    """Defect 30: one worker per core, whatever the data."""
+    trainer = create_trainer()
+    trainer.train(numbered(2), 1, eval_dataset=numbered(2))
+
+    for kwargs in (
+        trainer.run_config.train_dl_kwargs,
+        trainer.run_config.eval_dl_kwargs,
+    ):
+        assert kwargs["num_workers"] == 0
+        assert type(kwargs["num_workers"]) is int
+
+
+def test_a_run_knows_nothing_of_the_loaders_of_an_earlier_one(create_trainer, numbered):
+    """Defect 42: the loader and the arguments of an earlier call stayed."""
+    trainer = create_trainer()
+    trainer.train(
+        numbered(6), 1, eval_dataset=numbered(6), per_device_batch_size=3
+    )
+
+    trainer.train(DataLoader(numbered(4), batch_size=2), 1)
+
+    assert trainer._eval_dataloader is None
+    config = trainer.run_config
+    assert (config.train_dl_kwargs, config.eval_dl_kwargs) == (None, None)
+    assert config.train_per_device_batch_size == 2
+    assert config.eval_per_device_batch_size is None
+
+
+def test_evaluate_reports_nothing_of_the_training_before_it(create_trainer, numbered):
+    """Defect 42: evaluate() reported the old train batch size and one update."""
+    trainer = create_trainer()
+    trainer.train(numbered(6), 1, per_device_batch_size=3)
+
+    trainer.evaluate(numbered(6), per_device_batch_size=2)
+
+    config = trainer.run_config
+    assert config.train_per_device_batch_size is None
+    assert config.train_dl_kwargs is None
+    assert config.eval_per_device_batch_size == 2
+    assert not config.max_num_train_steps
+    assert trainer._train_dataloader is None
+
+
+# --------------------------------------------------------------------- limited batches
+
+
+@pytest.fixture
+def num_steps(create_trainer, numbered):
+    """Return the numbers of steps in the epochs of two runs on 6 batches."""
+
+    def train(**kwargs):
+        class Counts(TrainerCallback):
+            def on_train_step_end(self, trainer, **kwargs):
+                counts[-1] += 1
+
+            def on_train_epoch_start(self, trainer, **kwargs):
+                counts.append(0)
+
+        counts = []
+        trainer = create_trainer([Counts])
+        for _ in range(2):
+            trainer.train(numbered(6), 1, per_device_batch_size=1, **kwargs)
+        return counts, trainer
+
+    return train
+
+
+def test_trainers_made_inside_limit_batches_use_a_few_batches(num_steps):
+    """Defect 38: the second run without an evaluation set failed."""
+    with LimitBatches(2):
+        counts, trainer = num_steps()
+
+    assert counts == [2, 2]
+    assert trainer.run_config.num_update_steps_per_epoch == 2
+
+
+def test_limits_can_be_nested_and_leave_the_environment_as_it_was(
+    num_steps, monkeypatch
+):
+    """Defect 38: nested limits failed, and the value of the user was deleted."""
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "5")
+
+    with LimitBatches(3):
+        with LimitBatches(1) as limit:
+            assert limit.num_batches == 1
+            assert num_steps()[0] == [1, 1]
+        assert num_steps()[0] == [3, 3]
+    assert os.environ[LIMIT_BATCHES_ENV_VAR] == "5"
+    assert num_steps()[0] == [5, 5]
+
+
+def test_a_limit_above_the_length_of_the_data_has_no_effect(num_steps):
+    """Defect 38: the last window was not applied, and leaked into the next epoch."""
+    with LimitBatches(100):
+        counts, trainer = num_steps(gradient_accumulation_steps=4)
+
+    assert counts == [6, 6]
+    assert trainer.num_updates == 2
+
+
+@pytest.mark.parametrize("value", ["none", "None", "NONE"])
+def test_a_limit_of_none_is_no_limit(num_steps, monkeypatch, value):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, value)
+
+    assert num_steps()[0] == [6, 6]
+
+
+def test_a_limit_that_is_no_number_is_refused(create_trainer, monkeypatch):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "few")
+
+    with pytest.raises(ValueError, match=r"number of\s+batches or 'none', got 'few'"):
+        create_trainer()
+
+
+def test_a_limited_loader_still_has_the_attributes_of_the_loader(
+    create_trainer, numbered
+):
+    """Defect 38: slices hid the device, the sampler and the dataset."""
+    dataset = numbered(6)
+    with LimitBatches(2):
+        trainer = create_trainer()
+    trainer.train(dataset, 1, eval_dataset=dataset)
+
+    assert trainer._train_dataloader.dataset is dataset
+    assert trainer._eval_dataloader.device == trainer.device
+
+
+# ------------------------------------------------------------------------------- gather
+
+
+def test_gather_keeps_structures_and_values_that_look_like_padding(create_trainer):
+    """Defect 53: dictionaries failed, and rows equal to the padding were removed."""
+    trainer = create_trainer()
+    tensor = torch.tensor([1.0, -2.0, float("nan")])
+
+    for padding in (None, -2.0, float("nan")):
+        gathered = trainer.gather({"a": [tensor]}, padding_value=padding)
+        torch.testing.assert_close(gathered, {"a": [tensor]}, equal_nan=True)
