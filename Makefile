@@ -30,12 +30,16 @@ quickstart: $(VENV)/.library ## Train on real handwritten digits, in under a min
 	$(BIN)/python examples/quickstart.py
 
 .PHONY: test
-test: $(VENV)/.tools ## Run all tests
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --ignore tests/integrations $(PYTEST_ARGS)
+test: $(VENV)/.tools ## Run all tests but the long grids
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m 'not slow' --ignore tests/integrations $(PYTEST_ARGS)
 
 .PHONY: test-promises
 test-promises: $(VENV)/.tools ## Run the tests of what the library promises as a whole
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/promises $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/promises $(PYTEST_ARGS)
+
+.PHONY: test-mutations
+test-mutations: $(VENV)/.tools ## Break the library on purpose: each time a test has to fail
+	$(ONE_THREAD) $(BIN)/python tests/promises/mutations.py
 
 .PHONY: test-integrations
 test-integrations: $(INTEGRATIONS)/.tools ## Run the tests with launchers, engines and other libraries

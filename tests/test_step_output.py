@@ -53,7 +53,7 @@ def test_the_size_of_a_batch_of_named_tensors_is_that_of_the_first_with_dimensio
 
 
 def test_a_batch_without_a_tensor_has_no_size():
-    with pytest.raises(ValueError, match="the keys \\['text'\\]. Override"):
+    with pytest.raises(ValueError, match=r"the keys \['text'\]. Override"):
         step_output.batch_size_of({"text": ["a", "b"]})
 
 

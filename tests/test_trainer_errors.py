@@ -54,7 +54,9 @@ def test_a_model_that_is_frozen_as_a_whole(create_trainer, refuses):
 def test_no_optimizer(refuses):
     trainer = Trainer(nn.Linear(1, 1), nn.MSELoss(), None, callbacks=())
 
-    refuses(trainer, ValueError, "needs an optimizer; the trainer was created with None")
+    refuses(
+        trainer, ValueError, "needs an optimizer; the trainer was created with None"
+    )
 
 
 def test_an_empty_dataset(create_trainer, refuses, samples):
@@ -90,7 +92,7 @@ def test_an_accumulation_of_less_than_one_batch(create_trainer, refuses, value):
     refuses(
         create_trainer(),
         ValueError,
-        f"gradient_accumulation_steps must be a whole number of at least 1, got {value}",
+        f"gradient_accumulation_steps must be .* at least 1, got {value}",
         gradient_accumulation_steps=value,
     )
 
@@ -99,7 +101,10 @@ def test_an_accumulation_of_less_than_one_batch(create_trainer, refuses, value):
     ("arguments", "message"),
     [
         ({"num_epochs": -1}, "num_epochs must be a whole number of at least 0, got -1"),
-        ({"max_num_train_steps": 0}, "max_num_train_steps must be .* at least 1, got 0"),
+        (
+            {"max_num_train_steps": 0},
+            "max_num_train_steps must be .* at least 1, got 0",
+        ),
         ({"gradient_clip_value": 0}, "gradient_clip_value must be greater than 0"),
         ({"gradient_clip_norm": -1.0}, "got -1.0. To train without clipping, leave"),
         ({"per_device_batch_size": 0}, "batch_size should be a positive integer"),
@@ -120,7 +125,11 @@ def test_two_ways_of_clipping(create_trainer, refuses):
 
 
 @pytest.mark.parametrize(
-    "create", [partial(StepLR, step_size=1), partial(CosineLrScheduler, total_num_epochs=1, num_update_steps_per_epoch=1)]
+    "create",
+    [
+        partial(StepLR, step_size=1),
+        partial(CosineLrScheduler, total_num_epochs=1, num_update_steps_per_epoch=1),
+    ],
 )
 def test_a_scheduler_in_place_of_what_makes_one(create_trainer, refuses, create):
     trainer = create_trainer()
@@ -259,7 +268,7 @@ def test_arguments_for_making_a_loader_beside_a_ready_one(
 
 def test_nothing_to_evaluate_on(create_trainer, samples):
     """Defect 37: evaluate() without a dataset was a TypeError of DataLoader."""
-    with pytest.raises(ValueError, match="needs? .*a dataset|A dataset .*needed"):
+    with pytest.raises(ValueError, match="A dataset or a DataLoader is needed"):
         create_trainer().evaluate()
     with pytest.raises(ValueError, match="dataset is empty"):
         create_trainer().evaluate(samples(0))

@@ -52,7 +52,7 @@ def inputs_of_a_run(create_trainer, numbered):
     return train
 
 
-# ------------------------------------------------------------------ arguments of a loader
+# --- arguments of a loader
 
 
 def test_the_trainer_calls_data_loader_with_the_documented_arguments(
@@ -154,7 +154,7 @@ def test_a_sampler_may_yield_anything_that_the_dataset_understands(create_traine
             return 2
 
         def __getitem__(self, key):
-            index, size = key
+            _index, size = key
             return torch.full((1,), float(size)), torch.zeros(1)
 
     trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs)
@@ -252,7 +252,7 @@ def test_defaults_may_be_replaced_by_an_override(create_trainer, numbered):
     assert trainer.run_config.eval_per_device_batch_size == 1
 
 
-# -------------------------------------------------------------------- order and seeds
+# --- order and seeds
 
 
 def test_every_sample_is_seen_once_in_an_epoch_in_a_new_order(inputs_of_a_run):
@@ -354,7 +354,7 @@ def test_augmentation_is_repeatable_with_any_number_of_workers(
     assert train(num_workers) == train(0)
 
 
-# ---------------------------------------------------------------- what the run config says
+# --- what the run config says
 
 
 def test_the_run_config_is_a_plain_dictionary_on_request(create_trainer, numbered):
@@ -387,9 +387,7 @@ def test_the_chosen_number_of_workers_is_in_the_run_config(create_trainer, numbe
 def test_a_run_knows_nothing_of_the_loaders_of_an_earlier_one(create_trainer, numbered):
     """Defect 42: the loader and the arguments of an earlier call stayed."""
     trainer = create_trainer()
-    trainer.train(
-        numbered(6), 1, eval_dataset=numbered(6), per_device_batch_size=3
-    )
+    trainer.train(numbered(6), 1, eval_dataset=numbered(6), per_device_batch_size=3)
 
     trainer.train(DataLoader(numbered(4), batch_size=2), 1)
 
@@ -415,7 +413,7 @@ def test_evaluate_reports_nothing_of_the_training_before_it(create_trainer, numb
     assert trainer._train_dataloader is None
 
 
-# --------------------------------------------------------------------- limited batches
+# --- limited batches
 
 
 @pytest.fixture
@@ -499,7 +497,7 @@ def test_a_limited_loader_still_has_the_attributes_of_the_loader(
     assert trainer._eval_dataloader.device == trainer.device
 
 
-# ------------------------------------------------------------------------------- gather
+# --- gather
 
 
 def test_gather_keeps_structures_and_values_that_look_like_padding(create_trainer):

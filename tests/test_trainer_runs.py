@@ -43,7 +43,7 @@ def train(create_trainer, samples, counter):
     return train
 
 
-# ----------------------------------------------------------------------------- counts
+# --- counts
 
 
 def test_a_run_counts_its_updates_steps_and_samples(train):
@@ -101,7 +101,7 @@ def test_no_epochs_make_a_run_without_training(train, counter):
     assert trainer.model.weight.item() == 1.0
 
 
-# ----------------------------------------------------------------------------- limits
+# --- limits
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_plateau_of_the_evaluation_loss_lowers_the_learning_rate(
     assert trainer.optimizer.param_groups[0]["lr"] == 0.25 * 0.5**3
 
 
-# -------------------------------------------------------------------------- evaluation
+# --- evaluation
 
 
 def test_evaluate_returns_its_metrics_and_adds_them_to_the_history(train, samples):
@@ -407,7 +407,7 @@ def test_an_evaluation_can_be_limited_to_some_batches(create_trainer, samples):
     assert batches == [1, 1]
 
 
-# ------------------------------------------------------------------- data of other kinds
+# --- data of other kinds
 
 
 class Stream(IterableDataset):
@@ -522,9 +522,7 @@ def test_a_ready_loader_is_used_as_it_is(create_trainer, noise, counter):
         shuffle=True,
         generator=torch.Generator().manual_seed(4),
     )
-    trainer = create_trainer(
-        [counter], trainer_class=KeepsBatches
-    )
+    trainer = create_trainer([counter], trainer_class=KeepsBatches)
     trainer.train(loader, num_epochs=1, eval_dataset=DataLoader(dataset, batch_size=4))
 
     again = DataLoader(

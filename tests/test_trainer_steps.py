@@ -16,7 +16,7 @@ def losses_by_hand(weight, factor, num_updates):
     return [(weight * factor**update) ** 2 for update in range(num_updates)]
 
 
-# ------------------------------------------------------------------ recorded losses
+# --- recorded losses
 
 
 @pytest.mark.parametrize("num_accumulated", [1, 2, 3, 4])
@@ -200,7 +200,7 @@ def test_an_evaluation_loss_that_is_not_reduced_is_refused_with_advice(
         trainer.evaluate(samples(2))
 
 
-# ---------------------------------------------------- accumulation and left gradients
+# --- accumulation and left gradients
 
 
 def test_an_incomplete_last_window_is_scaled_by_what_it_holds(create_trainer, samples):
@@ -259,7 +259,7 @@ def test_the_gradient_of_a_window_that_was_not_finished_does_not_enter_the_next_
     assert trainer.model.weight.item() == 0.5
 
 
-# --------------------------------------------------------------------------- clipping
+# --- clipping
 
 
 def dataset_with_gradients(*gradients):
@@ -310,9 +310,7 @@ def test_the_norm_before_clipping_can_be_read(train_with_gradients):
             norms.append(self.gradient_norm)
             super().optimizer_step()
 
-    train_with_gradients(
-        4.0, -3.0, trainer_class=KeepsNorms, gradient_clip_norm=3.5
-    )
+    train_with_gradients(4.0, -3.0, trainer_class=KeepsNorms, gradient_clip_norm=3.5)
 
     assert [norm.item() for norm in norms] == [4.0, 3.0]
     assert all(norm.dim() == 0 for norm in norms)
@@ -323,7 +321,7 @@ def test_there_is_no_norm_without_clipping_by_norm(train_with_gradients):
     assert train_with_gradients(4.0, gradient_clip_value=1.0).gradient_norm is None
 
 
-# ------------------------------------------------------------------------ plain batches
+# --- plain batches
 
 
 class LanguageModel(nn.Module):
@@ -379,7 +377,7 @@ def test_a_model_that_returned_no_loss_is_explained():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     trainer = Trainer(model, None, optimizer, callbacks=())
 
-    with pytest.raises(ValueError, match="have no loss.*batch has 'labels'"):
+    with pytest.raises(ValueError, match=r"have no loss.*batch has 'labels'"):
         trainer.train(Sentences(has_labels=False), num_epochs=1)
 
 

@@ -199,7 +199,7 @@ class AccumulationWindow:
         return self._planned_items(step) / self.num_processes
 
     def _share_of_step(self, step: int, num_items: NumItems) -> Tensor:
-        """Return the weight of this process's batch in a step that counts as a whole."""
+        """Return the weight of a batch, where all steps of a window count the same."""
         total = self._add_up(torch.as_tensor(num_items, dtype=torch.float64))
         first, last = (0, self.num_steps - 1)
         if self._num_batches is not None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -383,18 +383,34 @@ class InMemoryDataset:
             return None
         if any(type(tensor) is not Tensor for tensor in dataset.tensors):
             return None
+        if len({tensor.device for tensor in dataset.tensors}) != 1:
+            return None
         return cls(dataset.tensors, index)
 
-    def batch(self, indices: Tensor) -> list[Tensor]:
+    def rows(self, order: Tensor) -> Tensor:
+        """Return the entries of the tensors that an order of the samples stands for."""
+        rows = order if self.index is None else self.index[order]
+        return rows.to(self.tensors[0].device)
+
+    def batch(self, rows: Tensor) -> list[Tensor]:
         """Return what fetching the samples one by one and collating them gives."""
-        if self.index is not None:
-            indices = self.index[indices]
-        return [tensor.index_select(0, indices) for tensor in self.tensors]
+        return [tensor.index_select(0, rows) for tensor in self.tensors]
 
 
-def is_loader(data: Any) -> bool:
-    """Say whether this is a ready loader and not a dataset."""
+def is_loader(data: Any) -> TypeGuard[DataLoader[Any]]:
+    """Say whether this is a loader of torch."""
     return isinstance(data, DataLoader)
+
+
+def yields_batches(data: Any) -> bool:
+    """Say whether this is a ready loader and not a dataset.
+
+    Besides torch's loaders these are other iterables from which no single sample can be
+    taken, such as the loader of timm that normalises images on the device.
+    """
+    return is_loader(data) or not (
+        isinstance(data, Dataset) or hasattr(data, "__getitem__")
+    )
 
 
 def is_plain(loader: Any) -> bool:
@@ -531,10 +547,11 @@ class PlannedLoader:
         self._loader._iterator = None
 
     def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
-        pin = self.loader.pin_memory and self.device.type != "cpu"
-        order = self.batch_sampler.order()
+        is_here = data.tensors[0].device.type == "cpu"
+        pin = self.loader.pin_memory and is_here and self.device.type != "cpu"
+        rows = data.rows(self.batch_sampler.order())
         for _, first, last in self.batch_sampler.positions():
-            batch = data.batch(order[first:last])
+            batch = data.batch(rows[first:last])
             yield [tensor.pin_memory() for tensor in batch] if pin else batch
 
 
@@ -577,8 +594,9 @@ class DeviceLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the number of the epoch, from 1, to what wants to know it."""
-        parts = ("sampler", "batch_sampler", "dataset")
-        for part in (self.loader, *(getattr(self.loader, name, None) for name in parts)):
+        names = ("sampler", "batch_sampler", "dataset")
+        parts = [getattr(self.loader, name, None) for name in names]
+        for part in (self.loader, *parts):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
@@ -757,15 +775,24 @@ _ARGUMENTS_FOR_WORKERS = (
 
 
 class _TimedBatches(Dataset[float]):
-    """Says how many seconds it took to fetch and collate a batch."""
+    """Says how many seconds it takes to fetch and collate a batch.
+
+    The least of a few trials counts: the first includes what is done only once, and
+    any may be held up by what else the machine does.
+    """
 
     def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.batches = _BatchDataset(dataset, collate_fn)
 
     def __getitems__(self, indices: list[int]) -> float:
-        start = time.perf_counter()
-        self.batches.__getitems__(SeededIndices(indices, seed=0))
-        return time.perf_counter() - start
+        seconds: list[float] = []
+        while len(seconds) < 2 or (
+            len(seconds) < 5 and min(seconds) > HAND_OVER_SECONDS and sum(seconds) < 0.1
+        ):
+            start = time.perf_counter()
+            self.batches.__getitems__(SeededIndices(indices, seed=0))
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
 
 def choose_num_workers(
@@ -799,13 +826,13 @@ def choose_num_workers(
         return 0
     probe: DataLoader[float] = DataLoader(
         _TimedBatches(dataset, collate_fn or default_collate),
-        batch_sampler=[list(range(min(batch_size, length)))] * 2,
+        batch_sampler=[list(range(min(batch_size, length)))],
         collate_fn=_as_it_is,
         num_workers=1,
         generator=torch.Generator(),
     )
     try:
-        seconds = list(probe)[-1]  # the first includes what is done only once
+        (seconds,) = probe
     except Exception:
         return 0  # the dataset fails: the run will show how, with its own traceback
     return most if seconds > HAND_OVER_SECONDS else 0

@@ -334,11 +334,11 @@ class DeepSpeedEngine(Engine):
         """Return the whole state dict of a model, gathered under ZeRO 3. Collective."""
         if self._plugin.zero_stage < 3 or not self.knows(model):
             return super().model_state(model, keep)
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         state: dict[str, Any] = model.state_dict()
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 if keep and name in state:
                     state[name] = parameter.detach().cpu().clone()
         return state
@@ -389,6 +389,6 @@ class DeepSpeedEngine(Engine):
 def _refuse_clip_value(clip_value: float | None, engine: str) -> None:
     if clip_value is not None:
         raise ValueError(
-            f"gradient_clip_value={clip_value} was given, but {engine} can only clip by "
-            "norm. Use gradient_clip_norm."
+            f"gradient_clip_value={clip_value} was given, but {engine} clips gradients "
+            "by their norm only. Use gradient_clip_norm."
         )

@@ -12,6 +12,7 @@ class Stage(Enum):
 
     TRAINING = "training"
     EVALUATION = "evaluation"
+    EVALUATED = "evaluated"
     ENDED = "ended"
 
 

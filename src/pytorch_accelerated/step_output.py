@@ -39,8 +39,8 @@ def inputs_and_targets_of(batch: Any) -> tuple[Any, Any]:
     except (KeyError, IndexError, TypeError):
         pass
     raise TypeError(
-        "The default step takes batches of (inputs, targets), where targets is a tensor; "
-        f"got {describe_batch(batch)}. Override calculate_train_batch_loss and "
+        "The default step takes batches of (inputs, targets), where targets is a "
+        f"tensor; got {describe_batch(batch)}. Override calculate_train_batch_loss and "
         "calculate_eval_batch_loss to use it, or pass loss_func=None for a model that "
         "takes the members of a mapping and returns a loss."
     )

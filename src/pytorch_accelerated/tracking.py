@@ -561,6 +561,8 @@ class LossTracker:
             # Asynchronous towards the device only: the host may read what it gets.
             to_device = loss.device.type != "cpu"
             batch_size = batch_size.to(loss.device, non_blocking=to_device)
+        # The mean over nothing, which is NaN, adds nothing.
+        loss = loss.masked_fill(batch_size == 0, 0.0)
         self._total_on(loss.device).addcmul_(loss, batch_size)
         self.running_count = _scalar_on(loss.device, self.running_count)
         self.running_count.add_(batch_size)

@@ -72,6 +72,7 @@ from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
     StopTrainingError,
+    TrainingInterruptedError,
 )
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
@@ -487,7 +488,8 @@ class Trainer:
         if self._progress.stage is Stage.TRAINING:
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
         if self._progress.stage is not Stage.ENDED:
-            if self.eval_dataset is not None:
+            is_evaluated = self._progress.stage is Stage.EVALUATED
+            if self.eval_dataset is not None and not is_evaluated:
                 self._run_eval_epoch(self._eval_dataloader)
             self._step_scheduler_after_epoch()
             self._progress.stage = Stage.ENDED
@@ -617,6 +619,8 @@ class Trainer:
             self._agree_to_go_on()
             self._call(self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
+            if self._progress.stage is Stage.EVALUATION:
+                self._progress.stage = Stage.EVALUATED
             self._notify("on_eval_epoch_end", is_intermediate=is_intermediate)
 
     def _run_eval_step(self, batch: Any) -> None:
@@ -775,7 +779,7 @@ class Trainer:
             train_dl_kwargs: Arguments that win over those of
                 :meth:`get_default_train_dl_kwargs`.
         """
-        if data.is_loader(self.train_dataset):
+        if data.yields_batches(self.train_dataset):
             checks.check_no_loader_arguments(train_dl_kwargs, self.collate_fn)
             return self.train_dataset
         self._train_dl_kwargs = data.merge_dl_kwargs(
@@ -795,7 +799,7 @@ class Trainer:
             eval_dl_kwargs: Arguments that win over those of
                 :meth:`get_default_eval_dl_kwargs`.
         """
-        if data.is_loader(self.eval_dataset):
+        if data.yields_batches(self.eval_dataset):
             checks.check_no_loader_arguments(eval_dl_kwargs, self.collate_fn)
             return self.eval_dataset
         self._eval_dl_kwargs = data.merge_dl_kwargs(
@@ -981,7 +985,7 @@ class Trainer:
         if (
             num_samples is not None
             and batch_size is not None
-            and not data.is_loader(self.eval_dataset)
+            and not data.yields_batches(self.eval_dataset)
         ):
             data.BatchPlan(
                 num_samples, batch_size, self.run_config.num_processes, even=True
@@ -1315,6 +1319,7 @@ class Trainer:
             except StopTrainingError as stop:
                 distributed.settle(stop)
                 self.print(stop)
+                self.interrupted = isinstance(stop, TrainingInterruptedError)
                 stops.append(stop)
                 due.insert(0, partial(self._notify, "on_stop_training_error"))
             while due:
@@ -1499,7 +1504,7 @@ class Trainer:
         in_parts, keep = self._engine.saved_in_parts, self._accelerator.is_main_process
         run: dict[str, Any] = {
             "progress": self._progress_to_save().to_dict(),
-            "layout": self._batch_layout().to_dict(),
+            "layout": None if self.run_config is None else self._batch_layout().to_dict(),
             "data_seed": self._data_seed,
             "num_runs": self._num_runs,
             "callbacks": self._engine.whole(self.callback_handler.state_dict(), keep),
@@ -1551,6 +1556,8 @@ class Trainer:
 
     def _batch_layout(self) -> BatchLayout:
         config = self.run_config
+        if config is None:  # saved before the first run
+            return BatchLayout(None, None, self._accelerator.num_processes, 1)
         plan = getattr(self._train_dataloader, "plan", None)
         return BatchLayout(
             num_samples=None if plan is None else plan.length,
@@ -1580,8 +1587,6 @@ class Trainer:
             CheckpointError: If the folder is not whole, or does not fit the model.
         """
         state = TrainingState.read(input_dir, allow_pickle=allow_pickle)
-        if state.model is not None:
-            self._load_model(state.model, input_dir)
         if state.parts is not None:
             self._engine.load_parts(
                 self.get_model(keep_torch_compile=False),
@@ -1589,6 +1594,8 @@ class Trainer:
                 Path(state.parts),
                 len(state.processes),
             )
+        else:
+            self._load_model(state.model or {}, input_dir)
         if self.optimizer is not None and state.optimizer is not None:
             self._load_optimizer(dict(state.optimizer), input_dir)
         if self.scheduler is not None and state.scheduler is not None:
@@ -1640,7 +1647,9 @@ class Trainer:
         state = self._resume_state = self._loaded_state
         if "progress" in state:
             self._check_schedule_was_saved(resume_from)
-            then, now = BatchLayout(**state["layout"]), self._batch_layout()
+            now = self._batch_layout()
+            # A state that was saved before any run has none.
+            then = BatchLayout(**state["layout"]) if state["layout"] else now
             progress = RunProgress.from_dict(state["progress"])
             self._progress = find_place(progress, then, now)
             if self._progress.step != progress.step:
@@ -1814,12 +1823,6 @@ class TrainerWithTimmScheduler(Trainer):
     and ``step`` after each epoch with the number of epochs completed, so that schedules
     in updates and in epochs both work. Arguments are those of :class:`Trainer`.
     """
-
-    def _start_schedule(self) -> None:
-        """Apply the value of the point from which the run goes on."""
-        if self.scheduler is not None:
-            self.scheduler.step(self._progress.epochs_done)
-            self.scheduler.step_update(num_updates=self._progress.num_updates)
 
     @property
     def _steps_scheduler(self) -> bool:

@@ -19,6 +19,7 @@ _FILES = {
     "processes": "processes.pt",
 }
 _PARTS = "parts"
+_WEIGHTS = {"model.safetensors", "pytorch_model.bin"}
 
 
 @dataclass
@@ -137,7 +138,7 @@ class TrainingState:
                     "Give a folder that save_training_state wrote."
                 )
         has_parts = any(name.startswith(f"{_PARTS}/") for name in saved.files)
-        has_model = not has_parts or any("/" not in f and "model" in f for f in saved.files)
+        has_model = not has_parts or not _WEIGHTS.isdisjoint(saved.files)
         return cls(
             model=saved.load_weights() if has_model else None,
             parts=str(saved.path / _PARTS) if has_parts else None,

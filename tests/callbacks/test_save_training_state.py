@@ -14,7 +14,7 @@ from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints
 
 
 def names_in(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".lock")
 
 
 class EventLog(TrainerCallback):

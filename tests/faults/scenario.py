@@ -80,6 +80,7 @@ class Scenario:
     callbacks: tuple[Any, ...] = ()
     save_kwargs: tuple[tuple[str, Any], ...] = ()
     patience: int = 3
+    save_best: bool = True
 
     def with_(self, **changes: Any) -> Scenario:
         return replace(self, **changes)
@@ -94,10 +95,7 @@ class Scenario:
             callbacks=[
                 TerminateOnNaNCallback,
                 EarlyStoppingCallback(early_stopping_patience=self.patience),
-                SaveBestModelCallback(
-                    folder / "best.pt", load_saved_checkpoint=False
-                ),
-                ModelEmaCallback(0.9, save_path=folder / "ema.pt"),
+                *(self._best_callbacks(folder) if self.save_best else ()),
                 SaveTrainingStateCallback(
                     folder / "states",
                     save_every_n_steps=self.save_every_n_steps,
@@ -110,6 +108,13 @@ class Scenario:
             seed=self.seed,
             accelerator_kwargs={"mixed_precision": self.precision, "cpu": True},
         )
+
+    @staticmethod
+    def _best_callbacks(folder: Path) -> list[Any]:
+        return [
+            SaveBestModelCallback(folder / "best.pt", load_saved_checkpoint=False),
+            ModelEmaCallback(0.9, save_path=folder / "ema.pt"),
+        ]
 
     def train_dataset(self) -> Any:
         data = Augmented(self.num_samples)

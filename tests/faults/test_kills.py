@@ -1,40 +1,15 @@
 """kill -9 at random instants: the next run finishes with the very same weights."""
 
-import os
 import random
 import signal
 import time
 
 import pytest
-import torch
 from processes import Job
-from scenario import Scenario, difference, fingerprint
+from runs import finish, result_of, undisturbed
+from scenario import Scenario, difference
 
 SCENARIO = Scenario(num_epochs=3, save_every_n_steps=2, max_checkpoints=2)
-
-
-def finish(scenario, folder):
-    """Run to the end from wherever an earlier run was, and write down the result."""
-
-    def run():
-        trainer = scenario.run(folder, resume_from="auto")
-        if trainer._accelerator.is_main_process:
-            torch.save(fingerprint(trainer), folder / "result.part")
-            os.replace(folder / "result.part", folder / "result.pt")
-
-    return run
-
-
-def result_of(folder):
-    return torch.load(folder / "result.pt", weights_only=False)
-
-
-def undisturbed(scenario, folder, num_processes=1):
-    """Return the fingerprint of a run that nothing happens to, and its seconds."""
-    start = time.monotonic()
-    job = Job(finish(scenario, folder), folder / "log", num_processes)
-    assert job.wait_or_explain() is None
-    return result_of(folder), time.monotonic() - start
 
 
 def kill_once(scenario, folder, expected, seconds, num_processes=1):

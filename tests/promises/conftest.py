@@ -21,7 +21,9 @@ from accelerate.state import AcceleratorState, GradientState
 def on_processes(tmp_path):
     """Call a function on several processes and return what each returned, in order."""
 
-    def run(num_processes, function, *args, timeout_seconds=60):
+    limit = float(os.environ.get("PROMISES_TIMEOUT_SECONDS", "60"))
+
+    def run(num_processes, function, *args, timeout_seconds=limit):
         return _Processes(tmp_path, num_processes, function, args).results(
             timeout_seconds
         )

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ class Case:
 
     Items are what the loss is a mean over: the samples of a batch, or its tokens, of
     which sample i has i % 4. Kept are the samples that the collate function leaves in a
-    batch: all, or those whose index is no multiple of 3.
+    batch.
     """
 
     num_samples: int
@@ -52,12 +53,15 @@ class Numbered(Dataset):
         return self.inputs[index], self.targets[index], index
 
 
-def is_kept(index):
-    return index % 3 != 0
+LEFT_OUT = {
+    "all": lambda index: False,
+    "some": lambda index: index % 3 == 0,
+    "all but one": lambda index: index == 4,
+}
 
 
-def leave_some_out(samples):
-    kept = [sample for sample in samples if is_kept(sample[2])]
+def leave_out(is_left_out, samples):
+    kept = [sample for sample in samples if not is_left_out(sample[2])]
     # A batch cannot be empty; which sample stays then is plain to the reference too.
     return default_collate(kept or samples[:1])
 
@@ -115,7 +119,9 @@ def train(case):
         gradient_accumulation_steps=case.accumulation,
         gradient_clip_norm=case.clip_norm,
         train_dataloader_kwargs={"num_workers": 0},
-        collate_fn=None if case.kept == "all" else leave_some_out,
+        collate_fn=None
+        if case.kept == "all"
+        else partial(leave_out, LEFT_OUT[case.kept]),
     )
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -127,9 +133,10 @@ def batches_of_step(case, indices):
     batches = list(torch.tensor(indices).split(sizes))
     if case.kept == "all":
         return batches
+    is_left_out = LEFT_OUT[case.kept]
     return [
         torch.tensor(
-            [i for i in batch.tolist() if is_kept(i)] or batch.tolist()[:1],
+            [i for i in batch.tolist() if not is_left_out(i)] or batch.tolist()[:1],
             dtype=torch.int64,
         )
         for batch in batches
@@ -183,7 +190,7 @@ cases = st.builds(
     batch_size=st.integers(1, 5),
     accumulation=st.integers(1, 5),
     items=st.sampled_from(ITEMS),
-    kept=st.sampled_from(["all", "some"]),
+    kept=st.sampled_from(list(LEFT_OUT)),
     optimizer=st.sampled_from(["sgd", "adamw"]),
     clip_norm=st.sampled_from([None, 0.1]),
 )
@@ -207,7 +214,7 @@ def random_cases(count, num_processes):
             batch_size=chance.randint(1, 4),
             accumulation=chance.randint(1, 4),
             items=chance.choice(ITEMS),
-            kept=chance.choice(["all", "all", "some"]),
+            kept=chance.choice(list(LEFT_OUT)),
             optimizer=chance.choice(["sgd", "adamw"]),
             clip_norm=chance.choice([None, None, 0.1]),
             num_processes=num_processes,
@@ -232,6 +239,7 @@ def test_accumulation_on_two_processes_equals_the_large_batch(on_processes):
         Case(9, 2, 2, items="tokens", num_processes=2),
         Case(9, 2, 2, items="tokens on the device", num_processes=2),
         Case(14, 3, 1, kept="some", num_processes=2),
+        Case(14, 3, 2, kept="all but one", num_processes=2),  # only in a later batch
         Case(13, 3, 2, optimizer="adamw", clip_norm=0.1, num_processes=2),
     ]
     check_on_processes(on_processes, [*named, *random_cases(20, num_processes=2)])

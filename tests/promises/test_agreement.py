@@ -277,7 +277,7 @@ class SavesEveryUpdate(TrainerCallback):
 
 
 def test_nothing_is_saved_when_the_loss_of_one_process_is_nan(on_processes, tmp_path):
-    """The save itself looks, on all processes together; the fifth update has the NaN."""
+    """The save looks itself, on all processes; the fifth update has the NaN."""
 
     def run():
         return train([TerminateOnNaNCallback(), SavesEveryUpdate(tmp_path)], BadLater)
@@ -298,7 +298,7 @@ class OtherMetricOnEachProcess(Trainer):
 
 
 def test_early_stopping_follows_the_main_process_where_metrics_differ(on_processes):
-    """Defect 40: the score of the first process gets better, that of the second worse."""
+    """Defect 40: one score gets better from epoch to epoch, the other worse."""
 
     def run():
         return [

@@ -132,6 +132,40 @@ def test_a_scalar_is_the_mean_of_its_batches_weighted_with_their_items():
     assert recorded["train_square_of_it_epoch"][0] == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_batch_without_items_adds_nothing_even_if_its_mean_is_nan():
+    class SkipsEveryOther(Scripted):
+        def calculate_train_batch_loss(self, batch):
+            output = super().calculate_train_batch_loss(batch)
+            if self.num_steps % 2 == 0:
+                output["loss"] = output["loss"] * 0 + 3
+                return {**output, "num_items_in_batch": torch.tensor(2)}
+            # As of a language model, for a sample of nothing but padding.
+            logits = self.model(torch.zeros(1, 1, dtype=torch.float64))
+            output["loss"] = nn.functional.cross_entropy(logits, torch.tensor([-100]))
+            assert output["loss"].isnan()
+            return {**output, "num_items_in_batch": torch.tensor(0)}
+
+    model = nn.Linear(1, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = SkipsEveryOther(model, None, optimizer, ()).train(
+        Numbers(), 1, per_device_batch_size=2
+    )
+    assert history.get_latest_metric("train_loss_epoch") == 3.0
+
+
+def test_the_loss_of_an_epoch_is_its_own():
+    class Grows(Scripted):
+        def calculate_train_batch_loss(self, batch):
+            output = super().calculate_train_batch_loss(batch)
+            epoch = self.run_history.current_epoch
+            return {**output, "loss": output["loss"] * 0 + epoch}
+
+    model = nn.Linear(1, 1).double()
+    trainer = Grows(model, None, torch.optim.SGD(model.parameters(), lr=0.1), ())
+    history = trainer.train(Numbers(), num_epochs=3)
+    assert history.get_metric_values("train_loss_epoch") == [1.0, 2.0, 3.0]
+
+
 def test_long_sums_do_not_lose_small_losses():
     """Losses in bfloat16, 4,000 of them: a sum in that precision would stick at 256."""
 

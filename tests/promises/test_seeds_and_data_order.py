@@ -121,6 +121,12 @@ def test_the_order_is_the_documented_function_of_the_seed_and_the_epoch():
     assert torch.equal(samples[:, 0].long(), order)
 
 
+def test_the_order_differs_from_epoch_to_epoch():
+    first, second = train(Augmented())[0][:, 0].split(NUM_SAMPLES)
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+
+
 def test_a_loop_by_hand_can_reproduce_the_augmentation_of_a_batch():
     samples, _, _ = train(Augmented("torch"))
     # The first batch of the second epoch, on the only process.

@@ -1,0 +1,44 @@
+"""What the trials have in common: runs that go on by themselves, and their results."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from processes import Job
+from scenario import Scenario, fingerprint
+
+
+def finish(scenario: Scenario, folder: Path) -> Callable[[], None]:
+    """Return a run to the end from wherever an earlier one was.
+
+    It writes down its result, and exits with 143 if it was interrupted.
+    """
+
+    def run() -> None:
+        trainer = scenario.run(folder, resume_from="auto")
+        if trainer.interrupted:
+            raise SystemExit(143)
+        if trainer._accelerator.is_main_process:
+            torch.save(fingerprint(trainer), folder / "result.part")
+            os.replace(folder / "result.part", folder / "result.pt")
+
+    return run
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+def undisturbed(
+    scenario: Scenario, folder: Path, num_processes: int = 1
+) -> tuple[dict[str, Any], float]:
+    """Return the fingerprint of a run that nothing happens to, and its seconds."""
+    start = time.monotonic()
+    job = Job(finish(scenario, folder), folder / "log", num_processes)
+    assert job.wait_or_explain() is None
+    return result_of(folder), time.monotonic() - start

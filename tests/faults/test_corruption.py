@@ -1,0 +1,148 @@
+"""Damaged checkpoints are found, named, and passed over by "auto"."""
+
+import json
+import random
+import shutil
+import warnings
+
+import pytest
+import torch
+from scenario import Scenario, difference, fingerprint
+from torch import nn
+
+from pytorch_accelerated import checkpoint
+from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.training_state import TrainingState
+
+SCENARIO = Scenario(num_epochs=2, save_every_n_steps=3)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    SCENARIO.run(folder)
+    return folder / "states"
+
+
+def truncate(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: random.randrange(len(content))])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    file.write_bytes(content)
+
+
+def write_zeros(file):
+    content = bytearray(file.read_bytes())
+    start = random.randrange(len(content))
+    content[start : start + 100] = b"\1" * len(content[start : start + 100])
+    file.write_bytes(content)
+
+
+def remove(file):
+    file.unlink()
+
+
+def raise_format_version(file):
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["format_version"] = 99
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGES = [truncate, truncate, flip_a_bit, flip_a_bit, write_zeros, remove]
+
+
+def read_quietly(folder):
+    """Return the newest whole one and the warnings about the others."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        newest = checkpoint.newest(folder)
+    return newest, " ".join(str(warning.message) for warning in caught)
+
+
+@pytest.mark.fault("damaged, truncated or missing file, newer format")
+def test_any_damage_is_named_and_auto_falls_back(saved, tmp_path, trials):
+    for number in range(trials.count(150)):
+        states = shutil.copytree(saved, tmp_path / f"{number}")
+        newest, before = (
+            state.path for state in reversed(checkpoint.list_checkpoints(states)[-2:])
+        )
+        file = random.choice(sorted(newest.iterdir()))
+        damage = random.choice([*DAMAGES, raise_format_version])
+        damage(file)
+        trials.add(what_is_wrong(newest, before, file, damage))
+        shutil.rmtree(states)
+
+
+def what_is_wrong(newest, before, file, damage):
+    told = f"{damage.__name__} of {file.name}"
+    found, warned = read_quietly(newest.parent)
+    if found is None or found.path != before:
+        return f"{told}: {found} is taken"
+    if newest.name not in warned:
+        return f"{told}: no warning names it"
+    try:
+        TrainingState.read(newest)
+    except CheckpointError as error:
+        named = file.name if damage is not raise_format_version else "newer version"
+        return None if named in str(error) else f"{told}: the error is {error}"
+    return f"{told}: it was loaded"
+
+
+@pytest.mark.fault("damaged, truncated or missing file, newer format")
+def test_a_run_resumed_from_the_one_before_ends_in_the_same_weights(tmp_path, trials):
+    expected = fingerprint(SCENARIO.run(tmp_path))
+    states = tmp_path / "states"
+    for name in ("final", "epoch_2"):
+        flip_a_bit(states / name / "model.safetensors")
+    with pytest.warns(UserWarning, match="passed over"):
+        resumed = SCENARIO.run(tmp_path, resume_from="auto")
+    trials.add(difference(expected, fingerprint(resumed)))
+
+
+@pytest.mark.fault("foreign or unsuitable folder")
+@pytest.mark.parametrize("kind", ["empty", "other files", "file", "nothing"])
+def test_what_is_no_training_state_is_refused(kind, tmp_path, trials):
+    folder = tmp_path / "folder"
+    if kind == "file":
+        folder.write_text("text")
+    elif kind != "nothing":
+        folder.mkdir()
+    if kind == "other files":
+        (folder / "notes.txt").write_text("text")
+        (folder / "manifest.json").write_text('{"name": "an extension"}')
+    with pytest.raises(CheckpointError, match="folder"):
+        SCENARIO.run(tmp_path / "run", resume_from=folder)
+    trials.add(None)
+
+
+@pytest.mark.fault("foreign or unsuitable folder")
+def test_other_files_in_the_folder_stay_and_do_not_matter(tmp_path, trials):
+    states = tmp_path / "states"
+    states.mkdir()
+    (states / "notes.txt").write_text("mine")
+    (states / "epoch_1.tmp").mkdir()
+    (states / "link").symlink_to(tmp_path)
+    (states / "other").mkdir()
+    (states / "other" / "manifest.json").write_text("{}")
+    scenario = SCENARIO.with_(max_checkpoints=1)
+    scenario.run(tmp_path, resume_from="auto")
+    scenario.run(tmp_path, resume_from="auto")
+    left = {path.name for path in states.iterdir()}
+    assert {"notes.txt", "epoch_1.tmp", "link", "other"} < left
+    trials.add(None)
+
+
+@pytest.mark.fault("foreign or unsuitable folder")
+def test_the_state_of_another_model_is_refused_by_the_names_of_its_weights(
+    saved, tmp_path, trials
+):
+    trainer = SCENARIO.create_trainer(tmp_path)
+    trainer.model = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 1))
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
+    with pytest.raises(CheckpointError, match=r"does not fit the model.*0\.weight"):
+        SCENARIO.run(tmp_path, saved / "epoch_1", trainer)
+    trials.add(None)

@@ -1,0 +1,150 @@
+"""R14: a signal ends a run in order, on all processes together, to be resumed."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+from processes import Job
+from runs import finish, result_of, undisturbed
+from scenario import Scenario, difference, fingerprint
+
+from pytorch_accelerated import checkpoint
+from pytorch_accelerated.callbacks import PreemptionCallback, TrainerCallback
+
+SCENARIO = Scenario(save_every_n_steps=None, callbacks=(PreemptionCallback,))
+
+
+class SignalAt(TrainerCallback):
+    """Sends a signal to this process at an event of the run."""
+
+    def __init__(self, event, count=1, number=signal.SIGTERM):
+        self.left = count
+
+        def send(trainer, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), number)
+
+        setattr(self, event, send)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("event", "count"),
+    [
+        ("on_train_step_start", 2),  # within a window
+        ("on_train_update_end", 2),
+        ("on_train_step_end", 11),  # the last of an epoch
+        ("on_eval_step_start", 1),
+        ("on_training_run_epoch_end", 1),
+        ("on_before_save", 1),
+    ],
+)
+def test_a_signal_ends_the_run_to_be_resumed_exactly(event, count, number, tmp_path):
+    before = signal.getsignal(number)
+    scenario = SCENARIO.with_(save_every_n_steps=5)
+    expected = fingerprint(scenario.run(tmp_path / "whole"))
+
+    disturbed = scenario.with_(
+        callbacks=(PreemptionCallback, SignalAt(event, count, number))
+    )
+    trainer = disturbed.run(tmp_path / "stopped")
+    assert trainer.interrupted
+    assert signal.getsignal(number) == before
+    newest = checkpoint.newest(tmp_path / "stopped" / "states")
+    assert newest.path.name.startswith("step_")
+    assert newest.num_updates == trainer.num_updates < expected["progress"][0]
+
+    resumed = scenario.run(tmp_path / "stopped", resume_from="auto")
+    assert not resumed.interrupted
+    assert difference(expected, fingerprint(resumed)) is None
+
+
+def test_a_signal_at_the_very_end_is_not_lost_on_the_script(tmp_path):
+    late = SignalAt("on_training_run_end")
+    trainer = SCENARIO.with_(callbacks=(late, PreemptionCallback)).run(tmp_path)
+    assert trainer.interrupted
+    assert checkpoint.newest(tmp_path / "states").path.name == "final"
+
+
+def test_a_second_signal_is_handled_as_it_was_before_the_run(tmp_path):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    class Impatient(TrainerCallback):
+        def on_train_epoch_start(self, trainer, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)  # by the job and by its launcher
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            assert not received
+            preemption = trainer.callback_handler.callbacks[-2]
+            preemption._received_at -= 2  # seconds go by
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        SCENARIO.with_(callbacks=(PreemptionCallback, Impatient)).run(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received
+
+
+def test_handlers_are_restored_after_an_error(tmp_path):
+    class Broken(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            raise OSError("broken")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(OSError, match="broken"):
+        SCENARIO.with_(callbacks=(PreemptionCallback, Broken)).run(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_off_the_main_thread_it_warns_and_does_nothing(tmp_path):
+    trainers = []
+
+    def run():
+        with pytest.warns(UserWarning, match="main thread"):
+            trainers.append(SCENARIO.with_(num_epochs=1).run(tmp_path))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert trainers[0].num_updates == 4
+
+
+def test_names_that_are_no_signals_are_refused():
+    with pytest.raises(ValueError, match="'SIGTERM', got 'TERM'"):
+        PreemptionCallback(["TERM"])
+
+
+@pytest.mark.fault("SIGTERM at a random instant")
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_sigterm_at_random_instants(num_processes, tmp_path, trials):
+    scenario = SCENARIO.with_(num_epochs=12)
+    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed", num_processes)
+    for number in range(trials.count(20)):
+        folder = tmp_path / f"trial {number}"
+        job = Job(finish(scenario, folder), folder / "log", num_processes)
+        begun = folder / "states" / ".lock"
+        while not begun.exists() and not job.poll():
+            time.sleep(0.002)
+        time.sleep(random.uniform(0.02, 0.6 * seconds))
+        to_all = num_processes == 1 or random.random() < 0.5
+        job.kill(signal.SIGTERM, None if to_all else random.randrange(num_processes))
+        trials.add(what_is_wrong(job, scenario, folder, expected, num_processes))
+
+
+def what_is_wrong(job, scenario, folder, expected, num_processes):
+    codes = set(job.wait())
+    if codes == {0}:
+        return difference(expected, result_of(folder))  # it was faster
+    if codes != {143}:
+        return f"exit codes {codes}: {job.log.read_text()[-2000:]}"
+    newest = checkpoint.newest(folder / "states")
+    if not newest.path.name.startswith("step_"):
+        return f"{newest} is the newest"
+    again = Job(finish(scenario, folder), folder / "log", num_processes)
+    return again.wait_or_explain() or difference(expected, result_of(folder))

@@ -1,0 +1,171 @@
+"""Training with DeepSpeed on processes without a GPU, and the same without it."""
+
+import os
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
+from sharded_cases import (
+    CountsItems,
+    SaveOnce,
+    WithoutDropout,
+    batch_size,
+    create_data,
+    create_model,
+    train,
+    weights,
+)
+from torch import nn
+
+from pytorch_accelerated import Trainer
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def create_trainer(stage, callbacks=(), trainer_class=WithoutDropout, **settings):
+    kwargs = {}
+    if stage is not None:
+        config = {
+            "zero_optimization": {"stage": stage},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            **settings,
+        }
+        kwargs["deepspeed_plugin"] = DeepSpeedPlugin(
+            hf_ds_config=config, zero3_init_flag=False
+        )
+    model = create_model()
+    return trainer_class(
+        model,
+        loss_func=nn.MSELoss(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.02),
+        callbacks=callbacks,
+        seed=3,
+        accelerator_kwargs=kwargs,
+    )
+
+
+def result_of(stage, trainer_class=WithoutDropout, **arguments):
+    trainer = create_trainer(stage, trainer_class=trainer_class)
+    history = train(trainer, **arguments)
+    return {
+        "type": str(trainer._accelerator.distributed_type),
+        "weights": weights(trainer),
+        "losses": list(history.get_metric_values("train_loss_epoch")),
+        "eval_losses": list(history.get_metric_values("eval_loss_epoch")),
+        "norm": trainer.gradient_norm,
+        "num_updates": trainer.num_updates,
+    }
+
+
+def plain(folder):
+    return result_of(None)
+
+
+def plain_clipped(folder):
+    return result_of(None, gradient_clip_norm=0.3)
+
+
+def plain_accumulated(folder):
+    return result_of(None, gradient_accumulation_steps=3)
+
+
+def zero_1(folder):
+    return result_of(1)
+
+
+def zero_2(folder):
+    return result_of(2)
+
+
+def zero_3(folder):
+    return result_of(3)
+
+
+def clipped(folder):
+    return result_of(2, gradient_clip_norm=0.3)
+
+
+def accumulated_1(folder):
+    return result_of(1, gradient_accumulation_steps=3)
+
+
+def accumulated_2(folder):
+    return result_of(2, gradient_accumulation_steps=3)
+
+
+def accumulated_3(folder):
+    return result_of(3, gradient_accumulation_steps=3)
+
+
+def counted(folder):
+    return result_of(2, trainer_class=CountsItems, gradient_accumulation_steps=3)
+
+
+def _saved(folder, stage):
+    path = folder / f"state_{stage}"
+    trainer = create_trainer(stage, [SaveOnce(path, 9)], Trainer)
+    train(trainer)
+    return {"weights": weights(trainer)}
+
+
+def _resumed(folder, stage):
+    trainer = create_trainer(stage, (), Trainer)
+    train(trainer, resume_from=folder / f"state_{stage}")
+    return {"weights": weights(trainer)}
+
+
+def saved_2(folder):
+    return _saved(folder, 2)
+
+
+def resumed_2(folder):
+    return _resumed(folder, 2)
+
+
+def saved_3(folder):
+    return _saved(folder, 3)
+
+
+def resumed_3(folder):
+    return _resumed(folder, 3)
+
+
+def again(folder):
+    trainer = create_trainer(2)
+    train(trainer, num_epochs=1)
+    evaluated = trainer.evaluate(create_data(10), per_device_batch_size=batch_size())
+    train(trainer, num_epochs=1, reset_run_history=False)
+    losses = list(trainer.run_history.get_metric_values("eval_loss_epoch"))
+    trainer.save_checkpoint(folder / "exported.pt", save_optimizer=False)
+    return {
+        "evaluated": evaluated["evaluation_loss"],
+        "losses": losses,
+        "weights": weights(trainer),
+    }
+
+
+def plain_again(folder):
+    trainer = create_trainer(None)
+    train(trainer, num_epochs=1)
+    train(trainer, num_epochs=1, reset_run_history=False)
+    return {"weights": weights(trainer)}
+
+
+def refused(folder):
+    messages = []
+    for settings, arguments in (
+        ({"gradient_clipping": 1.0}, {"gradient_clip_norm": 0.3}),
+        ({"gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": 3}),
+        ({"train_micro_batch_size_per_gpu": 16}, {}),
+        ({}, {"gradient_clip_value": 0.3}),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = create_trainer(2, **settings)
+        try:
+            train(trainer, **arguments)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages

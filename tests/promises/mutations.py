@@ -1,0 +1,457 @@
+"""Breaks a copy of the library on purpose, in many ways, and runs the tests that mind.
+
+A test that cannot fail proves nothing. For each mutation the named test has to fail::
+
+    python tests/promises/mutations.py            # all of them, as a table
+    python tests/promises/mutations.py sampler    # those whose description has the word
+
+It exits with 1 if a mutation is not caught, or no longer fits the code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# Imported here once, so that the forked test runs need not: it takes seconds.
+import accelerate  # noqa: F401
+import hypothesis  # noqa: F401
+import pytest
+import torch
+import torchmetrics  # noqa: F401
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent.parent / "src" / "pytorch_accelerated"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is broken, how, and the test that has to notice."""
+
+    description: str
+    file: str
+    original: str
+    broken: str
+    test: str
+
+
+LARGE_BATCH = "test_accumulation_equals_the_large_batch.py::"
+ONE = "test_processes_equal_one.py::"
+MEANS = "test_recorded_losses_are_means.py::"
+ONCE = "test_evaluation_counts_each_sample_once.py::"
+SCHEDULES = "test_schedules_end_right.py::"
+COUNTS = "test_counting.py::"
+MODES = "test_modes_and_gradients.py::"
+SEEDS = "test_seeds_and_data_order.py::"
+AGREEMENT = "test_agreement.py::"
+
+MUTATIONS = [
+    # ------------------------------------------------------------------ accumulation
+    Mutation(
+        "window: a partial one is weighted as if it were full",
+        "accumulation.py",
+        "return first, min(first + self.num_steps, self._num_batches) - 1",
+        "return first, first + self.num_steps - 1",
+        LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
+    ),
+    Mutation(
+        "window: losses are not multiplied by the number of processes",
+        "accumulation.py",
+        "return self._planned_items(step) / self.num_processes",
+        "return float(self._planned_items(step))",
+        LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
+    ),
+    Mutation(
+        "window: items are not added up over the processes",
+        "accumulation.py",
+        "total = self._add_up(torch.as_tensor(total, dtype=torch.float64))",
+        "total = total * self.num_processes",
+        LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
+    ),
+    Mutation(
+        "window: its items are not forgotten when it closes",
+        "accumulation.py",
+        "        factor = self._correction(step)\n        self._items = 0\n",
+        "        factor = self._correction(step)\n",
+        LARGE_BATCH + "test_accumulation_in_one_process_equals_the_large_batch",
+    ),
+    Mutation(
+        "window: a filler batch counts",
+        "trainer.py",
+        "        if self._window.is_filler(step):\n            return 0, True\n",
+        "",
+        LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
+    ),
+    Mutation(
+        "window: batches are taken to be as large as planned",
+        "accumulation.py",
+        "            or (self.num_processes > 1 and not self._is_exact)\n",
+        "",
+        LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
+    ),
+    Mutation(
+        "window: the last one of an epoch is not closed",
+        "accumulation.py",
+        "return is_last or (step + 1) % self.num_steps == 0",
+        "return (step + 1) % self.num_steps == 0",
+        COUNTS + "test_one_process_counts_what_it_did",
+    ),
+    Mutation(
+        "window: token counts are divided in single precision",
+        "accumulation.py",
+        "            total = _in_double_precision(self._items)\n",
+        "            total = self._items\n",
+        LARGE_BATCH + "test_accumulation_in_one_process_equals_the_large_batch",
+    ),
+    # ----------------------------------------------------------------------- updates
+    Mutation(
+        "update: it is counted although it was skipped",
+        "trainer.py",
+        "            self._backward_is_plain or not "
+        "self._accelerator.optimizer_step_was_skipped\n",
+        "            True\n",
+        LARGE_BATCH + "test_a_skipped_update_moves_neither_schedule_nor_count",
+    ),
+    Mutation(
+        "update: gradients are clipped before they are whole",
+        "trainer.py",
+        "        self._window.close(step, self.model.parameters())\n"
+        "        if self._clips_gradients:\n"
+        "            self._clip_gradients()\n",
+        "        if self._clips_gradients:\n"
+        "            self._clip_gradients()\n"
+        "        self._window.close(step, self.model.parameters())\n",
+        LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
+    ),
+    Mutation(
+        "update: gradients are not cleared after it",
+        "trainer.py",
+        "                self.scheduler_step()\n        self.optimizer_zero_grad()\n",
+        "                self.scheduler_step()\n",
+        ONE + "test_several_processes_train_the_model_that_one_would",
+    ),
+    Mutation(
+        "update: left-over gradients are not cleared before a run",
+        "trainer.py",
+        "            self.optimizer.zero_grad()  # type: ignore[union-attr]\n"
+        "        self._train_dataloader =",
+        "        self._train_dataloader =",
+        MODES + "test_a_gradient_that_was_left_does_not_enter_the_first_update",
+    ),
+    # ------------------------------------------------------------------------ losses
+    Mutation(
+        "tracker: every batch counts the same",
+        "tracking.py",
+        "            total.add_(loss_batch_value, alpha=batch_size)\n"
+        "            self.running_count += batch_size\n",
+        "            total.add_(loss_batch_value)\n"
+        "            self.running_count += 1\n",
+        MEANS + "test_recorded_losses_of_one_process_are_means_over_all_items",
+    ),
+    Mutation(
+        "tracker: sums are kept in single precision",
+        "tracking.py",
+        'dtype = torch.float32 if device.type == "mps" else torch.float64\n'
+        "    # Not `torch.tensor`",
+        "dtype = torch.float32\n    # Not `torch.tensor`",
+        MEANS + "test_recorded_losses_of_one_process_are_means_over_all_items",
+    ),
+    Mutation(
+        "tracker: only the first process's losses are recorded",
+        "distributed.py",
+        "            summed[name] = (so_far[0] + total, so_far[1] + count)\n",
+        "            summed.setdefault(name, (total, count))\n",
+        MEANS + "test_recorded_losses_of_several_processes_are_means_over_all_items",
+    ),
+    Mutation(
+        "tracker: it is not reset when an epoch starts",
+        "trainer.py",
+        "        self._loss_tracker.reset()\n        self._scalar_trackers.clear()\n",
+        "        self._scalar_trackers.clear()\n",
+        MEANS + "test_the_loss_of_an_epoch_is_its_own",
+    ),
+    # -------------------------------------------------------------------- evaluation
+    Mutation(
+        "sampler: evaluation batches are not spread evenly",
+        "data.py",
+        "return self.even and self.num_processes > 1",
+        "return False",
+        ONCE + "test_the_plan_gives_each_sample_to_one_batch_of_one_process",
+    ),
+    Mutation(
+        "sampler: what does not divide evenly is dropped",
+        "data.py",
+        "    first = part * size + min(part, larger)\n"
+        "    return first, first + size + (part < larger)\n",
+        "    return part * size, part * size + size\n",
+        ONCE + "test_two_processes_count_each_sample_once",
+    ),
+    Mutation(
+        "gather: the padding stays in",
+        "distributed.py",
+        "            padded[process * longest : process * longest + length]\n",
+        "            padded[process * longest : process * longest + longest]\n",
+        ONCE + "test_gather_joins_what_has_another_length_on_each_process",
+    ),
+    Mutation(
+        "evaluation: the modes of submodules are not put back",
+        "trainer.py",
+        "                module.training = mode\n",
+        "                module.training = True\n",
+        MODES + "test_a_frozen_batch_norm_stays_frozen_through_evaluations"
+        "_amid_an_epoch",
+    ),
+    Mutation(
+        "evaluation: it takes place in training mode",
+        "trainer.py",
+        '        """Called when an evaluation starts; sets the evaluation mode."""\n'
+        "        self.model.eval()\n",
+        '        """Called when an evaluation starts."""\n',
+        ONCE + "test_one_process_counts_each_sample_once",
+    ),
+    Mutation(
+        "predict: only what this process predicted is returned",
+        "trainer.py",
+        "gathered = self.gather(self.calculate_predictions(batch))",
+        "gathered = self.calculate_predictions(batch)",
+        ONCE + "test_two_processes_count_each_sample_once",
+    ),
+    # --------------------------------------------------------------------- schedules
+    Mutation(
+        "scheduler: the first value is trained with twice",
+        "trainer.py",
+        "            and self.scheduler._num_updates < 0\n        ):\n"
+        "            self.scheduler.step()\n",
+        "            and self.scheduler._num_updates < 0\n        ):\n"
+        "            pass\n",
+        SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
+    ),
+    Mutation(
+        "scheduler: it is stepped once per batch",
+        "trainer.py",
+        "        if closes_window:\n            self._update_weights(step)\n",
+        "        if closes_window:\n            self._update_weights(step)\n"
+        "        elif self._steps_scheduler:\n            self.scheduler_step()\n",
+        SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
+    ),
+    Mutation(
+        "scheduler: updates of an epoch are those of all processes",
+        "trainer.py",
+        "        return math.ceil(num_batches / gradient_accumulation_steps)\n",
+        "        return math.ceil(\n            num_batches * "
+        "self._accelerator.num_processes / gradient_accumulation_steps\n        )\n",
+        SCHEDULES + "test_each_update_of_two_processes_trains_with_its_value",
+    ),
+    Mutation(
+        "scheduler: ReduceLROnPlateau is stepped at every update",
+        "trainer.py",
+        "        return self.scheduler is not None and not isinstance(\n"
+        "            self.scheduler, ReduceLROnPlateau\n        )\n",
+        "        return self.scheduler is not None\n",
+        SCHEDULES + "test_reduce_on_plateau_follows_the_evaluation_loss_of_each_epoch",
+    ),
+    Mutation(
+        "scheduler: the cosine ends early by the length of the warm-up",
+        "schedulers/cosine_scheduler.py",
+        "        end = self.total_iterations - self.num_cooldown_iterations\n",
+        "        end = self.total_iterations - self.num_cooldown_iterations\n"
+        "        end -= self.warmup_iterations\n",
+        SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
+    ),
+    Mutation(
+        "scheduler: the decay of WSD lags one update",
+        "schedulers/wsd_scheduler.py",
+        'num_decayed = num_updates - info["pre_decay_step"]',
+        'num_decayed = num_updates - info["pre_decay_step"] - 1',
+        SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
+    ),
+    Mutation(
+        "scheduler: timm's are one epoch ahead",
+        "trainer.py",
+        "            self.scheduler.step(self._progress.epochs_done + 1, metric)\n",
+        "            self.scheduler.step(self._progress.epochs_done + 2, metric)\n",
+        SCHEDULES
+        + "test_schedulers_with_the_interface_of_timm_are_told_the_right_time",
+    ),
+    # ---------------------------------------------------------------------- counting
+    Mutation(
+        "counting: samples of this process only",
+        "accumulation.py",
+        "        return self._plan.window_size(step, step)\n",
+        "        return batch_size\n",
+        COUNTS + "test_two_processes_count_what_the_job_did",
+    ),
+    Mutation(
+        "counting: a run stops one update late",
+        "trainer.py",
+        "return limit is not None and self._progress.num_updates >= limit",
+        "return limit is not None and self._progress.num_updates > limit",
+        COUNTS + "test_one_process_counts_what_it_did",
+    ),
+    Mutation(
+        "counting: updates go on from the run before",
+        "trainer.py",
+        "        self._progress = RunProgress()\n        self._publish_progress()\n",
+        "        self._progress = RunProgress(\n"
+        "            num_updates=self._progress.num_updates\n        )\n"
+        "        self._publish_progress()\n",
+        COUNTS + "test_limits_are_those_of_each_call",
+    ),
+    # -------------------------------------------------------------- seeds and order
+    Mutation(
+        "sampler: the order is the same in every epoch",
+        "data.py",
+        "manual_seed(derive_seed(seed, epoch))",
+        "manual_seed(derive_seed(seed, 1))",
+        # The order is a documented function, so a loop by hand changes with it.
+        SEEDS + "test_the_order_differs_from_epoch_to_epoch",
+    ),
+    Mutation(
+        "sampler: processes draw the same augmentation",
+        "data.py",
+        "seed = derive_seed(self.seed, self.epoch, step, self.process_index)",
+        "seed = derive_seed(self.seed, self.epoch, step, 0)",
+        SEEDS + "test_two_processes_share_the_samples_and_differ_in_augmentation"
+        "_and_dropout",
+    ),
+    Mutation(
+        "seeds: processes draw the same dropout",
+        "trainer.py",
+        "data.seed_everything(self._data_seed + self._accelerator.process_index)",
+        "data.seed_everything(self._data_seed)",
+        SEEDS + "test_two_processes_share_the_samples_and_differ_in_augmentation"
+        "_and_dropout",
+    ),
+    Mutation(
+        "seeds: without one, everything is seeded",
+        "trainer.py",
+        "        if self.seed is None:\n            drawn =",
+        "        if self.seed is None:\n            data.seed_everything(42)\n"
+        "            drawn =",
+        SEEDS + "test_without_a_seed_a_run_takes_one_draw_of_torch_and_leaves"
+        "_the_others",
+    ),
+    Mutation(
+        "seeds: fetching moves the random state of the model",
+        "data.py",
+        "            generator.set_state(torch_before)\n",
+        "",
+        SEEDS + "test_augmentation_and_dropout_do_not_depend_on_the_number_of_workers",
+    ),
+    Mutation(
+        "seeds: python's generator is not watched beyond the first batch",
+        "data.py",
+        "            self.uses_python |= random.getstate() != self._python_left\n",
+        "",
+        SEEDS + "test_a_generator_that_only_later_batches_draw_from_is_seeded"
+        "_from_the_next_epoch",
+    ),
+    # --------------------------------------------------------------------- agreement
+    Mutation(
+        "agreement: each process acts on its own errors",
+        "trainer.py",
+        "            is_alone = self._accelerator.num_processes == 1\n",
+        "            is_alone = True\n",
+        AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
+    ),
+    Mutation(
+        "agreement: only once an epoch",
+        "trainer.py",
+        "                if self._agrees_after_updates:\n",
+        "                if False:\n",
+        AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
+    ),
+    Mutation(
+        "agreement: after every update, whoever listens",
+        "trainer.py",
+        "                if self._agrees_after_updates:\n",
+        "                if True:\n",
+        AGREEMENT + "test_an_update_costs_a_collective_only_where_it_has_to",
+    ),
+    Mutation(
+        "agreement: an error keeps other callbacks from meeting",
+        "trainer.py",
+        "self.callback_handler.raises_at_once = self._accelerator.num_processes == 1",
+        "self.callback_handler.raises_at_once = True",
+        AGREEMENT + "test_callbacks_that_communicate_still_meet_when_another_one_fails",
+    ),
+    Mutation(
+        "agreement: every process decides to stop early for itself",
+        "callbacks/best.py",
+        "return trainer.agree(decision and trainer._accelerator.is_main_process)",
+        "return decision",
+        AGREEMENT + "test_early_stopping_follows_the_main_process_where_metrics_differ",
+    ),
+    Mutation(
+        "agreement: an error stays settled for the next run",
+        "distributed.py",
+        "    error._is_on_all_processes = False  # type: ignore[attr-defined]\n",
+        "    pass\n",
+        AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
+    ),
+]
+
+
+def main(word: str = "") -> int:
+    """Try the mutations whose description has the word; print a table."""
+    torch.set_num_threads(1)
+    missed = 0
+    print("| what is broken | the test that fails | caught |\n|---|---|---|")  # noqa: T201
+    for mutation in MUTATIONS:
+        if word in mutation.description:
+            outcome = try_out(mutation)
+            missed += outcome != "yes"
+            name = mutation.test.partition("::")[2]
+            print(f"| {mutation.description} | `{name}` | {outcome} |", flush=True)  # noqa: T201
+    return int(missed > 0)
+
+
+def try_out(mutation: Mutation) -> str:
+    """Break a copy of the library and say whether the test notices."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "pytorch_accelerated"
+        shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        file = copy / mutation.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(mutation.original) != 1:
+            return "no: it does not fit the code any more"
+        broken = text.replace(mutation.original, mutation.broken)
+        if (code := run_test(mutation.test, folder)) != pytest.ExitCode.OK:
+            return f"no: the test does not pass unbroken ({code})"
+        file.write_text(broken, encoding="utf-8")
+        code = run_test(mutation.test, folder)
+    return "yes" if code == pytest.ExitCode.TESTS_FAILED else f"no ({code})"
+
+
+def run_test(test: str, folder: str) -> int:
+    """Run a test in a process of its own, with the library in a folder."""
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.environ["PROMISES_TIMEOUT_SECONDS"] = "20"
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+            options = [
+                "-q",
+                "-x",
+                "--assert=plain",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:randomly",
+            ]
+            options += ["-m", "not slow", "-o", f"pythonpath={folder}"]
+            code = pytest.main([*options, f"{TESTS}/{test}"])
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,809 @@
+"""Overriding any single method of the trainer changes that behaviour, and only that."""
+
+import dataclasses
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+
+from pytorch_accelerated.callbacks import (
+    CallbackHandler,
+    ProgressBarCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.run_config import TrainerRunConfig
+from pytorch_accelerated.tracking import RunHistory
+from pytorch_accelerated.trainer import Trainer
+from pytorch_accelerated.utils import local_process_zero_only
+
+# --- each is called, and how
+
+
+def calls_of(method):
+    """Make a class of trainers that notes the arguments of each call of a method."""
+    calls = []
+
+    def note(self, *args, **kwargs):
+        calls.append((args, kwargs))
+        return getattr(Trainer, method)(self, *args, **kwargs)
+
+    return type("Notes", (Trainer,), {method: note}), calls
+
+
+@pytest.fixture
+def run(create_trainer, samples):
+    """Train for an epoch of two updates with everything on, then evaluate."""
+
+    def run(trainer_class):
+        trainer = create_trainer(trainer_class=trainer_class)
+        trainer.train(
+            samples(4),
+            num_epochs=1,
+            eval_dataset=samples(2),
+            per_device_batch_size=1,
+            gradient_accumulation_steps=2,
+            gradient_clip_value=100.0,
+            create_scheduler_fn=partial(StepLR, step_size=100),
+            train_dataloader_kwargs={"drop_last": True},
+            eval_dataloader_kwargs={"drop_last": False},
+        )
+        trainer.evaluate(samples(2), dataloader_kwargs={"batch_size": 2})
+        return trainer
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("method", "num_calls"),
+    [
+        ("_create_accelerator", 1),
+        ("_create_callback_handler", 1),
+        ("_prepare_model_optimizer_and_dataloaders", 2),
+        ("_check_eval_batch_size", 2),
+        ("_run_training", 1),
+        ("_run_evaluation", 1),
+        ("_clip_gradients", 2),
+        ("create_scheduler", 1),
+        ("training_run_start", 1),
+        ("training_run_epoch_end", 1),
+        ("training_run_end", 1),
+        ("train_epoch_start", 1),
+        ("train_epoch_end", 1),
+        ("optimizer_step", 2),
+        ("scheduler_step", 2),
+        ("optimizer_zero_grad", 2),
+        ("eval_epoch_start", 2),
+        ("eval_epoch_end", 2),
+        ("evaluation_run_start", 1),
+        ("evaluation_run_end", 1),
+    ],
+)
+def test_methods_without_arguments_are_called(run, method, num_calls):
+    trainer_class, calls = calls_of(method)
+
+    run(trainer_class)
+
+    assert calls == [((), {})] * num_calls
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (
+            "create_train_dataloader",
+            [((), {"batch_size": 1, "train_dl_kwargs": {"drop_last": True}})],
+        ),
+        (
+            "create_eval_dataloader",
+            [
+                ((), {"batch_size": 1, "eval_dl_kwargs": {"drop_last": False}}),
+                ((), {"batch_size": 8, "eval_dl_kwargs": {"batch_size": 2}}),
+            ],
+        ),
+        ("get_default_train_dl_kwargs", [((1,), {})]),
+        ("get_default_eval_dl_kwargs", [((1,), {}), ((8,), {})]),
+        (
+            "_create_run_config",
+            [
+                (
+                    (),
+                    {
+                        "num_epochs": 1,
+                        "gradient_accumulation_steps": 2,
+                        "max_num_train_steps": None,
+                        "per_device_batch_size": 1,
+                        "gradient_clip_value": 100.0,
+                    },
+                ),
+                (
+                    (),
+                    {
+                        "num_epochs": 1,
+                        "gradient_accumulation_steps": 1,
+                        "max_num_train_steps": None,
+                        "per_device_batch_size": 8,
+                        "gradient_clip_value": None,
+                    },
+                ),
+            ],
+        ),
+        (
+            "_add_epoch_loss_to_run_history",
+            [
+                (("train_loss_epoch",), {}),
+                (("eval_loss_epoch",), {}),
+                (("evaluation_loss",), {}),
+            ],
+        ),
+    ],
+)
+def test_methods_are_called_with_the_documented_arguments(run, method, expected):
+    trainer_class, calls = calls_of(method)
+
+    run(trainer_class)
+
+    assert calls == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "num_calls", "shapes"),
+    [
+        ("calculate_train_batch_loss", 4, [[(1, 1), (1, 1)]]),
+        ("calculate_eval_batch_loss", 3, [[(1, 1), (1, 1)]]),
+        ("backward_step", 4, [()]),
+        ("_update_loss_tracker", 7, [(), 1]),
+        ("_perform_forward_and_backward_passes", 4, [[(1, 1), (1, 1)], 0]),
+    ],
+)
+def test_steps_are_called_with_positional_arguments(run, method, num_calls, shapes):
+    trainer_class, calls = calls_of(method)
+
+    run(trainer_class)
+
+    def shape(value):
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+        return [shape(each) for each in value] if isinstance(value, list) else value
+
+    args, kwargs = calls[0]
+    assert len(calls) == num_calls
+    assert kwargs == {}
+    assert [shape(argument) for argument in args] == shapes
+
+
+def test_epochs_are_called_with_their_loader(run):
+    for method, loader, other in (
+        ("_run_train_epoch", "_train_dataloader", []),
+        ("_run_eval_epoch", "_eval_dataloader", [{"is_training": False}]),
+    ):
+        trainer_class, calls = calls_of(method)
+        trainer = run(trainer_class)
+
+        args, kwargs = calls[0]
+        assert len(args) == 1
+        assert kwargs == {}
+        assert [kwargs for _, kwargs in calls[1:]] == other
+        assert not other or calls[-1][0] == (getattr(trainer, loader),)
+
+
+def test_loading_a_state_is_called_with_one_argument(create_trainer, samples, tmp_path):
+    trainer_class, calls = calls_of("load_training_state")
+    trainer = create_trainer(trainer_class=trainer_class)
+    trainer.train(samples(2), num_epochs=1)
+    trainer.save_training_state(tmp_path / "state")
+
+    trainer.train(samples(2), num_epochs=2, resume_from=tmp_path / "state")
+
+    assert calls == [((tmp_path / "state",), {})]
+
+
+def test_an_override_of_load_training_state_says_where_to_go_on(
+    create_trainer, samples
+):
+    """Its path need not exist, and the epoch it returns is the next one."""
+
+    class FromElsewhere(Trainer):
+        def load_training_state(self, input_dir):
+            self.model.weight.data.fill_(0.5)
+            return {"current_epoch": 3}
+
+    epochs = []
+
+    class KeepsEpochs(TrainerCallback):
+        def on_train_epoch_start(self, trainer, **kwargs):
+            epochs.append(trainer.run_history.current_epoch)
+
+    trainer = create_trainer([KeepsEpochs], trainer_class=FromElsewhere)
+    trainer.train(samples(2), num_epochs=4, resume_from="cloud://state")
+
+    assert epochs == [3, 4]
+    assert trainer.model.weight.item() == 0.5**3
+
+
+# --- an override changes the behaviour
+
+
+def test_own_losses_are_used_for_training_and_evaluation(create_trainer, samples):
+    class Own(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            inputs, targets = batch
+            loss = 3 * self.model(inputs).mean()
+            return {"loss": loss, "model_outputs": None, "batch_size": len(targets)}
+
+        def calculate_eval_batch_loss(self, batch):
+            assert not torch.is_grad_enabled()
+            return {"loss": torch.tensor(7.0), "batch_size": 1}
+
+    trainer = create_trainer(trainer_class=Own)
+    history = trainer.train(samples(1), 1, eval_dataset=samples(1))
+
+    assert trainer.model.weight.item() == 1 - 0.25 * 3
+    assert history.get_latest_metric("train_loss_epoch") == 3.0
+    assert history.get_latest_metric("eval_loss_epoch") == 7.0
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "weight"),
+    [
+        ("backward_step", lambda self, loss: (2 * loss).backward(), 0.0),
+        ("optimizer_step", lambda self: None, 1.0),
+        ("optimizer_step", lambda self: [self.optimizer.step() for _ in "12"], 0.0),
+        # The gradient of the first update, 2, enters the second: 0.5 - 0.25 * (2 + 1).
+        ("optimizer_zero_grad", lambda self: None, -0.25),
+        ("training_run_start", lambda self: self.model.weight.data.fill_(4.0), 1.0),
+    ],
+)
+def test_an_override_of_a_part_of_the_update(
+    create_trainer, samples, method, override, weight
+):
+    trainer_class = type("Own", (Trainer,), {method: override})
+    trainer = create_trainer(trainer_class=trainer_class)
+
+    num_updates = 2 if method in ("optimizer_zero_grad", "training_run_start") else 1
+    trainer.train(samples(num_updates), 1, per_device_batch_size=1)
+
+    assert trainer.model.weight.item() == weight
+
+
+def test_an_override_of_clipping(create_trainer, samples):
+    class HalvesGradients(Trainer):
+        def _clip_gradients(self):
+            self.model.weight.grad /= 2
+
+    trainer = create_trainer(trainer_class=HalvesGradients)
+    trainer.train(samples(1), 1, gradient_clip_value=1e-3)
+
+    assert trainer.model.weight.item() == 1 - 0.25 * 1
+
+
+def test_an_override_of_the_schedule(create_trainer, samples):
+    class Halves(Trainer):
+        def create_scheduler(self):
+            return StepLR(self.optimizer, step_size=1, gamma=0.5)
+
+    class HalvesByHand(Trainer):
+        def scheduler_step(self):
+            self.optimizer.param_groups[0]["lr"] *= 0.5
+
+    for trainer_class in (Halves, HalvesByHand):
+        trainer = create_trainer(trainer_class=trainer_class)
+        # Scripts pass the method itself as a mark that there is a schedule.
+        create = (
+            trainer.create_scheduler
+            if trainer_class is Halves
+            else partial(StepLR, step_size=100)
+        )
+        trainer.train(
+            samples(3), 1, per_device_batch_size=1, create_scheduler_fn=create
+        )
+
+        assert trainer.optimizer.param_groups[0]["lr"] == 0.25 * 0.5**3
+
+
+def test_an_override_may_complete_the_scheduler_itself(create_trainer, samples):
+    class Completes(Trainer):
+        def create_scheduler(self):
+            return self.create_scheduler_fn(optimizer=self.optimizer, step_size=2)
+
+    trainer = create_trainer(trainer_class=Completes)
+    trainer.train(samples(1), 1, create_scheduler_fn=StepLR)
+
+    assert trainer.scheduler.step_size == 2
+
+
+def test_overrides_of_the_modes_of_the_model(create_trainer, samples):
+    modes = []
+
+    class StaysInEvaluationMode(Trainer):
+        def train_epoch_start(self):
+            self.model.eval()
+
+        def eval_epoch_start(self):
+            self.model.train()
+
+        def train_epoch_end(self):
+            modes.append(self.model.training)
+
+        def eval_epoch_end(self):
+            modes.append(self.model.training)
+
+    create_trainer(trainer_class=StaysInEvaluationMode).train(
+        samples(1), 1, eval_dataset=samples(1)
+    )
+
+    assert modes == [False, True]
+
+
+def test_metrics_that_an_override_records_at_the_end_of_an_epoch(
+    create_trainer, samples
+):
+    class Records(Trainer):
+        def train_epoch_end(self):
+            self.run_history.update_metric("train_accuracy", 0.25)
+
+        def eval_epoch_end(self):
+            self.run_history.update_metric("accuracy", 0.5)
+
+        def training_run_epoch_end(self):
+            self.seen = self.run_history.get_latest_metric("accuracy")
+
+    trainer = create_trainer(trainer_class=Records)
+    trainer.train(samples(1), 1, eval_dataset=samples(1))
+
+    assert trainer.seen == 0.5
+    assert trainer.run_history.get_metric_values("train_accuracy") == [0.25]
+
+
+def test_own_loaders_are_used(create_trainer, samples):
+    class Own(Trainer):
+        def create_train_dataloader(self, batch_size, train_dl_kwargs=None):
+            return DataLoader(self.train_dataset, batch_size=2 * batch_size)
+
+        def create_eval_dataloader(self, batch_size, eval_dl_kwargs=None):
+            return DataLoader(self.eval_dataset, batch_size=1)
+
+    trainer = create_trainer(trainer_class=Own)
+    trainer.train(samples(6), 1, eval_dataset=samples(6), per_device_batch_size=3)
+
+    assert len(trainer._train_dataloader) == 1
+    assert len(trainer._eval_dataloader) == 6
+    assert trainer.run_config.train_per_device_batch_size == 6
+    assert trainer.run_config.eval_per_device_batch_size == 1
+
+
+def test_the_run_config_may_be_made_from_the_arguments_of_the_published_version(
+    create_trainer, samples
+):
+    class Own(Trainer):
+        def _create_run_config(
+            self,
+            num_epochs,
+            gradient_accumulation_steps,
+            max_num_train_steps,
+            per_device_batch_size,
+            gradient_clip_value,
+        ):
+            config = super()._create_run_config(
+                2 * num_epochs,
+                gradient_accumulation_steps,
+                max_num_train_steps,
+                per_device_batch_size,
+                gradient_clip_value,
+            )
+            values = {
+                field.name: getattr(config, field.name)
+                for field in dataclasses.fields(config)
+                if field.default is dataclasses.MISSING
+            }
+            return TrainerRunConfig(**values)
+
+    trainer = create_trainer(trainer_class=Own)
+    trainer.train(samples(1), 1)
+
+    assert trainer.model.weight.item() == 0.25
+
+
+def test_an_override_of_what_is_prepared(create_trainer, samples):
+    class Compiles(Trainer):
+        def _prepare_model_optimizer_and_dataloaders(self):
+            super()._prepare_model_optimizer_and_dataloaders()
+            self.kinds = type(self.model), len(self._train_dataloader)
+
+    trainer = create_trainer(trainer_class=Compiles)
+    trainer.train(samples(16), 1)
+
+    assert trainer.kinds == (nn.Linear, 2)
+
+
+@pytest.mark.parametrize("is_set_before", [True, False])
+def test_an_accelerator_of_the_user_is_used(create_trainer, samples, is_set_before):
+    own = Accelerator()
+
+    class Own(Trainer):
+        def __init__(self, *args, **kwargs):
+            if is_set_before:
+                self._accelerator = own
+            super().__init__(*args, **kwargs)
+
+        def _create_accelerator(self):
+            return self._accelerator if is_set_before else own
+
+    trainer = create_trainer(trainer_class=Own)
+    trainer.train(samples(1), 1)
+
+    assert trainer._accelerator is own
+    assert trainer.model.weight.item() == 0.5
+
+
+def test_an_override_of_the_callback_handler(create_trainer, samples):
+    events = []
+
+    class Notes(CallbackHandler):
+        def call_event(self, event, *args, **kwargs):
+            events.append(event)
+            super().call_event(event, *args, **kwargs)
+
+    class Own(Trainer):
+        def _create_callback_handler(self):
+            return Notes([Listens])
+
+    class Listens(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            pass
+
+    create_trainer(trainer_class=Own).train(samples(1), 1)
+
+    assert "on_train_epoch_end" in events
+
+
+def test_an_epoch_of_the_user_s_own(create_trainer, samples):
+    """Written against the parts of the published version, with accumulation."""
+    losses = []
+
+    class Own(Trainer):
+        def _run_train_epoch(self, train_dl):
+            self.train_epoch_start()
+            self._loss_tracker.reset()
+            for step, batch in enumerate(train_dl):
+                self._perform_forward_and_backward_passes(batch, step)
+                losses.append(self.model.weight.grad.item())
+                if (step + 1) % self.run_config.gradient_accumulation_steps == 0:
+                    self.optimizer_step()
+                    self.optimizer_zero_grad()
+            self.train_epoch_end()
+            self._add_epoch_loss_to_run_history("train_loss_epoch")
+            return True
+
+    trainer = create_trainer(trainer_class=Own)
+    trainer.train(
+        samples(12),
+        5,
+        per_device_batch_size=2,
+        gradient_accumulation_steps=3,
+    )
+
+    assert trainer.model.weight.item() == pytest.approx(0.25)  # and one epoch only
+    assert trainer.run_history.get_metric_values("train_loss_epoch") == [
+        pytest.approx((1 + 0.25) / 2)
+    ]
+
+
+def test_an_evaluation_of_the_user_s_own(create_trainer, samples):
+    class Own(Trainer):
+        def _run_eval_epoch(self, valid_dl, is_training=True, is_intermediate=False):
+            self.run_history.update_metric("num_batches", len(valid_dl))
+
+    trainer = create_trainer(trainer_class=Own)
+    trainer.train(samples(1), 1, eval_dataset=samples(9))
+
+    assert trainer.run_history.get_latest_metric("num_batches") == 2
+    assert trainer.evaluate(samples(1)) == {"num_batches": 1}
+
+
+def test_runs_of_the_user_s_own(create_trainer, samples):
+    class Own(Trainer):
+        def _run_training(self):
+            self.run_history.update_metric("ran", 1)
+
+        def _run_evaluation(self):
+            self.run_history.update_metric("ran", 2)
+
+    trainer = create_trainer(trainer_class=Own)
+    trainer.train(samples(1), 1)
+    trainer.evaluate(samples(1))
+
+    assert trainer.run_history.get_metric_values("ran") == [1, 2]
+    assert trainer.model.weight.item() == 1.0
+
+
+# --- subclasses written for 0.1.61
+
+
+@pytest.mark.parametrize("num_accumulated", [1, 2])
+def test_a_step_of_the_published_version_that_calls_the_event_itself(
+    create_trainer, samples, num_accumulated
+):
+    steps = []
+
+    class Own(Trainer):
+        def _perform_forward_and_backward_passes(self, batch, step):
+            batch_output = self.calculate_train_batch_loss(batch)
+            loss = batch_output["loss"] / self.run_config.gradient_accumulation_steps
+            self._update_loss_tracker(batch_output["loss"], batch_output["batch_size"])
+            self.callback_handler.call_event(
+                "on_train_step_end",
+                self,
+                batch_output=batch_output,
+                batch=batch,
+                step=step,
+            )
+            self.backward_step(loss)
+
+    class KeepsSteps(TrainerCallback):
+        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+            steps.append(kwargs["step"])
+
+    trainer = create_trainer([KeepsSteps], trainer_class=Own)
+    trainer.train(
+        samples(8),
+        1,
+        per_device_batch_size=2,
+        gradient_accumulation_steps=num_accumulated,
+    )
+
+    assert steps == [0, 1, 2, 3]
+    assert trainer.model.weight.item() == 0.5 ** (4 // num_accumulated)
+
+
+def test_a_step_around_that_of_the_trainer_that_returns_nothing(
+    create_trainer, samples
+):
+    """As in the published version, where the step returned nothing."""
+    steps = []
+
+    class Measures(Trainer):
+        def _perform_forward_and_backward_passes(self, batch, step):
+            super()._perform_forward_and_backward_passes(batch, step)
+
+    class KeepsSteps(TrainerCallback):
+        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+            steps.append((kwargs["step"], batch_output["batch_size"]))
+
+    trainer = create_trainer([KeepsSteps], trainer_class=Measures)
+    trainer.train(samples(4), 1, per_device_batch_size=2)
+
+    assert steps == [(0, 2), (1, 2)]
+    assert trainer.num_samples_seen == 4
+
+
+def test_a_copy_of_the_trainer_for_timm_that_counts_updates_itself(
+    create_trainer, samples
+):
+    told = []
+
+    class Scheduler:
+        def step_update(self, num_updates):
+            told.append(num_updates)
+
+        def step(self, epoch):
+            told.append(f"epoch {epoch}")
+
+    class TimmTrainer(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.num_updates = None
+
+        def train_epoch_start(self):
+            super().train_epoch_start()
+            self.num_updates = self.run_history.current_epoch * len(
+                self._train_dataloader
+            )
+
+        def scheduler_step(self):
+            self.num_updates += 1
+            if self.scheduler is not None:
+                self.scheduler.step_update(num_updates=self.num_updates)
+
+        def eval_epoch_end(self):
+            if self.scheduler is not None:
+                self.scheduler.step(self.run_history.current_epoch + 1)
+
+    trainer = create_trainer(trainer_class=TimmTrainer)
+    trainer.train(
+        samples(2),
+        2,
+        eval_dataset=samples(1),
+        per_device_batch_size=1,
+        max_num_train_steps=3,
+        create_scheduler_fn=lambda optimizer: Scheduler(),
+    )
+
+    # What the schedule is told is the script's own; the run itself counts right.
+    assert len(told) == 3 + 2
+    assert "epoch 2" in told
+    assert trainer.model.weight.item() == 0.5**3
+    assert trainer.run_history.records("train_loss_epoch")[-1].step == 3
+
+
+def test_a_run_history_of_the_user_without_the_newer_methods(create_trainer, samples):
+    """Defect 44: an abstract method that was added later broke such classes."""
+
+    class Own(RunHistory):
+        def __init__(self):
+            self.values, self.epoch, self.prefix = {}, 1, ""
+
+        def get_metric_names(self):
+            return set(self.values)
+
+        def get_metric_values(self, name):
+            return self.values[name]
+
+        def get_latest_metric(self, name):
+            return self.values[name][-1]
+
+        def set_metric_name_prefix(self, prefix=""):
+            self.prefix = prefix
+
+        @property
+        def metric_name_prefix(self):
+            return self.prefix
+
+        def update_metric(self, name, value):
+            self.values.setdefault(self.prefix + name, []).append(value)
+
+        def delete_metric(self, name):
+            del self.values[name]
+
+        @property
+        def current_epoch(self):
+            return self.epoch
+
+        def _increment_epoch(self):
+            self.epoch += 1
+
+        def reset(self):
+            self.values, self.epoch = {}, 1
+
+    history = Own()
+    trainer = create_trainer(run_history=history)
+    trainer.train(samples(2), 2, eval_dataset=samples(1))
+    metrics = trainer.evaluate(samples(1))
+
+    assert history.values["train_loss_epoch"] == [1.0, 0.25]
+    assert history.current_epoch == 3
+    assert metrics == {"evaluation_loss": 0.25**2}
+
+
+def test_a_run_with_a_history_of_the_user_can_be_resumed(
+    create_trainer, samples, tmp_path
+):
+    class Nothing(RunHistory):
+        epoch = 1
+        metric_name_prefix = ""
+
+        def get_metric_names(self):
+            return set()
+
+        def get_metric_values(self, name):
+            return []
+
+        def get_latest_metric(self, name):
+            raise ValueError(name)
+
+        def set_metric_name_prefix(self, prefix=""):
+            pass
+
+        def update_metric(self, name, value):
+            pass
+
+        def delete_metric(self, name):
+            pass
+
+        @property
+        def current_epoch(self):
+            return self.epoch
+
+        def _increment_epoch(self):
+            self.epoch += 1
+
+        def reset(self):
+            self.epoch = 1
+
+    trainer = create_trainer(run_history=Nothing())
+    trainer.train(samples(1), 2)
+    trainer.save_training_state(tmp_path / "state")
+
+    resumed = create_trainer(run_history=Nothing())
+    resumed.train(samples(1), 3, resume_from=tmp_path / "state")
+
+    assert resumed.run_history.current_epoch == 4
+    assert resumed.model.weight.item() == 0.5**3
+
+
+def test_methods_of_callbacks_may_be_decorated_for_one_process(create_trainer, samples):
+    epochs = []
+
+    class OnMain(TrainerCallback):
+        @local_process_zero_only
+        def on_train_epoch_end(self, trainer, **kwargs):
+            epochs.append(trainer.run_history.current_epoch)
+
+    create_trainer([OnMain]).train(samples(1), 2)
+
+    assert epochs == [1, 2]
+
+
+def test_trainers_may_have_events_of_their_own(create_trainer, samples):
+    seen = []
+
+    class WithEvent(Trainer):
+        def train_epoch_end(self):
+            self.callback_handler.call_event("on_weights_seen", trainer=self, value=3)
+
+    class Listens(TrainerCallback):
+        def on_weights_seen(self, trainer, value, **kwargs):
+            seen.append((trainer.model.weight.item(), value))
+
+    class DoesNotListen(TrainerCallback):
+        pass
+
+    create_trainer([DoesNotListen, Listens], trainer_class=WithEvent).train(
+        samples(1), 2
+    )
+
+    assert seen == [(0.5, 3), (0.25, 3)]
+
+
+def test_callbacks_may_use_what_the_trainer_has(create_trainer, samples):
+    class Uses(TrainerCallback):
+        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+            assert trainer._eval_dataloader.device == trainer.device
+            assert len(trainer._train_dataloader) == 1
+            assert trainer._accelerator.unwrap_model(trainer.model) is not None
+            outputs = trainer.gather(batch_output["model_outputs"], padding_value=-2.0)
+            trainer.run_history.update_metric("mean_output", outputs.mean().item())
+
+        def on_train_epoch_start(self, trainer, **kwargs):
+            assert trainer.run_history.current_epoch <= trainer.run_config.num_epochs
+            assert trainer.train_dataset.tensors
+
+    history = create_trainer([Uses]).train(samples(2), 1, eval_dataset=samples(2))
+
+    assert history.get_latest_metric("mean_output") == 0.5
+
+
+def test_subclasses_of_bars_may_look_at_them(create_trainer, samples, capsys):
+    class Bar(ProgressBarCallback):
+        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+            super().on_train_step_end(trainer, batch, batch_output, **kwargs)
+            self.total = self.pbar.total
+
+    bar = Bar()
+    create_trainer([bar]).train(samples(3), 1, per_device_batch_size=1)
+
+    assert bar.total == 3
+    capsys.readouterr()
+
+
+def test_hooks_of_the_trainer_keep_their_place_in_its_source():
+    """The story of a run is read from top to bottom."""
+    methods = [
+        "train_epoch_start",
+        "calculate_train_batch_loss",
+        "backward_step",
+        "optimizer_step",
+        "scheduler_step",
+        "optimizer_zero_grad",
+        "train_epoch_end",
+        "eval_epoch_start",
+        "calculate_eval_batch_loss",
+        "eval_epoch_end",
+    ]
+    lines = [inspect.getsourcelines(getattr(Trainer, name))[1] for name in methods]
+
+    assert lines == sorted(lines)

@@ -1,0 +1,353 @@
+"""A trainer can be used again, and leaves its model and optimizer to their owner."""
+
+import gc
+import multiprocessing
+import os
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
+
+
+class KeepsRates(TrainerCallback):
+    """Keeps the learning rate that each update was made with."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+
+# --- going on
+
+
+def test_a_second_run_goes_on_from_the_first(create_trainer, samples):
+    trainer = create_trainer()
+
+    trainer.train(samples(2), num_epochs=2)
+    history = trainer.train(samples(2), num_epochs=1)
+
+    assert trainer.model.weight.item() == 0.5**3
+    assert history.get_metric_values("train_loss_epoch") == [0.25**2]
+    assert history.current_epoch == 2
+    assert trainer.num_updates == 1
+
+
+def test_a_second_run_may_go_on_with_the_history_too(create_trainer, samples):
+    trainer = create_trainer()
+
+    trainer.train(samples(2), num_epochs=2)
+    history = trainer.train(samples(2), num_epochs=2, reset_run_history=False)
+
+    values = history.get_metric_values("train_loss_epoch")
+    assert values == [1.0, 0.25, 0.25**2, 0.25**3]
+    assert history.current_epoch == 5
+
+
+def test_the_state_of_the_optimizer_is_kept(samples):
+    """Momentum goes on, so two runs of one epoch equal one of two epochs."""
+
+    def train(*runs):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=())
+        for num_epochs in runs:
+            trainer.train(samples(2), num_epochs)
+        return model.weight
+
+    assert torch.equal(train(2), train(1, 1))
+
+
+def test_evaluating_between_runs_changes_nothing(create_trainer, samples):
+    trainer, other = create_trainer(), create_trainer()
+
+    trainer.evaluate(samples(3))
+    trainer.train(samples(2), num_epochs=1)
+    trainer.evaluate(samples(3))
+    trainer.train(samples(2), num_epochs=1)
+    for _ in range(2):
+        other.train(samples(2), num_epochs=1)
+
+    assert torch.equal(trainer.model.weight, other.model.weight)
+
+
+def test_parameters_that_the_user_adds_between_runs_are_trained(samples):
+    """As when layers are unfrozen one after the other."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    for layer in model:
+        nn.init.ones_(layer.weight)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.25)
+    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=())
+
+    trainer.train(samples(2), num_epochs=1)
+    assert [layer.weight.item() for layer in model] == [1.0, 0.5]
+
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters()})
+    trainer.train(samples(2), num_epochs=1)
+    # Output 0.5, so the gradients are 2 * 0.5 * the other weight.
+    assert [layer.weight.item() for layer in model] == [1 - 0.25 * 0.5, 0.25]
+
+
+def test_a_run_that_failed_does_not_keep_the_next_from_running(create_trainer, samples):
+    class Fails(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            if trainer.run_history.current_epoch == 2:
+                raise RuntimeError("broken")
+
+    trainer = create_trainer([Fails])
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.train(samples(2), num_epochs=2)
+
+    trainer.train(samples(2), num_epochs=1)
+
+    assert trainer.model.weight.item() == 0.5**3
+
+
+# --- learning rates
+
+
+@pytest.fixture
+def rates():
+    return KeepsRates()
+
+
+def test_the_scheduler_of_an_earlier_run_is_gone(create_trainer, samples, rates):
+    """Defect 5: it kept stepping, and overwrote the rate that the user had set."""
+    trainer = create_trainer([rates], lr=1.0)
+    trainer.train(
+        samples(2),
+        num_epochs=2,
+        create_scheduler_fn=partial(StepLR, step_size=1, gamma=0.5),
+    )
+
+    trainer.optimizer.param_groups[0]["lr"] = 0.05
+    trainer.train(samples(2), num_epochs=3)
+
+    assert trainer.scheduler is None
+    assert rates.rates == [1.0, 0.5, 0.05, 0.05, 0.05]
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        partial(LambdaLR, lr_lambda=lambda update: 0.5**update),
+        CosineLrScheduler.create_scheduler_fn(lr_min=0.0),
+    ],
+)
+def test_a_new_scheduler_starts_from_the_rate_that_the_user_has_set(
+    create_trainer, samples, rates, create
+):
+    """Defect 5: it started from the rate of the very first run."""
+    trainer = create_trainer([rates], lr=0.1)
+    trainer.train(samples(2), num_epochs=3, create_scheduler_fn=create)
+    trainer.optimizer.param_groups[0]["lr"] = 0.001
+
+    trainer.train(samples(2), num_epochs=3, create_scheduler_fn=create)
+
+    assert rates.rates[0] == 0.1
+    assert rates.rates[3] == 0.001
+
+
+def test_a_new_scheduler_starts_from_where_the_first_one_started(
+    create_trainer, samples, rates
+):
+    trainer = create_trainer([rates], lr=0.1)
+    create = partial(LambdaLR, lr_lambda=lambda update: 0.5**update)
+
+    for _ in range(2):
+        trainer.train(samples(2), num_epochs=3, create_scheduler_fn=create)
+
+    assert rates.rates == [0.1, 0.05, 0.025] * 2
+
+
+# --- nothing is left
+
+
+def resources():
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":  # ends after its worker has
+            thread.join(timeout=30)
+    return {
+        "threads": threading.active_count(),
+        "processes": len(multiprocessing.active_children()),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
+
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.ones(1), torch.zeros(1)
+
+
+def test_no_thread_process_or_file_is_left(create_trainer, samples, capsys):
+    trainer = create_trainer(DEFAULT_CALLBACKS)
+    trainer.train(samples(2), num_epochs=1)
+    before = resources()
+
+    with_workers = {"num_workers": 1, "batch_size": 1}
+    trainer.train(
+        Slow(),
+        num_epochs=2,
+        eval_dataset=Slow(),
+        max_num_train_steps=6,  # in the middle of an epoch
+        train_dataloader_kwargs=with_workers,
+        eval_dataloader_kwargs=with_workers,
+    )
+    trainer.evaluate(Slow(), dataloader_kwargs=with_workers)
+
+    assert resources() == before
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_model_and_the_optimizer_are_as_they_came_only_trained(samples, precision):
+    """Defect 57: the model kept the autocast forward of Accelerate."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attributes, optimizer_attributes = set(vars(model)), set(vars(optimizer))
+    trainer = Trainer(
+        model,
+        nn.MSELoss(),
+        optimizer,
+        callbacks=(),
+        accelerator_kwargs={"mixed_precision": precision},
+    )
+
+    for _ in range(2):
+        trainer.train(samples(2), num_epochs=1, eval_dataset=samples(2))
+        trainer.evaluate(samples(2))
+
+        assert trainer.model is model
+        assert trainer.optimizer is optimizer
+        assert set(vars(model)) == attributes
+        assert set(vars(optimizer)) == optimizer_attributes
+        assert type(optimizer) is torch.optim.SGD
+        assert model(torch.ones(1, 1)).dtype == torch.float32
+        for parameter in model.parameters():
+            assert not parameter._backward_hooks
+            assert not parameter._post_accumulate_grad_hooks
+
+
+def test_hooks_and_a_forward_of_the_user_stay(create_trainer, samples):
+    calls = []
+    trainer = create_trainer(accelerator_kwargs={"mixed_precision": "bf16"})
+    model = trainer.model
+    model.register_forward_hook(lambda *args: calls.append("hook"))
+    forward = model.forward
+
+    def own_forward(inputs):
+        calls.append("forward")
+        return forward(inputs)
+
+    model.forward = own_forward
+    trainer.train(samples(2), num_epochs=1)
+
+    assert calls == ["forward", "hook"]
+    assert model.forward is own_forward
+
+
+def test_each_trainer_computes_in_the_precision_it_was_given(samples):
+    """Defect 57: after a trainer with bf16, all later ones computed in bf16."""
+    dtypes = {}
+
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 1)
+
+        def forward(self, inputs):
+            outputs = self.linear(inputs)
+            self.dtype = outputs.dtype
+            return outputs
+
+    def create(model, precision):
+        kwargs = {} if precision is None else {"mixed_precision": precision}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Trainer(
+            model, nn.MSELoss(), optimizer, callbacks=(), accelerator_kwargs=kwargs
+        )
+
+    model = Remembers()
+    trainers = {
+        precision: create(model, precision) for precision in ("bf16", "no", None)
+    }
+    for _ in range(2):
+        for precision, trainer in trainers.items():
+            trainer.train(samples(2), num_epochs=1)
+            dtypes.setdefault(precision, []).append(model.dtype)
+            assert trainer.run_config.mixed_precision == (precision or "no")
+
+    assert dtypes == {
+        "bf16": [torch.bfloat16] * 2,
+        "no": [torch.float32] * 2,
+        None: [torch.float32] * 2,
+    }
+
+
+def test_the_model_is_not_kept_alive_by_a_trainer_that_is_gone(samples):
+    import weakref
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(model, nn.MSELoss(), optimizer, callbacks=()).train(samples(2), 1)
+    reference = weakref.ref(model)
+
+    del model, optimizer
+    gc.collect()
+
+    assert reference() is None
+
+
+def test_batches_of_a_step_are_not_kept_until_the_next(create_trainer):
+    """The memory of two batches, or of two graphs, would be needed otherwise."""
+    import weakref
+
+    references = []
+
+    class Follows(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            assert all(reference() is None for reference in references)
+            output = super().calculate_train_batch_loss(batch)
+            references.append(weakref.ref(output["model_outputs"]))
+            return output
+
+    inputs = torch.ones(6, 1)
+    trainer = create_trainer(trainer_class=Follows)
+    trainer.train(TensorDataset(inputs, inputs), 2, per_device_batch_size=2)
+
+    assert len(references) == 6
+
+
+# --- checkpoints before and between
+
+
+def test_a_checkpoint_can_be_saved_and_loaded_before_any_run(create_trainer, tmp_path):
+    """Before a run, saving failed with an AttributeError on None."""
+    trainer = create_trainer()
+    for save_per_node in (True, False):
+        trainer.save_checkpoint(tmp_path / "model.pt", save_per_node=save_per_node)
+    trainer.save_training_state(tmp_path / "state")
+    trainer.model.weight.data.fill_(9.0)
+
+    trainer.load_checkpoint(tmp_path / "model.pt")
+    assert trainer.model.weight.item() == 1.0
+
+    trainer.model.weight.data.fill_(9.0)
+    assert trainer.load_training_state(tmp_path / "state")["current_epoch"] == 1
+    assert trainer.model.weight.item() == 1.0

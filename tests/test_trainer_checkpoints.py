@@ -1,0 +1,482 @@
+"""Saving and resuming a run, in one process."""
+
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import Dataset, IterableDataset
+
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.errors import CheckpointError, StopTrainingError
+from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.trainer import Trainer
+
+
+class Augmented(Dataset):
+    """Adds random numbers to the samples of another dataset."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        inputs, target = self.dataset[index]
+        return inputs + torch.randn(6), target
+
+
+class StopsAt(TrainerCallback):
+    """Saves the state in an event, and ends the run as if it had been killed."""
+
+    def __init__(self, event, folder, at=1):
+        self.folder, self.at, self.num_calls = folder, at, 0
+        setattr(self, event, self.save_and_stop)
+
+    def save_and_stop(self, trainer, **kwargs):
+        self.num_calls += 1
+        if self.num_calls == self.at:
+            trainer.save_training_state(self.folder)
+            raise Killed
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def train(noise, create_classifier):
+    """Train on 5 batches for 3 epochs, with dropout, augmentation and a schedule."""
+
+    def train(callbacks=(), resume_from=None, num_epochs=3, num_workers=0, **kwargs):
+        model = create_classifier(dropout=0.3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        trainer = Trainer(
+            model,
+            nn.CrossEntropyLoss(),
+            optimizer,
+            callbacks,
+            seed=kwargs.pop("seed", 5),
+        )
+        arguments = {
+            "eval_dataset": noise(6),
+            "per_device_batch_size": 4,
+            "create_scheduler_fn": CosineLrScheduler.create_scheduler_fn(),
+            "train_dataloader_kwargs": {"num_workers": num_workers},
+            **kwargs,
+        }
+        trainer.train(
+            Augmented(noise(18)), num_epochs, resume_from=resume_from, **arguments
+        )
+        return trainer
+
+    return train
+
+
+def assert_same_end(resumed, uninterrupted):
+    torch.testing.assert_close(
+        resumed.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        resumed.optimizer.state_dict(),
+        uninterrupted.optimizer.state_dict(),
+        rtol=0,
+        atol=0,
+    )
+    assert metrics(resumed) == metrics(uninterrupted)
+    for name in ("num_updates", "num_steps", "num_samples_seen"):
+        assert getattr(resumed, name) == getattr(uninterrupted, name), name
+    assert resumed.run_history.current_epoch == uninterrupted.run_history.current_epoch
+
+
+def metrics(trainer):
+    return [record[:4] for record in trainer.run_history.records()]
+
+
+@pytest.mark.parametrize(
+    ("event", "at"),
+    [
+        ("on_train_epoch_start", 2),
+        ("on_train_update_end", 1),
+        ("on_train_step_end", 8),
+        ("on_train_step_end", 10),
+        ("on_train_epoch_end", 1),
+        ("on_eval_epoch_end", 2),
+        ("on_training_run_epoch_end", 1),
+        ("on_training_run_epoch_end", 3),
+    ],
+)
+def test_a_run_that_is_resumed_ends_like_one_that_was_never_stopped(
+    train, tmp_path, event, at
+):
+    """Defects 8 and 47: epochs were repeated, orders changed, and metrics were lost."""
+    with pytest.raises(Killed):
+        train([StopsAt(event, tmp_path / "state", at)])
+    torch.manual_seed(123)
+
+    resumed = train(resume_from=tmp_path / "state", seed=99)
+
+    assert_same_end(resumed, train())
+
+
+@pytest.mark.parametrize("then", [0, 2])
+def test_a_run_can_be_resumed_with_another_number_of_workers(train, tmp_path, then):
+    with pytest.raises(Killed):
+        train(
+            [StopsAt("on_train_step_end", tmp_path / "state", 7)],
+            num_workers=0 if then else 2,
+        )
+
+    assert_same_end(train(resume_from=tmp_path / "state", num_workers=then), train())
+
+
+def test_a_run_with_accumulation_can_be_resumed_at_any_update(train, tmp_path):
+    accumulated = {"gradient_accumulation_steps": 2}
+    for number, at in enumerate((2, 3, 4)):
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            train([StopsAt("on_train_update_end", folder, at)], **accumulated)
+        assert_same_end(train(resume_from=folder, **accumulated), train(**accumulated))
+
+
+def test_a_run_that_a_limit_has_ended_has_nothing_left_to_train(train, tmp_path):
+    """Defect 8: a finished run trained one more step."""
+    callback = partial(SaveTrainingStateCallback, tmp_path)
+    whole = train([callback()], max_num_train_steps=7)
+
+    assert_same_end(train(resume_from=tmp_path / "final", max_num_train_steps=7), whole)
+
+
+def test_a_run_saved_at_the_update_that_a_limit_allows_as_the_last(train, tmp_path):
+    """Its epoch has yet to be evaluated, but no update is left."""
+    limited = {"max_num_train_steps": 7}
+    with pytest.raises(Killed):
+        train([StopsAt("on_train_update_end", tmp_path / "state", 7)], **limited)
+
+    assert_same_end(train(resume_from=tmp_path / "state", **limited), train(**limited))
+
+
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
+    """Defect 8: resuming a finished run trained one more step."""
+    whole = train([SaveTrainingStateCallback(tmp_path)])
+
+    assert_same_end(train(resume_from=tmp_path / "final"), whole)
+
+
+class Stream(IterableDataset):
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+
+    def __iter__(self):
+        for _ in range(self.num_samples):
+            yield torch.ones(1), torch.zeros(1)
+
+
+def test_a_finished_run_on_a_stream_has_nothing_left_to_train(create_trainer, tmp_path):
+    arguments = {"per_device_batch_size": 1, "max_num_train_steps": 3}
+    create_trainer([SaveTrainingStateCallback(tmp_path)]).train(
+        Stream(5), 2, **arguments
+    )
+
+    resumed = create_trainer()
+    resumed.train(Stream(5), 2, resume_from=tmp_path / "final", **arguments)
+
+    assert resumed.num_updates == 3
+    assert resumed.model.weight.item() == 0.5**3
+
+
+def test_resuming_with_more_epochs_trains_those_that_are_left(
+    create_trainer, samples, tmp_path
+):
+    """Defect 8: train(num_epochs=10, resume_from=...) trained ten more epochs."""
+    create_trainer([SaveTrainingStateCallback(tmp_path)]).train(samples(2), 2)
+
+    resumed = create_trainer()
+    history = resumed.train(samples(2), 5, resume_from=tmp_path / "final")
+
+    assert resumed.model.weight.item() == 0.5**5
+    assert len(history.get_metric_values("train_loss_epoch")) == 5
+    assert history.current_epoch == 6
+
+
+def test_a_state_that_was_saved_before_any_run_starts_one(
+    create_trainer, samples, tmp_path
+):
+    trainer = create_trainer()
+    trainer.model.weight.data.fill_(4.0)
+    trainer.save_training_state(tmp_path / "state")
+
+    resumed = create_trainer()
+    resumed.train(samples(2), 2, resume_from=tmp_path / "state")
+
+    assert resumed.model.weight.item() == 1.0
+
+
+def test_callbacks_keep_their_states(train, tmp_path):
+    """Defect 47: counters and best values of callbacks were lost on resume."""
+
+    class Counts(TrainerCallback):
+        def __init__(self):
+            self.num_epochs = 0
+
+        def on_train_epoch_end(self, trainer, **kwargs):
+            self.num_epochs += 1
+
+        def state_dict(self):
+            return {"num_epochs": self.num_epochs}
+
+        def load_state_dict(self, state):
+            self.num_epochs = state["num_epochs"]
+
+    with pytest.raises(Killed):
+        train([Counts, StopsAt("on_training_run_epoch_end", tmp_path / "state", 2)])
+
+    counts = Counts()
+    train([counts], resume_from=tmp_path / "state")
+
+    assert counts.num_epochs == 3
+
+
+def test_auto_takes_the_newest_state_or_starts_afresh(
+    create_trainer, samples, tmp_path
+):
+    """Defect 47: there was no way to ask for the newest state."""
+
+    def train(num_epochs):
+        callback = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+        trainer = create_trainer([callback])
+        trainer.train(samples(2), num_epochs, resume_from="auto")
+        return trainer.model.weight.item(), trainer.run_history.current_epoch
+
+    assert train(2) == (0.5**2, 3)
+    assert train(5) == (0.5**5, 6)
+
+
+def test_auto_needs_to_know_where_to_look(create_trainer, samples):
+    with pytest.raises(ValueError, match=r"has no such callback\. Add one, or give"):
+        create_trainer().train(samples(2), 1, resume_from="auto")
+
+
+@pytest.mark.parametrize(("then", "now"), [(None, StepLR), (StepLR, None)])
+def test_resuming_with_another_idea_of_a_schedule_is_refused(
+    create_trainer, samples, tmp_path, then, now
+):
+    """Defect 6: the error spoke of the number of custom checkpoints."""
+
+    def train(scheduler, **kwargs):
+        create = None if scheduler is None else partial(scheduler, step_size=1)
+        trainer = create_trainer([SaveTrainingStateCallback(tmp_path)])
+        trainer.train(samples(2), 1, create_scheduler_fn=create, **kwargs)
+
+    train(then)
+    with pytest.raises(ValueError, match="Give the create_scheduler_fn of that run"):
+        train(now, resume_from=tmp_path / "final")
+
+
+def test_a_state_that_does_not_exist_is_an_error_that_names_it(
+    create_trainer, samples, tmp_path
+):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        create_trainer().train(samples(2), 1, resume_from=tmp_path / "nowhere")
+
+
+def test_what_is_saved_beside_the_state_comes_back(create_trainer, samples, tmp_path):
+    trainer = create_trainer()
+    trainer.train(samples(2), 2)
+    trainer.save_training_state(
+        tmp_path / "state", {"note": "best", "values": [1, 2.5]}
+    )
+
+    assert create_trainer().load_training_state(tmp_path / "state") == {
+        "current_epoch": 3,
+        "note": "best",
+        "values": [1, 2.5],
+    }
+
+
+# --- files of one model
+
+
+def test_a_checkpoint_holds_the_documented_parts(create_trainer, samples, tmp_path):
+    trainer = create_trainer()
+
+    class SavesAtEnd(TrainerCallback):
+        def on_training_run_end(self, trainer, **kwargs):
+            trainer.save_checkpoint(tmp_path / "all.pt", {"loss": 0.5})
+            trainer.save_checkpoint(
+                tmp_path / "model.pt", save_optimizer=False, save_scheduler=False
+            )
+
+    trainer = create_trainer([SavesAtEnd])
+    trainer.train(samples(2), 1, create_scheduler_fn=partial(StepLR, step_size=1))
+
+    contents = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert set(contents) == {
+        "model_state_dict",
+        "optimizer_state_dict",
+        "scheduler_state_dict",
+        "loss",
+    }
+    assert contents["model_state_dict"]["weight"].item() == 0.5
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {
+        "model_state_dict"
+    }
+
+
+def test_a_checkpoint_with_a_schedule_can_be_loaded_without_one(
+    create_trainer, samples, tmp_path
+):
+    """Defect 24: it was an error before train(), after the model had been loaded."""
+
+    class SavesAtEnd(TrainerCallback):
+        def on_training_run_end(self, trainer, **kwargs):
+            trainer.save_checkpoint(tmp_path / "model.pt")
+
+    create_trainer([SavesAtEnd]).train(
+        samples(2), 1, create_scheduler_fn=partial(StepLR, step_size=1)
+    )
+
+    trainer = create_trainer()
+    contents = trainer.load_checkpoint(tmp_path / "model.pt")
+
+    assert trainer.model.weight.item() == 0.5
+    assert "scheduler_state_dict" in contents
+
+
+def test_the_schedule_of_a_checkpoint_can_be_loaded_within_a_run(
+    create_trainer, samples, tmp_path
+):
+    """Defect 24: there was no way to restore a scheduler from a file."""
+
+    class SavesAtEnd(TrainerCallback):
+        def on_training_run_end(self, trainer, **kwargs):
+            trainer.save_checkpoint(tmp_path / "model.pt")
+
+    create = partial(StepLR, step_size=1)
+    create_trainer([SavesAtEnd]).train(samples(2), 3, create_scheduler_fn=create)
+
+    class LoadsAtStart(TrainerCallback):
+        def on_training_run_start(self, trainer, **kwargs):
+            trainer.load_checkpoint(tmp_path / "model.pt")
+            assert trainer.scheduler.last_epoch == 3
+            raise StopTrainingError
+
+    create_trainer([LoadsAtStart]).train(samples(2), 1, create_scheduler_fn=create)
+
+
+def test_a_checkpoint_with_an_optimizer_needs_one_unless_told_otherwise(
+    create_trainer, tmp_path
+):
+    create_trainer().save_checkpoint(tmp_path / "model.pt")
+    model = nn.Linear(1, 1, bias=False)
+    trainer = Trainer(model, nn.MSELoss(), None, callbacks=())
+    before = model.weight.item()
+
+    with pytest.raises(ValueError, match="Pass load_optimizer=False to load only"):
+        trainer.load_checkpoint(tmp_path / "model.pt")
+    assert model.weight.item() == before
+
+    trainer.load_checkpoint(tmp_path / "model.pt", load_optimizer=False)
+    assert model.weight.item() == 1.0
+
+
+def test_a_trainer_without_an_optimizer_can_save(tmp_path):
+    trainer = Trainer(nn.Linear(1, 1), nn.MSELoss(), None, callbacks=())
+
+    trainer.save_checkpoint(tmp_path / "new folder" / "model.pt")
+    trainer.save_training_state(tmp_path / "state")
+
+    contents = torch.load(tmp_path / "new folder" / "model.pt", weights_only=True)
+    assert set(contents) == {"model_state_dict"}
+
+
+def test_a_file_of_bare_weights_is_explained(create_trainer, tmp_path):
+    torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "weights.pt")
+
+    with pytest.raises(CheckpointError, match=r"\['weight', 'bias'\].*load_state_dict"):
+        create_trainer().load_checkpoint(tmp_path / "weights.pt")
+
+
+def test_something_that_could_not_be_loaded_again_is_refused_when_saving(
+    create_trainer, tmp_path
+):
+    """Defect 48: it was noticed only when the file was to be loaded."""
+
+    class Anything:
+        pass
+
+    with pytest.raises(TypeError, match="Anything"):
+        create_trainer().save_checkpoint(tmp_path / "model.pt", {"mine": Anything()})
+    assert not (tmp_path / "model.pt").exists()
+
+
+# --- what the published version wrote
+
+
+def save_as_the_published_version_did(folder, model, optimizer, epoch, scheduler=None):
+    accelerator = Accelerator()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if scheduler is not None:
+        accelerator.register_for_checkpointing(scheduler)
+    accelerator.save_state(str(folder))
+    torch.save(
+        {"current_epoch": epoch, "global_step": 12}, folder / "trainer_metadata.pt"
+    )
+
+
+@pytest.mark.parametrize("with_scheduler", [False, True])
+def test_training_states_of_the_published_version_can_be_resumed(
+    create_trainer, samples, tmp_path, with_scheduler
+):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.125)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+    model(torch.ones(1, 1)).backward()
+    optimizer.step()  # leaves a momentum of 1 and a weight of -0.125
+    scheduler = StepLR(optimizer, step_size=10) if with_scheduler else None
+    folder = tmp_path / "epoch_2"
+    folder.mkdir()
+    save_as_the_published_version_did(folder, model, optimizer, 3, scheduler)
+
+    def create():
+        resumed = nn.Linear(1, 1, bias=False)
+        own = torch.optim.SGD(resumed.parameters(), lr=9.0, momentum=0.5)
+        return Trainer(resumed, nn.MSELoss(), own, callbacks=())
+
+    assert create().load_training_state(folder)["global_step"] == 12
+
+    trainer = create()
+    trainer.train(
+        samples(1),
+        3,
+        resume_from=folder,
+        create_scheduler_fn=partial(StepLR, step_size=10) if with_scheduler else None,
+    )
+
+    # One epoch is left: momentum 0.5 * 1 + 2 * -0.125, times the rate of 0.25.
+    assert trainer.model.weight.item() == -0.125 - 0.25 * (0.5 - 0.25)
+    assert trainer.run_history.current_epoch == 4
+    assert trainer.num_updates == 1
+
+
+def test_checkpoints_of_the_published_version_can_be_loaded(create_trainer, tmp_path):
+    other = create_trainer(lr=0.5)
+    other.model.weight.data.fill_(7.0)
+    torch.save(
+        {
+            "model_state_dict": other.model.state_dict(),
+            "optimizer_state_dict": other.optimizer.state_dict(),
+            "eval_loss_epoch": 0.25,
+        },
+        tmp_path / "best_model.pt",
+    )
+
+    trainer = create_trainer()
+    contents = trainer.load_checkpoint(tmp_path / "best_model.pt")
+
+    assert contents["eval_loss_epoch"] == 0.25
+    assert trainer.model.weight.item() == 7.0
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
