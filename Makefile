@@ -65,7 +65,7 @@ docs: $(VENV)/.tools ## Build the documentation into docs/_build/html
 .PHONY: clean
 clean: ## Remove what was built, keep .venv
 	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path "./.venv*" -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # The library alone, as its users install it.
 $(VENV)/.library: pyproject.toml constraints.txt

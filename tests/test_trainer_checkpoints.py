@@ -1,6 +1,7 @@
 """Saving and resuming a run, in one process."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -391,6 +392,28 @@ def test_a_trainer_without_an_optimizer_can_save(tmp_path):
 
     contents = torch.load(tmp_path / "new folder" / "model.pt", weights_only=True)
     assert set(contents) == {"model_state_dict"}
+
+
+@pytest.mark.parametrize(
+    ("save_per_node", "is_main", "is_local_main", "is_written"),
+    [
+        (True, False, True, True),
+        (True, False, False, False),
+        (False, False, True, False),
+        (False, True, True, True),
+    ],
+)
+def test_a_checkpoint_can_be_written_on_each_machine(
+    create_trainer, tmp_path, save_per_node, is_main, is_local_main, is_written
+):
+    """Defect 33: save_per_node=True wrote a file on the first machine only."""
+    trainer = create_trainer()
+    state = mock.Mock(is_main_process=is_main, is_local_main_process=is_local_main)
+
+    with mock.patch.object(trainer._accelerator, "state", state):
+        trainer.save_checkpoint(tmp_path / "model.pt", save_per_node=save_per_node)
+
+    assert (tmp_path / "model.pt").exists() == is_written
 
 
 def test_a_file_of_bare_weights_is_explained(create_trainer, tmp_path):

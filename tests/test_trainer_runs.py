@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.utils import LimitBatches
 
 
 class CountsUpdates(TrainerCallback):
@@ -204,6 +205,42 @@ def test_a_schedule_is_as_long_as_the_run(create_trainer, train, limit, length):
     )
 
     assert lengths == [length]
+
+
+def test_a_schedule_is_as_long_as_a_run_on_a_few_batches(create_trainer, train):
+    """Defect 58: with LimitBatches(2) a schedule was as long as all the data."""
+    lengths = []
+
+    def create(optimizer, num_updates):
+        lengths.append(num_updates)
+        return LambdaLR(optimizer, lambda update: 1.0)
+
+    with LimitBatches(3):
+        trainer = create_trainer()
+    steps = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+    train(2, trainer, create_scheduler_fn=partial(create, num_updates=steps))
+
+    assert lengths == [3]
+
+
+def test_placeholders_are_replaced_wherever_they_stand(create_trainer, train, samples):
+    """Defect 36: positional and nested placeholders stayed, silently."""
+    received = []
+
+    def create(factor, optimizer, *, inner, lengths):
+        received.append((factor, inner(), lengths))
+        return LambdaLR(optimizer, lambda update: 1.0)
+
+    names = TrainerPlaceholderValues
+    factory = partial(
+        create,
+        2 * names.NUM_EPOCHS - 1,
+        inner=partial(lambda warmup: warmup, names.NUM_UPDATE_STEPS_PER_EPOCH // 3),
+        lengths=[names.TRAIN_DATALOADER_LEN, {"eval": names.EVAL_DATALOADER_LEN}],
+    )
+    train(2, eval_dataset=samples(5), create_scheduler_fn=factory)
+
+    assert received == [(3, 1, [4, {"eval": 3}])]
 
 
 def test_the_scheduler_is_stepped_once_per_update(train):

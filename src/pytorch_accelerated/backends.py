@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
-    parse_choice_from_env,
-)
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+
+from pytorch_accelerated.precision import precision_of_its_own
 
 
 def create_accelerator(**kwargs: Any) -> Accelerator:
@@ -52,8 +49,8 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
             _use_gloo(kwargs)
         else:
             kwargs.setdefault("cpu", True)
-    _forget_precision_of_another(kwargs.get("mixed_precision"))
-    accelerator = Accelerator(**kwargs)
+    with precision_of_its_own(kwargs.get("mixed_precision")):
+        accelerator = Accelerator(**kwargs)
     if num_launched() > 1 and is_on_cpu and sharding is not None:
         _shard_on_cpu(accelerator, sharding)
     _check_world(accelerator)
@@ -64,18 +61,6 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
 def num_launched() -> int:
     """Return the number of processes of the job, as its launcher says it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _forget_precision_of_another(precision: str | None) -> None:
-    """Let this accelerator have the precision that it is asked to have.
-
-    Accelerate keeps that of the first accelerator of the process, and refuses another.
-    """
-    shared = AcceleratorState._shared_state
-    if shared and shared.get("distributed_type") != DistributedType.DEEPSPEED:
-        shared["_mixed_precision"] = precision or parse_choice_from_env(
-            "ACCELERATE_MIXED_PRECISION", "no"
-        )
 
 
 def _asks_for(engine: str, kwargs: dict[str, Any], *names: str) -> bool:

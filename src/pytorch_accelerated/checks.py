@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from pytorch_accelerated.data import length_of
 from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase
@@ -56,6 +56,18 @@ def check_dataset_is_not_empty(dataset: Any, name: str) -> None:
     # Iterable datasets may have a length that is only an estimate.
     if not isinstance(dataset, IterableDataset) and length_of(dataset) == 0:
         raise ValueError(f"{name} is empty: there is nothing to take a batch from.")
+
+
+def check_dataset_serves_all(dataset: Any, num_processes: int) -> None:
+    """Raise ValueError if there are more processes than samples to train on."""
+    num_samples = None if isinstance(dataset, IterableDataset) else length_of(dataset)
+    if isinstance(dataset, DataLoader) or num_samples is None:
+        return
+    if num_samples < num_processes:
+        raise ValueError(
+            f"train_dataset has {num_samples} samples for {num_processes} processes: "
+            "some would have nothing to train on. Start fewer processes."
+        )
 
 
 def check_optimizer(model: Any, optimizer: Any) -> None:

@@ -511,7 +511,7 @@ class PlannedLoader:
 
     @property
     def is_exact(self) -> bool:
-        """Whether batches are as large as planned: a collate function may filter."""
+        """Whether no collate function can make a batch smaller than planned."""
         return self.loader.collate_fn is default_collate
 
     def __len__(self) -> int:
@@ -613,11 +613,11 @@ class DeviceLoader:
         """Yield the batches, on the device."""
         if self._keeps_place is None:
             return to_device(self.loader, self.device)
-        return to_device(self._batches_and_places(), self.device)
+        return to_device(self._noting_places(iter(self.loader)), self.device)
 
-    def _batches_and_places(self) -> Iterator[Any]:
-        number, self._num_fetched = self._num_fetched, 0
-        for number, batch in enumerate(self.loader, number + 1):  # noqa: B020
+    def _noting_places(self, batches: Iterator[Any]) -> Iterator[Any]:
+        first, self._num_fetched = self._num_fetched + 1, 0
+        for number, batch in enumerate(batches, first):
             # Batches are fetched ahead, so the place to save is an earlier one.
             self._places[number] = self._keeps_place.state_dict()
             self._places.pop(number - _MOST_FETCHED_AHEAD, None)
@@ -632,7 +632,8 @@ def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """
     if device.type == "cpu":
         return iter(batches)
-    return _one_ahead(batches, device)
+    # Started here, not at the first batch: a resumed run counts on it.
+    return _one_ahead(iter(batches), device)
 
 
 def _one_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -859,8 +860,9 @@ def remove_padding(padded_tensor: Tensor, pad_value: float) -> Tensor:
         is_padding = torch.isnan(padded_tensor)
     else:
         is_padding = padded_tensor == pad_value
-    keep = ~is_padding.reshape(len(padded_tensor), -1).all(dim=1)
-    return padded_tensor[keep]
+    if is_padding.dim() > 1:
+        is_padding = is_padding.flatten(1).all(dim=1)
+    return padded_tensor[~is_padding]
 
 
 def default_dl_kwargs(batch_size: int, *, shuffle: bool) -> dict[str, Any]:

@@ -62,14 +62,6 @@ class PreparedModel:
         vars(self._model).update(self._before)
 
 
-def use_precision(accelerator: Accelerator, precision: str) -> None:
-    """Let the process compute in the precision that an accelerator was created with.
-
-    Accelerate keeps one precision for all accelerators of a process.
-    """
-    accelerator.state._mixed_precision = precision
-
-
 def is_plain(accelerator: Accelerator) -> bool:
     """Say whether backward and optimizer steps are torch's own, with nothing added.
 

@@ -18,7 +18,12 @@ class StopTrainingError(Exception):
     """Raise this in a hook or a callback to end the run in order.
 
     The end events of the run are still called, and ``train()`` returns as if it had
-    reached its last epoch. On several processes all of them stop together.
+    reached its last epoch. On several processes all of them stop together, at the end
+    of the update under way.
+
+    In a method of the step itself, such as ``calculate_train_batch_loss``, all
+    processes have to raise it: the others would wait for the gradients of the one that
+    did.
     """
 
 

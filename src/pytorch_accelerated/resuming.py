@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -55,6 +56,24 @@ class BatchLayout:
         )
 
 
+def count_updates_left(
+    progress: RunProgress, layout: BatchLayout, num_epochs: int
+) -> int:
+    """Return how many updates are left of a run whose batches are the trainer's own.
+
+    Args:
+        progress: Where it stands.
+        layout: How it cuts its epochs.
+        num_epochs: Its epochs, those that are done included.
+    """
+    assert layout.num_samples is not None and layout.batch_size is not None
+    in_update = layout.batch_size * layout.num_processes * layout.accumulation
+    whole = math.ceil(layout.num_samples / in_update)
+    left = layout.num_samples - (layout.num_samples_done(progress) or 0)
+    epochs = num_epochs - progress.epochs_done
+    return math.ceil(left / in_update) + whole * (epochs - 1) if epochs > 0 else 0
+
+
 def find_place(
     progress: RunProgress, then: BatchLayout, now: BatchLayout
 ) -> RunProgress:
@@ -100,6 +119,26 @@ def find_place(
     open_batches = progress.step % then.accumulation
     at_window = replace(progress, step=progress.step - open_batches)
     return replace(progress, step=0, first_sample=then.num_samples_done(at_window) or 0)
+
+
+def check_schedule_is_long_enough(scheduler: Any, num_updates: int) -> None:
+    """Refuse a schedule that would raise an error in the middle of the run.
+
+    Args:
+        scheduler: The scheduler, in the state that was saved.
+        num_updates: Updates that the run will have made at its end.
+
+    Raises:
+        CheckpointError: If it cannot be stepped that often.
+    """
+    total_steps = getattr(scheduler, "total_steps", None)
+    if isinstance(total_steps, int) and num_updates > total_steps:
+        raise CheckpointError(
+            f"The {type(scheduler).__name__} of the saved run ends after {total_steps} "
+            f"updates, and with the batches that the run has now it would make "
+            f"{num_updates}. Resume with batches of the same size, or use a schedule "
+            "that stays at its last value, such as those of this library."
+        )
 
 
 def _count(num_samples: int | None) -> str:

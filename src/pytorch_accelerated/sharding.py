@@ -115,7 +115,10 @@ def read_parts(paths: Iterable[str | os.PathLike[str]]) -> Any:
         paths: One file for each process that saved, in any order.
     """
     return _join(
-        [torch.load(path, map_location="cpu", mmap=True) for path in sorted(paths)]
+        [
+            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            for path in sorted(paths)
+        ]
     )
 
 

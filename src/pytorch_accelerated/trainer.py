@@ -54,6 +54,7 @@ from pytorch_accelerated import (
     data,
     distributed,
     engines,
+    precision,
     step_output,
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
@@ -68,6 +69,7 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.diagnosis import explain
 from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
@@ -81,6 +83,8 @@ from pytorch_accelerated.placeholders import (
 from pytorch_accelerated.progress import RunProgress, Stage
 from pytorch_accelerated.resuming import (
     BatchLayout,
+    check_schedule_is_long_enough,
+    count_updates_left,
     find_place,
     gradients_of,
     set_gradients,
@@ -511,7 +515,7 @@ class Trainer:
         self._call(self.train_epoch_start)
         self._reset_trackers()
         self._notify("on_train_epoch_start")
-        self._agrees_after_updates = self.agree(
+        self._agrees_after_updates = self._accelerator.num_processes > 1 and self.agree(
             self.callback_handler.may_stop_alone(_EVENTS_OF_A_STEP)
         )
         is_over = self._run_train_steps(train_dl)
@@ -613,15 +617,18 @@ class Trainer:
         with self._modes_and_trackers_kept(), self._metrics_apart(is_intermediate):
             self._call(self.eval_epoch_start)
             self._notify("on_eval_epoch_start", is_intermediate=is_intermediate)
-            with torch.no_grad():
-                for batch in islice(valid_dl, self.eval_batch_limit):
-                    self._run_eval_step(batch)
+            self._run_eval_steps(valid_dl)
             self._agree_to_go_on()
             self._call(self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
             if self._progress.stage is Stage.EVALUATION:
                 self._progress.stage = Stage.EVALUATED
             self._notify("on_eval_epoch_end", is_intermediate=is_intermediate)
+
+    def _run_eval_steps(self, valid_dl: Any) -> None:
+        with torch.no_grad():
+            for batch in islice(valid_dl, self.eval_batch_limit):
+                self._run_eval_step(batch)
 
     def _run_eval_step(self, batch: Any) -> None:
         self._call_event("on_eval_step_start")
@@ -994,7 +1001,7 @@ class Trainer:
     # --------------------------------------------------------- the parts of the story
 
     def _begin_run(self, is_training: bool = True) -> None:
-        distributed.use_precision(self._accelerator, self._mixed_precision)
+        precision.use_precision(self._accelerator, self._mixed_precision)
         self.interrupted = False
         self._noted_error = None
         self.callback_handler.raises_at_once = self._accelerator.num_processes == 1
@@ -1137,12 +1144,12 @@ class Trainer:
             return iter(train_dl)
         if hasattr(train_dl, "set_epoch"):
             train_dl.set_epoch(epoch)
+        # An order of the user's may follow from the random states at its start.
+        self._restore_random_states("epoch_random_states")
         place = self._resume_state.pop("place", None)
         if place is not None and hasattr(train_dl, "go_to"):
             train_dl.go_to(place, first_step)
             return iter(train_dl)
-        # An order of the user's may follow from the random states at its start.
-        self._restore_random_states("epoch_random_states")
         self._epoch_random_states = checkpoint.get_random_states()
         batches: Iterator[Any] = iter(train_dl)
         skip_batches(batches, first_step, train_dl)
@@ -1338,6 +1345,13 @@ class Trainer:
 
     def _clean_up_after(self, error: BaseException, due: list[partial[None]]) -> None:
         """Let callbacks close what they opened; an error of theirs hides no other."""
+        explain(
+            error,
+            self.run_history.current_epoch,
+            self._progress,
+            self.run_config,
+            self.last_checkpoint,
+        )
         call_event = self.callback_handler.call_event
         clean_ups = [partial(call_event, "on_exception", self, exception=error)]
         # With several processes the others may be elsewhere, and be waited for.
@@ -1655,6 +1669,13 @@ class Trainer:
             if self._progress.step != progress.step:
                 # What was begun of a window is done again.
                 state.pop("gradients", None)
+            if then != now and now.num_samples is not None:
+                left = count_updates_left(
+                    self._progress, now, self.run_config.num_epochs
+                )
+                check_schedule_is_long_enough(
+                    self.scheduler, progress.num_updates + left
+                )
             if "random_states" not in state:
                 # Other processes saved theirs.
                 data.seed_everything(
@@ -1812,6 +1833,9 @@ class Trainer:
         checks.check_clipping(gradient_clip_value, gradient_clip_norm)
         checks.check_scheduler_fn(create_scheduler_fn)
         checks.check_dataset_is_not_empty(train_dataset, "train_dataset")
+        checks.check_dataset_serves_all(
+            train_dataset, self._accelerator.num_processes
+        )
         if not self._engine.knows(self.model):
             checks.check_optimizer(self.model, self.optimizer)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 from torch.utils.data import Dataset, TensorDataset
 
 from pytorch_accelerated import Trainer
@@ -45,6 +45,14 @@ class Augmented(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         noise = torch.randn(6) + np.random.rand() + random.random()
         return self.inputs[index] + 0.1 * noise, self.targets[index]
+
+
+ONE_CYCLE = partial(
+    OneCycleLR,
+    max_lr=0.05,
+    epochs=TrainerPlaceholderValues.NUM_EPOCHS,
+    steps_per_epoch=TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
+)
 
 
 def create_model() -> nn.Module:
@@ -81,6 +89,7 @@ class Scenario:
     save_kwargs: tuple[tuple[str, Any], ...] = ()
     patience: int = 3
     save_best: bool = True
+    ends_schedule: bool = True
 
     def with_(self, **changes: Any) -> Scenario:
         return replace(self, **changes)
@@ -136,12 +145,9 @@ class Scenario:
             per_device_batch_size=self.batch_size,
             gradient_accumulation_steps=self.accumulation,
             gradient_clip_norm=1.0,
-            create_scheduler_fn=partial(
-                OneCycleLR,
-                max_lr=0.05,
-                epochs=TrainerPlaceholderValues.NUM_EPOCHS,
-                steps_per_epoch=TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
-            ),
+            create_scheduler_fn=ONE_CYCLE
+            if self.ends_schedule
+            else partial(ExponentialLR, gamma=0.9),
             train_dataloader_kwargs={"num_workers": self.num_workers},
             eval_dataloader_kwargs={"num_workers": 0},
             resume_from=resume_from,

@@ -31,7 +31,7 @@ class NoteSamples(TrainerCallback):
         samples += batch[0][:, 0].tolist()
 
 
-SCENARIO = Scenario(num_epochs=2, in_memory=True, patience=9)
+SCENARIO = Scenario(num_epochs=2, in_memory=True, patience=9, ends_schedule=False)
 
 
 @pytest.mark.fault(OTHER_RUN)
@@ -124,10 +124,24 @@ def test_a_state_saved_amid_a_window_goes_on_with_its_gradients(tmp_path, trials
         scenario = SCENARIO.with_(save_every_n_steps=None, counts_items=counts_items)
         saving = scenario.with_(callbacks=(SaveAt(),))
         expected = fingerprint(saving.run(tmp_path))
-        for number in range(1, 23):
+        for number in (1, 2, 10, 11, 13, 20):
             state = tmp_path / f"batch_{number}"
             trainer = scenario.run(tmp_path / "again", resume_from=state)
             trials.add(difference(expected["weights"], fingerprint(trainer)["weights"]))
+
+
+@pytest.mark.fault(OTHER_RUN)
+def test_a_schedule_that_would_end_too_early_is_refused_at_once(tmp_path, trials):
+    scenario = SCENARIO.with_(ends_schedule=True)
+    scenario.run(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="keeps its place"),
+        pytest.raises(CheckpointError, match="ends after 8 updates.* would make 20"),
+    ):
+        scenario.with_(accumulation=1).run(
+            tmp_path / "other", resume_from=tmp_path / "states" / "step_1"
+        )
+    trials.add(None)
 
 
 # ------------------------------------------------------------ loaders of the user's
@@ -193,13 +207,12 @@ def test_a_stream_goes_on_where_it_was(dataset_class, tmp_path):
             warnings.simplefilter("always")
             trainer = train_on(dataset, tmp_path / f"{number}", state)
         assert difference(expected, trainer.model.state_dict()) is None
-        is_amid_epoch = number not in (4, 8)
-        if dataset_class is Counting and is_amid_epoch:
-            assert any("loads" in str(w.message) for w in caught)
+        if dataset_class is Counting:
+            assert ["loads" in str(w.message) for w in caught] == [True]
         else:
             assert not caught
-            epochs = 2 if number < 4 else 1
-            assert dataset.read == 20 * epochs - 6 * (number % 4)
+            samples_done = (0, 6, 12, 18, 20, 26, 32)[number]
+            assert dataset.read == 40 - samples_done
 
 
 def test_a_loader_that_keeps_its_place_is_set_there(tmp_path):
@@ -247,13 +260,14 @@ def test_a_run_saved_after_its_last_update_makes_no_more(tmp_path):
         trainer.train(
             scenario.train_dataset(),
             3,
+            eval_dataset=scenario.eval_dataset(),
             per_device_batch_size=4,
             max_num_train_steps=14,
             resume_from=resume_from,
         )
         return trainer
 
-    train().callback_handler  # noqa: B018 (only its files are needed)
+    train()
     assert checkpoint.Checkpoint(tmp_path / "states" / "step_14").num_updates == 14
     for name in ("step_14", "epoch_2", "final"):
         trainer = train(tmp_path / "states" / name)

@@ -155,18 +155,15 @@ def create_small_model(**kwargs):
 
 
 def test_pets_are_fine_tuned_in_two_stages(tensors):
-    model = create_small_model()
-    stem = model.conv1[0].weight
-    before = stem.detach().clone()
-
     trainer = load("pets_finetuning").main(
-        model, tensors(0, 64), tensors(64, 96), num_epochs=1, batch_size=16
+        create_small_model(), tensors(0, 64), tensors(64, 96), num_epochs=1
     )
 
     history = trainer.run_history
     assert len(history.get_metric_values("train_loss_epoch")) == 2
     assert len(history.get_metric_values("eval_accuracy_epoch")) == 2
-    assert not torch.equal(stem, before)  # the second stage has trained it
+    in_optimizer = [p for g in trainer.optimizer.param_groups for p in g["params"]]
+    assert set(in_optimizer) == set(trainer.model.parameters())
     assert Path("best_model.pt").exists()
 
 
@@ -262,10 +259,10 @@ def test_a_detector_records_each_of_its_losses_and_its_precision(digits):
     model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=11, min_size=96, max_size=96
     )
-    data = DigitsOnCanvas(digits(0, 100), count=24)
+    data = DigitsOnCanvas(digits(0, 100), count=12)
 
     history = load("faster_rcnn").main(
-        data, Subset(data, range(8)), model, num_epochs=1, batch_size=4
+        data, Subset(data, range(4)), model, num_epochs=1, batch_size=4
     )
 
     losses = ("classifier", "box_reg", "objectness", "rpn_box_reg")

@@ -313,8 +313,8 @@ MUTATIONS = [
     Mutation(
         "sampler: processes draw the same augmentation",
         "data.py",
-        "seed = derive_seed(self.seed, self.epoch, step, self.process_index)",
-        "seed = derive_seed(self.seed, self.epoch, step, 0)",
+        "seed = _mix(of_epoch, step, self.process_index) >> 1",
+        "seed = _mix(of_epoch, step, 0) >> 1",
         SEEDS + "test_two_processes_share_the_samples_and_differ_in_augmentation"
         "_and_dropout",
     ),

@@ -210,7 +210,7 @@ def random_cases(count, num_processes):
     chance = random.Random(num_processes)
     for _ in range(count):
         yield Case(
-            num_samples=chance.randint(1, 29),
+            num_samples=chance.randint(num_processes, 29),
             batch_size=chance.randint(1, 4),
             accumulation=chance.randint(1, 4),
             items=chance.choice(ITEMS),

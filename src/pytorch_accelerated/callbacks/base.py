@@ -232,7 +232,7 @@ class CallbackHandler:
     def may_stop_alone(self, events: Iterable[str]) -> bool:
         """Say whether a callback that listens to one of the events may stop alone.
 
-        See :attr:`TrainerCallback.may_stop_alone`.
+        See ``TrainerCallback.may_stop_alone``.
         """
         return self._enabled and any(
             getattr(getattr(listener, "__self__", None), "may_stop_alone", True)

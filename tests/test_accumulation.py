@@ -1,0 +1,216 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytorch_accelerated.accumulation import AccumulationWindow
+from pytorch_accelerated.data import BatchPlan
+
+
+class Process:
+    """One of several simulated processes, whose parameter has a gradient of its own."""
+
+    def __init__(self, window):
+        self.window = window
+        self.parameter = torch.zeros((), requires_grad=True)
+
+    def back_propagate(self, gradient, step, num_items, *, are_samples=True):
+        loss = self.parameter * gradient
+        self.window.weigh(loss, step, num_items, are_samples=are_samples).backward()
+
+    def close(self, step):
+        self.window.close(step, [self.parameter])
+        gradient = self.parameter.grad.item()
+        self.parameter.grad = None
+        return gradient
+
+
+def alone(num_steps, plan=None, num_batches=None):
+    window = AccumulationWindow(num_steps)
+    window.start_epoch(plan, len(plan) if plan is not None else num_batches)
+    return Process(window)
+
+
+def test_a_window_of_one_batch_leaves_the_loss_untouched():
+    window = AccumulationWindow(1)
+    window.start_epoch(BatchPlan(10, 4), 3)
+    loss = torch.ones(())
+
+    assert window.weigh(loss, 0, 4, are_samples=True) is loss
+    window.close(0, [])
+
+
+def test_which_batches_close_a_window():
+    window = AccumulationWindow(3)
+
+    closing = [
+        step for step in range(8) if window.is_closed_by(step, is_last=step == 7)
+    ]
+
+    assert closing == [2, 5, 7]
+
+
+def test_batches_of_a_window_are_weighted_by_their_size():
+    process = alone(2, BatchPlan(5, 3))
+
+    process.back_propagate(1.0, 0, 3)
+    process.back_propagate(6.0, 1, 2)
+
+    assert process.close(1) == pytest.approx((1 * 3 + 6 * 2) / 5)
+
+
+def test_the_last_window_of_an_epoch_may_be_smaller():
+    process = alone(2, BatchPlan(7, 2))  # batches of 2, 2, 2 and 1
+    for step, num_items in ((0, 2), (1, 2)):
+        process.back_propagate(3.0, step, num_items)
+    assert process.close(1) == 3.0
+
+    process.back_propagate(4.0, 2, 2)
+    process.back_propagate(1.0, 3, 1)
+
+    assert process.close(3) == pytest.approx((4 * 2 + 1) / 3)
+
+
+def test_batches_smaller_than_planned_are_counted_as_they_are():
+    """For instance where the collate function leaves out broken samples."""
+    process = alone(2, BatchPlan(8, 4))
+
+    process.back_propagate(1.0, 0, 4)
+    process.back_propagate(6.0, 1, 1)
+
+    assert process.close(1) == pytest.approx((1 * 4 + 6) / 5)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 50)), min_size=1, max_size=7),
+    st.integers(1, 4),
+)
+def test_windows_of_unknown_size_give_the_mean_over_their_items(batches, num_steps):
+    process = alone(num_steps)
+    window = []
+    for step, (gradient, num_items) in enumerate(batches):
+        window.append((gradient, num_items))
+        process.back_propagate(gradient, step, num_items)
+        is_last = step == len(batches) - 1
+        if process.window.is_closed_by(step, is_last=is_last):
+            mean = sum(g * n for g, n in window) / sum(n for _, n in window)
+            if num_steps == 1:
+                mean = gradient
+            assert math.isclose(process.close(step), mean, rel_tol=1e-5, abs_tol=1e-5)
+            window = []
+
+
+def test_items_other_than_samples_are_what_counts():
+    process = alone(2, BatchPlan(4, 2))
+
+    process.back_propagate(1.0, 0, torch.tensor(10), are_samples=False)
+    process.back_propagate(4.0, 1, torch.tensor(5), are_samples=False)
+
+    assert process.close(1) == pytest.approx((1 * 10 + 4 * 5) / 15)
+
+
+def test_a_window_without_any_item_has_a_gradient_of_zero():
+    process = alone(2, BatchPlan(4, 2))
+    for step in (0, 1):
+        process.back_propagate(0.0, step, torch.tensor(0), are_samples=False)
+
+    assert process.close(1) == 0.0
+
+
+def test_items_that_appear_in_the_middle_of_a_run_are_refused():
+    process = alone(2, BatchPlan(8, 2))
+    process.back_propagate(1.0, 0, 2)
+
+    with pytest.raises(ValueError, match=r"not for the first one of the run\. Return"):
+        process.back_propagate(1.0, 1, torch.tensor(7), are_samples=False)
+
+
+def test_processes_share_a_window():
+    """Their gradients are averaged, as data parallel training does."""
+    plan = BatchPlan(5, 2, num_processes=2)  # steps of (2, 2) and (1, 0)
+    processes = [Process(AccumulationWindow(2, 2, index)) for index in (0, 1)]
+    gradients = [[1.0, 5.0], [2.0, 100.0]]
+    for index, process in enumerate(processes):
+        process.window.start_epoch(plan, 2)
+        for step in (0, 1):
+            num_items = 0 if process.window.is_filler(step) else plan.size(step, index)
+            process.back_propagate(gradients[index][step], step, num_items)
+
+    mean = sum(process.close(1) for process in processes) / 2
+
+    assert processes[1].window.is_filler(1)
+    assert mean == pytest.approx((1 * 2 + 2 * 2 + 5 * 1) / 5)
+
+
+def test_processes_count_the_items_of_a_window_together():
+    def create(index):
+        return Process(
+            AccumulationWindow(
+                1,
+                num_processes=2,
+                process_index=index,
+                largest=lambda number: max(number, 9.0),
+                add_up=lambda total: torch.tensor(12.0, dtype=torch.float64),
+            )
+        )
+
+    processes = [create(0), create(1)]
+    for process, gradient, tokens in zip(processes, (1.0, 5.0), (9, 3), strict=True):
+        process.window.start_epoch(None, None)
+        process.back_propagate(gradient, 0, tokens, are_samples=False)
+
+    mean = sum(process.close(0) for process in processes) / 2
+
+    assert mean == pytest.approx((1 * 9 + 5 * 3) / 12)
+
+
+def test_batches_smaller_than_planned_are_warned_of_with_several_processes():
+    process = Process(AccumulationWindow(2, num_processes=2))
+    process.window.start_epoch(BatchPlan(16, 4, num_processes=2), 2)
+    process.back_propagate(1.0, 0, 4)
+    process.back_propagate(1.0, 1, 3)
+
+    with pytest.warns(UserWarning, match="had 7 samples where the sampler gave 8"):
+        process.close(1)
+
+
+def test_the_number_of_samples_in_a_step_is_that_of_all_processes():
+    window = AccumulationWindow(1, num_processes=2)
+    window.start_epoch(BatchPlan(7, 2, num_processes=2), 2)
+    assert [window.num_samples(step, 2) for step in (0, 1)] == [4, 3]
+
+    window.start_epoch(None, None)
+    assert window.num_samples(0, 5) == 10
+    assert AccumulationWindow(1).num_samples(0, 5) == 5
+
+
+def test_losses_that_an_override_has_weighted_itself_are_left_alone():
+    window = AccumulationWindow(2)
+    window.start_epoch(BatchPlan(8, 4), 2)
+    parameter = torch.zeros((), requires_grad=True)
+    parameter.grad = torch.tensor(3.0)
+
+    window.close(1, [parameter])
+
+    assert parameter.grad.item() == 3.0
+
+
+def test_outside_of_an_epoch_of_the_trainer_a_loss_is_divided_by_the_steps():
+    window = AccumulationWindow(4)
+
+    assert window.weigh(torch.tensor(6.0), 0, 5, are_samples=True).item() == 1.5
+
+
+def test_a_window_can_be_saved_and_continued():
+    first = alone(2, None)
+    first.back_propagate(1.0, 0, 3)
+    state = first.window.state_dict()
+
+    second = alone(2, None)
+    second.window.load_state_dict(state)
+    second.parameter.grad = first.parameter.grad
+    second.back_propagate(6.0, 1, 2)
+
+    assert second.close(1) == pytest.approx((1 * 3 + 6 * 2) / 5)

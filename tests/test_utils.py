@@ -1,0 +1,146 @@
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from pytorch_accelerated import data, distributed, ema, utils
+from pytorch_accelerated.utils import (
+    LIMIT_BATCHES_ENV_VAR,
+    DataLoaderSlice,
+    LimitBatches,
+    remove_padding,
+    worker_init_fn,
+)
+
+
+def test_utils_only_passes_on_what_lives_in_other_modules():
+    homes = (data, distributed, ema)
+
+    for name in utils.__all__:
+        assert any(
+            getattr(utils, name) is getattr(home, name, None) for home in homes
+        ), name
+
+
+# --- limits
+
+
+def test_limit_batches_sets_and_restores_the_environment(monkeypatch):
+    """Defect 38: nested limits failed, and the value of the user was deleted."""
+    monkeypatch.delenv(LIMIT_BATCHES_ENV_VAR, raising=False)
+
+    with LimitBatches(5) as outer:
+        assert outer.num_batches == 5
+        with LimitBatches(2):
+            assert os.environ[LIMIT_BATCHES_ENV_VAR] == "2"
+        assert os.environ[LIMIT_BATCHES_ENV_VAR] == "5"
+    assert LIMIT_BATCHES_ENV_VAR not in os.environ
+
+
+def test_one_limit_can_be_used_several_times_and_within_itself(monkeypatch):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "none")
+    limit = LimitBatches(3)
+
+    with limit, limit:
+        assert data.batch_limit_from_environment() == 3
+    with limit:
+        assert data.batch_limit_from_environment() == 3
+
+    assert os.environ[LIMIT_BATCHES_ENV_VAR] == "none"
+
+
+def test_the_environment_is_restored_after_an_error(monkeypatch):
+    monkeypatch.delenv(LIMIT_BATCHES_ENV_VAR, raising=False)
+
+    with pytest.raises(RuntimeError), LimitBatches(3):
+        raise RuntimeError
+
+    assert LIMIT_BATCHES_ENV_VAR not in os.environ
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "size", "expected"),
+    [(range(10), 2, 2), (range(3), 5, 3), (Stream(), 2, 2)],
+)
+def test_a_slice_is_as_long_as_what_it_yields(dataset, size, expected):
+    """Defect 38: the length of a slice was its size, however short the loader."""
+    loader = DataLoaderSlice(DataLoader(dataset, batch_size=1), size)
+
+    assert len(loader) == len(list(loader)) == expected
+    assert len(list(loader)) == expected  # and again
+    assert loader.slice_size == size
+
+
+def test_a_slice_fetches_nothing_that_it_does_not_yield():
+    fetched = []
+
+    def batches():
+        for number in range(5):
+            fetched.append(number)
+            yield number
+
+    assert list(DataLoaderSlice(batches(), 2)) == [0, 1]
+    assert fetched == [0, 1]
+
+
+def test_a_slice_has_the_attributes_of_its_loader():
+    """Defect 38: slices hid the sampler and the dataset."""
+    loader = DataLoader(range(4), batch_size=2)
+    part = DataLoaderSlice(loader, 1)
+
+    assert part.dl is loader
+    assert part.dataset is loader.dataset
+    assert part.batch_sampler is loader.batch_sampler
+    with pytest.raises(AttributeError, match="nothing"):
+        part.nothing  # noqa: B018
+
+
+# --- workers
+
+
+def test_a_worker_is_seeded_from_what_torch_has_given_it():
+    """Defect 11: it took a new seed from the operating system."""
+
+    def numbers():
+        with torch.random.fork_rng():
+            torch.manual_seed(2**40 + 3)
+            seed = worker_init_fn(0)
+            return seed, random.random(), np.random.rand(), torch.rand(()).item()
+
+    states = random.getstate(), np.random.get_state()
+    first, second = numbers(), numbers()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+    assert first == second
+    assert first[0] == 3  # numpy takes 32 bits
+
+
+# --- padding
+
+
+@pytest.mark.parametrize("padding", [-2.0, 0.0, float("nan"), float("inf")])
+def test_rows_of_padding_are_removed(padding):
+    """Defect 53: padding with NaN was never removed."""
+    rows = torch.tensor([[1.0, 2.0], [padding, padding], [padding, 3.0]])
+
+    kept = remove_padding(rows, padding)
+
+    torch.testing.assert_close(kept, rows[[0, 2]], equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 2)])
+def test_padding_is_removed_from_tensors_of_any_dimensions(shape):
+    tensor = torch.ones(shape)
+    tensor[1] = -1
+
+    assert remove_padding(tensor, -1).shape == (2, *shape[1:])
+    assert remove_padding(torch.zeros(0, *shape[1:]), -1).shape == (0, *shape[1:])
