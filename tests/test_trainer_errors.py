@@ -60,6 +60,27 @@ def test_no_optimizer(refuses):
     )
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("optimizer", torch.optim.SGD, "optimizer must be an instance, got the class"),
+        ("loss_func", nn.MSELoss, r"got the class MSELoss. Create it: MSELoss\(...\)"),
+    ],
+)
+def test_a_class_in_place_of_an_instance(
+    create_trainer, refuses, attribute, value, message
+):
+    trainer = create_trainer()
+    setattr(trainer, attribute, value)
+
+    refuses(trainer, TypeError, message)
+
+
+def test_no_dataset(create_trainer):
+    with pytest.raises(ValueError, match="needs a train_dataset or a DataLoader, got"):
+        create_trainer().train(None, num_epochs=1)
+
+
 def test_an_empty_dataset(create_trainer, refuses, samples):
     """Defect 59: a loss of NaN was recorded silently."""
     refuses(

@@ -290,8 +290,9 @@ def test_another_run_of_a_trainer_with_a_seed_does_not_repeat_the_first(
     assert [first, second] == train_twice()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_without_a_seed_a_run_takes_one_draw_and_moves_nothing_else(
-    create_trainer, noise, one_by_one
+    create_trainer, noise, one_by_one, num_workers
 ):
     """Defect 9: every run reseeded python, numpy and torch."""
     trainer = create_trainer()
@@ -300,7 +301,14 @@ def test_without_a_seed_a_run_takes_one_draw_and_moves_nothing_else(
     python, numpy = random.getstate(), np.random.get_state()[1].tolist()
     torch.manual_seed(11)
 
-    trainer.train(dataset, 2, eval_dataset=dataset, per_device_batch_size=2)
+    workers = {"num_workers": num_workers, "batch_size": 2}
+    trainer.train(
+        dataset,
+        2,
+        eval_dataset=dataset,
+        train_dataloader_kwargs=workers,
+        eval_dataloader_kwargs=workers,
+    )
 
     after = torch.get_rng_state()
     torch.manual_seed(11)

@@ -7,7 +7,9 @@ train unrelated copies, FSDP that becomes DDP. Here they are made right, or refu
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -51,11 +53,25 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
             kwargs.setdefault("cpu", True)
     with precision_of_its_own(kwargs.get("mixed_precision")):
         accelerator = Accelerator(**kwargs)
+    if num_launched() > 1 and is_on_cpu:
+        atexit.unregister(_leave_job)  # one trainer or many, it is left once
+        atexit.register(_leave_job)
     if num_launched() > 1 and is_on_cpu and sharding is not None:
         _shard_on_cpu(accelerator, sharding)
     _check_world(accelerator)
     _check_settings(accelerator)
     return accelerator
+
+
+def _leave_job() -> None:
+    """Close the connections between processes before Python shuts down.
+
+    Threads of gloo that outlive the interpreter abort, now and then, a process that has
+    done its work. After an error the others may never answer, so nothing is closed.
+    """
+    has_failed = hasattr(sys, "last_value")
+    if torch.distributed.is_initialized() and not has_failed:
+        torch.distributed.destroy_process_group()
 
 
 def num_launched() -> int:

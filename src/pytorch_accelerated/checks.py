@@ -51,6 +51,24 @@ def check_scheduler_fn(create_scheduler_fn: Any) -> None:
         )
 
 
+def check_is_instance(name: str, value: Any) -> None:
+    """Raise TypeError if a class was given where an instance of it is due."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be an instance, got the class {value.__name__}. Create it: "
+            f"{value.__name__}(...)."
+        )
+
+
+def check_dataset_is_given(dataset: Any) -> None:
+    """Raise ValueError if there is no dataset to make a training loader of."""
+    if dataset is None:
+        raise ValueError(
+            "train() needs a train_dataset or a DataLoader, got None. Only an override "
+            "of create_train_dataloader can do without."
+        )
+
+
 def check_dataset_is_not_empty(dataset: Any, name: str) -> None:
     """Raise ValueError if a dataset is known to have no samples."""
     # Iterable datasets may have a length that is only an estimate.
@@ -76,6 +94,7 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
         raise ValueError(
             "train() needs an optimizer; the trainer was created with None."
         )
+    check_is_instance("optimizer", optimizer)
     if not isinstance(model, nn.Module):
         return
     parameters = list(model.parameters())

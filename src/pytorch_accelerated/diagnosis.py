@@ -7,7 +7,10 @@ import torch
 from pytorch_accelerated.progress import RunProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 
-_CPU_IS_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "not enough memory")
+_CPU_IS_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+)
 
 
 def explain(
@@ -56,9 +59,9 @@ def _advice(config: TrainerRunConfig) -> str:
     )
     if batch_size is not None and batch_size > 1:
         text += (
-            f"The updates are the same with per_device_batch_size={batch_size // 2} and "
-            f"gradient_accumulation_steps={accumulation * 2}, which need about half of "
-            "the memory for activations. "
+            "The updates are the same with per_device_batch_size="
+            f"{batch_size // 2} and gradient_accumulation_steps={accumulation * 2}, "
+            "which need about half of the memory for activations. "
         )
     if config.mixed_precision == "no":
         text += "mixed_precision='bf16' halves it too."

@@ -48,7 +48,7 @@ class Engine:
 
     def check_arguments(
         self,
-        batch_size: int,
+        batch_size: int | None,
         accumulation_steps: int,
         clip_value: float | None,
         clip_norm: float | None,
@@ -158,7 +158,7 @@ class ShardedEngine(Engine):
 
     def check_arguments(
         self,
-        batch_size: int,
+        batch_size: int | None,
         accumulation_steps: int,
         clip_value: float | None,
         clip_norm: float | None,
@@ -241,13 +241,15 @@ class DeepSpeedEngine(Engine):
 
     def check_arguments(
         self,
-        batch_size: int,
+        batch_size: int | None,
         accumulation_steps: int,
         clip_value: float | None,
         clip_norm: float | None,
     ) -> None:
         """Raise ValueError if arguments contradict the config of DeepSpeed."""
         _refuse_clip_value(clip_value, "DeepSpeed")
+        if batch_size is None:
+            raise ValueError("DeepSpeed needs batches of a size that is known ahead.")
         total = batch_size * accumulation_steps * self.accelerator.num_processes
         arguments: dict[str, tuple[str, Any]] = {
             "train_micro_batch_size_per_gpu": ("per_device_batch_size", batch_size),
@@ -334,7 +336,7 @@ class DeepSpeedEngine(Engine):
         """Return the whole state dict of a model, gathered under ZeRO 3. Collective."""
         if self._plugin.zero_stage < 3 or not self.knows(model):
             return super().model_state(model, keep)
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
         state: dict[str, Any] = model.state_dict()
         for name, parameter in model.named_parameters(remove_duplicate=False):

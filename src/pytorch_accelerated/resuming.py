@@ -66,7 +66,8 @@ def count_updates_left(
         layout: How it cuts its epochs.
         num_epochs: Its epochs, those that are done included.
     """
-    assert layout.num_samples is not None and layout.batch_size is not None
+    assert layout.num_samples is not None
+    assert layout.batch_size is not None
     in_update = layout.batch_size * layout.num_processes * layout.accumulation
     whole = math.ceil(layout.num_samples / in_update)
     left = layout.num_samples - (layout.num_samples_done(progress) or 0)

@@ -8,8 +8,8 @@ loaded is unpickled.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Parts:
         return joined
 
 
-def read_parts(paths: Iterable[str | os.PathLike[str]]) -> Any:
+def read_parts(paths: Iterable[Path]) -> Any:
     """Read the files of all processes, with :class:`Parts` for sharded tensors.
 
     The files are mapped into memory: only what is used is read from the disk.

@@ -772,6 +772,7 @@ class Trainer:
                 "be passed to a model that returns its loss. Pass a loss_func, or "
                 "override calculate_train_batch_loss and calculate_eval_batch_loss."
             )
+        checks.check_is_instance("loss_func", self.loss_func)
         return inputs, targets
 
     # ---------------------------------------------------- what a run is created from
@@ -786,6 +787,7 @@ class Trainer:
             train_dl_kwargs: Arguments that win over those of
                 :meth:`get_default_train_dl_kwargs`.
         """
+        checks.check_dataset_is_given(self.train_dataset)
         if data.yields_batches(self.train_dataset):
             checks.check_no_loader_arguments(train_dl_kwargs, self.collate_fn)
             return self.train_dataset
@@ -1518,7 +1520,7 @@ class Trainer:
         in_parts, keep = self._engine.saved_in_parts, self._accelerator.is_main_process
         run: dict[str, Any] = {
             "progress": self._progress_to_save().to_dict(),
-            "layout": None if self.run_config is None else self._batch_layout().to_dict(),
+            "layout": self._batch_layout().to_dict() if self.run_config else None,
             "data_seed": self._data_seed,
             "num_runs": self._num_runs,
             "callbacks": self._engine.whole(self.callback_handler.state_dict(), keep),
@@ -1570,8 +1572,6 @@ class Trainer:
 
     def _batch_layout(self) -> BatchLayout:
         config = self.run_config
-        if config is None:  # saved before the first run
-            return BatchLayout(None, None, self._accelerator.num_processes, 1)
         plan = getattr(self._train_dataloader, "plan", None)
         return BatchLayout(
             num_samples=None if plan is None else plan.length,

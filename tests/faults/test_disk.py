@@ -156,7 +156,9 @@ def test_a_removed_folder_is_created_again(tmp_path, trials):
                 shutil.rmtree(tmp_path / "states")
 
     Scenario(callbacks=(RemoveFolder,)).run(tmp_path)
-    names = {state.path.name for state in checkpoint.list_checkpoints(tmp_path / "states")}
+    names = {
+        state.path.name for state in checkpoint.list_checkpoints(tmp_path / "states")
+    }
     assert {"step_5", "final"} <= names
     assert "step_4" not in names
     trials.add(None)
@@ -164,7 +166,7 @@ def test_a_removed_folder_is_created_again(tmp_path, trials):
 
 @pytest.mark.fault("directory read-only, removed, or with an unusual name")
 @pytest.mark.parametrize(
-    "name", ["a b", "größe 猫 🦆", "it's \"quoted\" $HOME", "x" * 200, "line\nbreak"]
+    "name", ["a b", "größe 猫 🦆", 'it\'s "quoted" $HOME', "x" * 200, "line\nbreak"]
 )
 def test_folders_may_have_any_name(name, tmp_path, trials, monkeypatch):
     scenario = Scenario(num_epochs=2)

@@ -210,7 +210,7 @@ def test_a_lack_of_memory_says_what_to_try(tmp_path):
     assert "per_device_batch_size=2 and gradient_accumulation_steps=6" in notes
 
 
-# ------------------------------------------------------------ losses that are not numbers
+# ----------------------------------------------------------- losses that are no numbers
 
 
 class SpoilWeights(TrainerCallback):
@@ -248,7 +248,7 @@ def test_nothing_is_saved_of_a_run_whose_loss_is_not_finite(
     spoiling = SpoilWeights(num_updates, process)
     scenario = Scenario(callbacks=(spoiling,), save_every_n_steps=2)
     if num_processes == 2:
-        scenario = scenario.with_(num_samples=66)
+        scenario = scenario.with_(num_epochs=6, patience=9)
 
     def run():
         try:
@@ -268,14 +268,16 @@ def test_nothing_is_saved_of_a_run_whose_loss_is_not_finite(
         trials.add(f"{newest} was saved" if late else None)
 
 
-# ------------------------------------------------------------------ asynchronous writing
+# ----------------------------------------------------------- writing in the background
 
 
 def test_a_run_that_writes_in_the_background_saves_the_same(tmp_path):
     scenario = Scenario(max_checkpoints=2)
     asynchronous = scenario.with_(save_kwargs=(("asynchronous", True),))
     expected = fingerprint(scenario.run(tmp_path / "at once"))
-    assert difference(expected, fingerprint(asynchronous.run(tmp_path / "later"))) is None
+    assert (
+        difference(expected, fingerprint(asynchronous.run(tmp_path / "later"))) is None
+    )
     names = [
         [state.path.name for state in checkpoint.list_checkpoints(folder / "states")]
         for folder in (tmp_path / "at once", tmp_path / "later")

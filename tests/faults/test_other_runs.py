@@ -77,7 +77,9 @@ class StopAfter(TrainerCallback):
 
 @pytest.mark.fault(OTHER_RUN)
 @pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1)])
-def test_the_place_is_kept_with_another_number_of_processes(then, now, tmp_path, trials):
+def test_the_place_is_kept_with_another_number_of_processes(
+    then, now, tmp_path, trials
+):
     def first():
         SCENARIO.run(tmp_path / "first")
 
@@ -136,7 +138,7 @@ def test_a_schedule_that_would_end_too_early_is_refused_at_once(tmp_path, trials
     scenario.run(tmp_path)
     with (
         pytest.warns(UserWarning, match="keeps its place"),
-        pytest.raises(CheckpointError, match="ends after 8 updates.* would make 20"),
+        pytest.raises(CheckpointError, match=r"ends after 8 updates.* would make 20"),
     ):
         scenario.with_(accumulation=1).run(
             tmp_path / "other", resume_from=tmp_path / "states" / "step_1"

@@ -72,7 +72,9 @@ def test_a_signal_at_the_very_end_is_not_lost_on_the_script(tmp_path):
 
 def test_a_second_signal_is_handled_as_it_was_before_the_run(tmp_path):
     received = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: received.append(number)
+    )
 
     class Impatient(TrainerCallback):
         def on_train_epoch_start(self, trainer, **kwargs):

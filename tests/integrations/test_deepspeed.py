@@ -4,11 +4,14 @@
 imported, Accelerate imports it whenever a model is unwrapped.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from launching import ROOT, run, torchrun
+from launching import run, torchrun
 
-PYTHON = ROOT / ".venv" / "deepspeed" / "bin" / "python"
+PYTHON = Path(sys.prefix) / "deepspeed" / "bin" / "python"
 CASES = (
     *("plain", "plain_clipped", "plain_accumulated", "plain_again"),
     *("zero_1", "zero_2", "zero_3"),

@@ -1,6 +1,7 @@
 """The examples run, for an epoch on small data."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -61,6 +62,41 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, capsys):
     assert in_two[0].startswith("Processes: 2, updates: 29 of 64 samples;")
     assert in_one[0].startswith("Processes: 1, updates: 29 of 64 samples;")
     assert float(in_two[0].split()[-1]) == pytest.approx(checksum, abs=2e-3)
+
+
+SCRIPT_THAT_WATCHES_THE_END = """
+import atexit
+import torch
+
+def say():
+    print("Connected at the end:", torch.distributed.is_initialized(), flush=True)
+
+atexit.register(say)  # called after those that are registered later
+from two_processes import main
+
+main(num_epochs=0)
+"""
+
+
+def test_the_connections_between_processes_are_closed_before_python_ends(
+    launch, tmp_path
+):
+    """What outlives the interpreter aborted one process in ten that had trained."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT_THAT_WATCHES_THE_END)
+    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent / "src")])
+
+    launched = launch(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        PYTHONPATH=path,
+    )
+
+    assert launched.output.count("Connected at the end: False") == 2
 
 
 # -------------------------------------------------------------------------- language

@@ -162,10 +162,10 @@ def test_an_accelerator_of_the_users_is_taken_as_it_is():
     assert trainer.dtypes == {torch.bfloat16}
 
 
-def test_the_settings_for_tensor_and_context_parallelism_reach_accelerate():
-    """Accelerate checks them against the world, here of one process."""
-    with pytest.raises(ValueError, match="1"):
-        create_trainer(parallelism_config=ParallelismConfig(tp_size=2))
+def test_settings_for_parallelism_reach_accelerate():
+    """It makes a mesh of processes for them, which needs a launcher."""
+    with pytest.raises(ValueError, match="RANK expected"):
+        create_trainer(parallelism_config=ParallelismConfig(dp_shard_size=2))
 
 
 class Recomputes(nn.Module):

@@ -375,6 +375,15 @@ def test_attributes_of_a_new_trainer(create_trainer):
     assert isinstance(trainer.callback_handler, callbacks.CallbackHandler)
 
 
+def test_a_trainer_can_be_made_of_stand_ins():
+    """Nothing is checked before a run, since scripts pass objects of their own."""
+    stand_in = object()
+
+    trainer = Trainer(stand_in, stand_in, stand_in, (), stand_in)
+
+    assert trainer.model is trainer.optimizer is trainer.run_history is stand_in
+
+
 def test_default_arguments_of_loaders(create_trainer):
     trainer = create_trainer()
 

@@ -215,6 +215,21 @@ def test_no_thread_process_or_file_is_left(create_trainer, samples, capsys):
     capsys.readouterr()
 
 
+def test_no_process_is_left_by_a_run_that_has_failed(create_trainer):
+    class Fails(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            raise RuntimeError("broken")
+
+    before = resources()
+    with pytest.raises(RuntimeError, match="broken") as raised:
+        create_trainer([Fails]).train(
+            Slow(), 1, train_dataloader_kwargs={"num_workers": 1, "batch_size": 1}
+        )
+    del raised
+
+    assert resources() == before
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_model_and_the_optimizer_are_as_they_came_only_trained(samples, precision):
     """Defect 57: the model kept the autocast forward of Accelerate."""

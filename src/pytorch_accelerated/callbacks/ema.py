@@ -52,6 +52,8 @@ class ModelEmaCallback(SaveBestModelCallback):
         ema_model: The average, None before the first run.
     """
 
+    may_stop_alone = False
+
     def __init__(
         self,
         decay: float = 0.99,

@@ -117,6 +117,9 @@ def write_errors_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        # torch raises this wherever the main thread happens to be.
+        if "DataLoader worker" in str(error):
+            raise
         raise CheckpointError(
             f"Could not write {path}: {_cause(error, path)} "
             "What was saved before is untouched."
