@@ -39,7 +39,7 @@ def create_trainer(millions: float) -> Trainer:
 def create_writers(
     trainer: Trainer, folder: Path
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object], Path]]:
-    """Return by name: what the loop waits for, what follows later, and where it goes."""
+    """Return by name: what the loop waits for, what follows, and where it goes."""
     accelerator = trainer._accelerator
     model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
 

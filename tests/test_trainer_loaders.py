@@ -169,6 +169,28 @@ def test_a_sampler_may_yield_anything_that_the_dataset_understands(create_traine
     assert trainer.inputs == [[7.0, 9.0]]
 
 
+class Batches:
+    """A loader of another library: no single sample can be taken from it."""
+
+    def __iter__(self):
+        for first in (0.0, 2.0, 4.0):
+            inputs = torch.tensor([[first], [first + 1]])
+            yield inputs, torch.zeros(2, 1)
+
+    def __len__(self):
+        return 3
+
+
+def test_any_iterable_of_batches_is_a_ready_loader(create_trainer):
+    trainer = create_trainer(trainer_class=KeepsInputs, lr=0.0)
+
+    trainer.train(Batches(), num_epochs=2, eval_dataset=Batches())
+
+    assert trainer.inputs == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]] * 2
+    # The mean of 0, 1, 4, 9, 16 and 25.
+    assert trainer.run_history.get_metric_values("eval_loss_epoch") == [55 / 6] * 2
+
+
 def test_batches_made_by_the_dataset_are_used_as_they_are(create_trainer):
     """Defect 37: batch_size=None failed with an AttributeError."""
 

@@ -402,14 +402,16 @@ def is_loader(data: Any) -> TypeGuard[DataLoader[Any]]:
     return isinstance(data, DataLoader)
 
 
-def yields_batches(data: Any) -> bool:
+def yields_batches(data: Any) -> TypeGuard[Iterable[Any]]:
     """Say whether this is a ready loader and not a dataset.
 
     Besides torch's loaders these are other iterables from which no single sample can be
     taken, such as the loader of timm that normalises images on the device.
     """
-    return is_loader(data) or not (
-        isinstance(data, Dataset) or hasattr(data, "__getitem__")
+    return is_loader(data) or (
+        isinstance(data, Iterable)
+        and not isinstance(data, Dataset)
+        and not hasattr(data, "__getitem__")
     )
 
 
@@ -595,7 +597,7 @@ class DeviceLoader:
     def set_epoch(self, epoch: int) -> None:
         """Tell the number of the epoch, from 1, to what wants to know it."""
         names = ("sampler", "batch_sampler", "dataset")
-        parts = [getattr(self.loader, name, None) for name in names]
+        parts: list[Any] = [getattr(self.loader, name, None) for name in names]
         for part in (self.loader, *parts):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)

@@ -179,7 +179,22 @@ class ShardedEngine(Engine):
             # for all those of which this process has nothing.
             self.accelerator._models.append(model)
             return model, optimizer
-        return super().prepare(model, optimizer)
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        from pytorch_accelerated import sharding
+
+        blueprint = sharding.blueprint_of(model)
+        prepared = super().prepare(model, optimizer)
+        if self.knows(model):
+            plugin = self.accelerator.state.fsdp_plugin
+            sharding.make_copyable(
+                model,
+                blueprint,
+                reshard_after_forward=plugin.reshard_after_forward,
+                offload_policy=plugin.cpu_offload,
+                mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            )
+        return prepared
 
     def release(self, model: nn.Module) -> None:
         """Let go of whole weights that an evaluation has gathered."""

@@ -8,13 +8,14 @@ loaded is unpickled.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -195,3 +196,46 @@ def _map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)([_map_tensors(value, change) for value in tree])
     return tree
+
+
+def blueprint_of(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that is not sharded yet, without memory for tensors."""
+    without_memory: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        without_memory[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in model.buffers():
+        without_memory[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, without_memory)
+
+
+def make_copyable(model: nn.Module, blueprint: nn.Module, **kwargs: Any) -> None:
+    """Let ``copy.deepcopy``, which FSDP refuses, make a sharded copy of a model.
+
+    A moving average of the weights needs one.
+
+    Args:
+        model: The model, which is sharded.
+        blueprint: What :func:`blueprint_of` returned before it was.
+        **kwargs: The arguments of ``fully_shard``, except for the mesh.
+    """
+
+    def make_copy(memo: dict[int, Any]) -> nn.Module:
+        twin = copy.deepcopy(blueprint)
+        originals = dict(model.named_modules())
+        some = next(p for p in model.state_dict().values() if isinstance(p, DTensor))
+        for name, module in reversed(list(twin.named_modules())):
+            if isinstance(originals[name], FSDPModule):
+                fully_shard(module, mesh=some.device_mesh, **kwargs)
+        twin.to_empty(device=some.device)
+        with torch.no_grad():
+            for target, source in zip(_tensors(twin), _tensors(model), strict=True):
+                local(target).copy_(local(source))
+        return twin
+
+    vars(model)["__deepcopy__"] = make_copy
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    settle(model)
+    return [*model.parameters(), *model.buffers()]

@@ -252,8 +252,8 @@ class Trainer:
         state, with limits of its own.
 
         Args:
-            train_dataset: A map-style or iterable dataset, or a ready ``DataLoader``,
-                which is used as it is.
+            train_dataset: A map-style or iterable dataset; or a ready ``DataLoader``, or
+                another iterable of batches, which is used as it is.
             num_epochs: Epochs of this run.
             eval_dataset: Evaluated after each epoch; none by default.
             per_device_batch_size: Samples in a batch of one process. A ``batch_size``
@@ -1037,6 +1037,7 @@ class Trainer:
                 loader.stop_workers()
         self._loaded_state, self._resume_state = {}, {}
         self._epoch_random_states = None
+        self._batch_output = None
         try:
             self._background_writer.wait()
         except CheckpointError as error:

@@ -1,7 +1,7 @@
 """Saves a training state again and again, each time with a fault one operation later.
 
-``python save_under_faults.py FOLDER MODE``, with file_faults.so preloaded, prints a line
-of JSON for each fault: what went wrong, or null.
+``python save_under_faults.py FOLDER MODE``, with file_faults.so preloaded, prints a
+line of JSON for each fault: what went wrong, or null.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Kills and errors at every file operation of a save, and disks that are full or gone."""
+"""Kills and errors at every file operation of a save; disks that are full or gone."""
 
 import json
 import os

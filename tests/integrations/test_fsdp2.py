@@ -16,6 +16,8 @@ ON_TWO = (
     "exported",
     "resumed_from_parts",
     "resumed_from_whole_state",
+    "averaged",
+    "average_resumed",
     "low_precision",
     "refused",
 )
@@ -24,6 +26,7 @@ ON_ONE = (
     "plain_clipped",
     "plain_accumulated",
     "trained_again_plainly",
+    "plain_averaged",
     # After the others: it loads what two processes have saved.
     "loaded_from_parts",
 )
@@ -97,6 +100,20 @@ def test_a_checkpoint_holds_whole_plain_weights(result, folder):
     assert {type(tensor) for tensor in saved.values()} == {torch.Tensor}
     assert_close(saved, exported["weights"], atol=0)
     assert_close(exported["loaded"], exported["weights"], atol=0)
+
+
+def test_the_moving_average_is_sharded_and_equals_that_of_one_process(result, folder):
+    sharded, plain = result("averaged"), result("plain_averaged")
+    assert sharded["is_sharded"]
+    assert_close(sharded["weights"], plain["weights"])
+    assert_close(sharded["losses"], plain["losses"])
+    saved = torch.load(folder / "average_True.pt")["model_state_dict"]
+    assert_close(saved, sharded["weights"])
+
+
+def test_the_moving_average_of_a_resumed_run_is_bit_for_bit_the_same(result):
+    average = result("average_resumed")
+    assert_close(average["resumed"], average["whole"], atol=0)
 
 
 @pytest.mark.parametrize("kind", ["parts", "whole_state"])

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -316,8 +317,6 @@ def test_each_trainer_computes_in_the_precision_it_was_given(samples):
 
 
 def test_the_model_is_not_kept_alive_by_a_trainer_that_is_gone(samples):
-    import weakref
-
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     Trainer(model, nn.MSELoss(), optimizer, callbacks=()).train(samples(2), 1)
@@ -331,8 +330,6 @@ def test_the_model_is_not_kept_alive_by_a_trainer_that_is_gone(samples):
 
 def test_batches_of_a_step_are_not_kept_until_the_next(create_trainer):
     """The memory of two batches, or of two graphs, would be needed otherwise."""
-    import weakref
-
     references = []
 
     class Follows(Trainer):
@@ -347,6 +344,28 @@ def test_batches_of_a_step_are_not_kept_until_the_next(create_trainer):
     trainer.train(TensorDataset(inputs, inputs), 2, per_device_batch_size=2)
 
     assert len(references) == 6
+
+
+def test_the_last_batch_is_not_kept_after_a_run(create_trainer, samples):
+    references = []
+
+    class Follows(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            output = super().calculate_train_batch_loss(batch)
+            references.append(weakref.ref(output["model_outputs"]))
+            return output
+
+    class OwnEpoch(Follows):
+        def _run_train_epoch(self, train_dl):
+            for step, batch in enumerate(train_dl):
+                self._perform_forward_and_backward_passes(batch, step)
+
+    for trainer_class in (Follows, OwnEpoch):
+        trainer = create_trainer(trainer_class=trainer_class)
+        trainer.train(samples(2), 1)
+
+        assert trainer.num_updates is not None
+        assert references.pop()() is None
 
 
 # --- checkpoints before and between

@@ -1,6 +1,8 @@
 """R10 and R11: what a run draws, and what its batches are a function of."""
 
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,3 +260,18 @@ def test_two_processes_share_the_samples_and_differ_in_augmentation_and_dropout(
     ):
         assert torch.equal(by_worker[0], in_process[0])
         assert torch.equal(by_worker[2], in_process[2])
+
+
+def test_the_batches_of_the_page_are_those_of_a_run():
+    page = Path(__file__).parents[2] / "docs" / "correctness.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+    names = {}
+    exec(code, names)
+    keeps = KeepsBatches()
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = Trainer(model, nn.MSELoss(), optimizer, [keeps], seed=42)
+    trainer.train(Augmented(length=10), num_epochs=1, per_device_batch_size=4)
+    trained_on = [batch[:, 0].long() for batch in keeps.batches]
+    for batch, expected in zip(trained_on, names["batches"], strict=True):
+        assert torch.equal(batch, expected)

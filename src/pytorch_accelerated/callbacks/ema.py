@@ -91,7 +91,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         if not goes_on or self._saved_average is not None:
             self.ema_model = self._model_ema(self._averaged_model, decay=self.decay)
         if self._saved_average is not None:
-            self.ema_model.load_state_dict(self._saved_average)
+            trainer._engine.load_model(self.ema_model, self._saved_average)
             self._saved_average = None
         if self.evaluate_during_training:
             self.ema_model.to(trainer.device)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.callbacks import ModelEmaCallback, TrainerCallback
 
 NUM_EPOCHS = 3
 
@@ -183,6 +183,39 @@ def resumed_from_parts(folder):
 
 def resumed_from_whole_state(folder):
     return _resumed(folder, "FULL_STATE_DICT")
+
+
+def _averaged(folder, fsdp):
+    save_path = folder / f"average_{fsdp}.pt"
+    ema = ModelEmaCallback(decay=0.8, save_path=save_path)
+    trainer = create_trainer(fsdp, [ema], WithoutDropout)
+    history = train(trainer)
+    state = trainer._engine.whole(ema.ema_model.module.state_dict())
+    return {
+        "weights": {name: tensor.detach().clone() for name, tensor in state.items()},
+        "is_sharded": isinstance(ema.ema_model.module[0].weight, DTensor),
+        "losses": list(history.get_metric_values("ema_model_eval_loss_epoch")),
+    }
+
+
+def averaged(folder):
+    return _averaged(folder, fsdp=True)
+
+
+def plain_averaged(folder):
+    return _averaged(folder, fsdp=False)
+
+
+def average_resumed(folder):
+    path = folder / "state_average"
+    averages = []
+    for callbacks, resume_from in (([SaveOnce(path, 9)], None), ([], path)):
+        ema = ModelEmaCallback(decay=0.8, save_path=folder / "average.pt")
+        trainer = create_trainer(callbacks=[ema, *callbacks])
+        train(trainer, resume_from=resume_from)
+        state = trainer._engine.whole(ema.ema_model.module.state_dict())
+        averages.append({name: each.clone() for name, each in state.items()})
+    return {"whole": averages[0], "resumed": averages[1]}
 
 
 def low_precision(folder):
