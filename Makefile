@@ -49,7 +49,7 @@ test-mutations: $(VENV)/.tools ## Break the library on purpose: each time a test
 .PHONY: test-integrations
 test-integrations: $(INTEGRATIONS)/deepspeed/.tools ## Run the tests with launchers, engines and other libraries
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(TORCHVISION_ON_CPU) \
-	    $(INTEGRATIONS)/bin/python -m pytest -n 2 tests/integrations $(PYTEST_ARGS)
+	    $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile tests/integrations $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.tools ## Lint, check the format, the types and the direction of imports
@@ -59,8 +59,8 @@ check: $(VENV)/.tools ## Lint, check the format, the types and the direction of 
 	$(BIN)/lint-imports
 
 .PHONY: bench
-bench: $(VENV)/.library ## Measure a training step against the loop written by hand
-	$(ONE_THREAD) $(BIN)/python benchmarks/step_overhead.py
+bench: ## Measure against the loop written by hand and other libraries
+	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
 
 .PHONY: bench-checkpoints
 bench-checkpoints: $(VENV)/.library ## Measure what the loop waits for when it saves

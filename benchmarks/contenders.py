@@ -339,6 +339,7 @@ def skorch(job: Job) -> None:
 
 def fastai(job: Job) -> None:
     """Train with fastai's Learner."""
+    import fastai.callback.progress  # gives Learner its no_bar()
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.learner import Learner
@@ -358,8 +359,8 @@ def fastai(job: Job) -> None:
         opt_func=lambda *args, **kwargs: OptimWrapper(opt=job.optimizer),
         train_bn=True,
     )
-    show = contextlib.nullcontext() if job.shows_progress else learner.no_bar()
-    with show, learner.no_logging() if not job.shows_progress else show:
+    quiet = contextlib.nullcontext if job.shows_progress else learner.no_bar
+    with quiet():
         learner.fit(job.num_epochs, lr=job.optimizer.param_groups[0]["lr"])
 
 

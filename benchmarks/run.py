@@ -78,7 +78,18 @@ def build_environment(peers: list[str]) -> dict[str, str]:
         if known[peer]:
             reasons[peer] = f"not installed: {known[peer]}"
         marker.write_text(json.dumps(known))
+    _drop_unusable_torchvision()
     return reasons
+
+
+def _drop_unusable_torchvision() -> None:
+    """Remove a torchvision for another torch, which some peers import if it is there."""
+    imports = subprocess.run(
+        [str(PYTHON), "-c", "import torchvision"], capture_output=True, check=False
+    )
+    if imports.returncode != 0:
+        command = [str(PYTHON), "-m", "pip", "uninstall", "--quiet", "-y"]
+        subprocess.run([*command, "torchvision"], capture_output=True, check=False)
 
 
 def _install(*arguments: str, check: bool = False) -> str:

@@ -535,7 +535,7 @@ class PlannedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this process that are due in the chosen epoch."""
-        if self._in_memory is not None and self.loader.num_workers == 0:
+        if self._in_memory is not None and self.is_in_memory:
             return to_device(self._in_memory_batches(self._in_memory), self.device)
         self._batches.is_first = True
         if self.loader.num_workers == 0 and not self.loader.pin_memory:
@@ -543,6 +543,21 @@ class PlannedLoader:
             here = map(self._batches.fetch_here, self.batch_sampler)
             return to_device(here, self.device)
         return to_device(self._loader, self.device)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether whole batches are taken by indexing."""
+        return self._in_memory is not None and self.loader.num_workers == 0
+
+    def seconds_per_batch(self) -> float:
+        """Measure how long it takes to load the first batch in this process."""
+        indices = SeededIndices(range(self.plan.bounds(0, 0)[1]), seed=0)
+        seconds = []
+        for _ in range(2):  # the first includes what is done only once
+            start = time.perf_counter()
+            self._batches.fetch_here(indices)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
     def stop_workers(self) -> None:
         """End worker processes that were kept for another epoch."""

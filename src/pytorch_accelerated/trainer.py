@@ -58,6 +58,7 @@ from pytorch_accelerated import (
     step_output,
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
+from pytorch_accelerated.advice import advice_for
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     LimitBatchesCallback,
@@ -252,7 +253,7 @@ class Trainer:
         state, with limits of its own.
 
         Args:
-            train_dataset: A map-style or iterable dataset; or a ready ``DataLoader``, or
+            train_dataset: A map-style or iterable dataset; or a ready ``DataLoader`` or
                 another iterable of batches, which is used as it is.
             num_epochs: Epochs of this run.
             eval_dataset: Evaluated after each epoch; none by default.
@@ -1548,7 +1549,8 @@ class Trainer:
         token = distributed.object_from_main_process(checkpoint.new_token())
         folder = f"{path}.tmp-{token}"
         self._engine.save_parts(
-            self.get_model(keep_torch_compile=False), self.optimizer, Path(folder))
+            self.get_model(keep_torch_compile=False), self.optimizer, Path(folder)
+        )
         return folder
 
     def _state_of_process(self) -> dict[str, Any]:
@@ -1733,9 +1735,7 @@ class Trainer:
         }
 
     def _model_state_dict(self, keep: bool = True) -> dict[str, Any]:
-        return self._engine.model_state(
-            self.get_model(keep_torch_compile=False), keep
-        )
+        return self._engine.model_state(self.get_model(keep_torch_compile=False), keep)
 
     def _scheduler_contents(self, key: str) -> dict[str, Any]:
         """Return the scheduler's state under a key; nothing if it cannot be saved."""
@@ -1778,6 +1778,17 @@ class Trainer:
         self.raise_on_all(error)
 
     # ---------------------------------------------------------------- small helpers
+
+    def advise(self) -> list[str]:
+        """Print and return what would make runs like the last one faster.
+
+        Nothing is changed. It speaks of the optimizer and, after a run, of loading the
+        data and of the use of the GPU.
+        """
+        found = advice_for(self)
+        for advice in found or ["Nothing to suggest."]:
+            self.print(advice)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -1834,9 +1845,7 @@ class Trainer:
         checks.check_clipping(gradient_clip_value, gradient_clip_norm)
         checks.check_scheduler_fn(create_scheduler_fn)
         checks.check_dataset_is_not_empty(train_dataset, "train_dataset")
-        checks.check_dataset_serves_all(
-            train_dataset, self._accelerator.num_processes
-        )
+        checks.check_dataset_serves_all(train_dataset, self._accelerator.num_processes)
         if not self._engine.knows(self.model):
             checks.check_optimizer(self.model, self.optimizer)
 

@@ -42,6 +42,13 @@ def write_zeros(file):
     file.write_bytes(content)
 
 
+def json_in(file):
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def remove(file):
     file.unlink()
 
@@ -72,7 +79,10 @@ def test_any_damage_is_named_and_auto_falls_back(saved, tmp_path, trials):
         )
         file = random.choice(sorted(newest.iterdir()))
         damage = random.choice([*DAMAGES, raise_format_version])
+        before_damage = json_in(file)
         damage(file)
+        if before_damage is not None and json_in(file) == before_damage:
+            continue  # 1e-05 has become 1E-05
         trials.add(what_is_wrong(newest, before, file, damage))
         shutil.rmtree(states)
 

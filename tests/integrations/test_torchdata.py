@@ -259,6 +259,22 @@ def test_samples_in_tar_files_are_each_seen_once_an_epoch(shards, num_workers):
     assert len(trainer.run_history.get_metric_values("eval_loss_epoch")) == 2
 
 
+def test_a_stream_of_whole_batches_is_not_batched_again(shards):
+    class Batches(IterableDataset):
+        def __iter__(self):
+            samples = list(Shards(shards))
+            for first in range(0, 20, 5):
+                inputs, labels = zip(*samples[first : first + 5], strict=True)
+                yield torch.stack(inputs), torch.tensor(labels)
+
+    trainer = create_trainer()
+
+    trainer.train(Batches(), num_epochs=2, train_dataloader_kwargs={"batch_size": None})
+
+    assert trainer.num_updates == 8
+    assert trainer.num_samples_seen == 40
+
+
 def test_a_stream_without_end_is_limited_by_updates(shards):
     class Endless(IterableDataset):
         def __iter__(self):
