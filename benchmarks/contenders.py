@@ -339,7 +339,6 @@ def skorch(job: Job) -> None:
 
 def fastai(job: Job) -> None:
     """Train with fastai's Learner."""
-    import fastai.callback.progress  # gives Learner its no_bar()
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.learner import Learner

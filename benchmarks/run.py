@@ -83,7 +83,7 @@ def build_environment(peers: list[str]) -> dict[str, str]:
 
 
 def _drop_unusable_torchvision() -> None:
-    """Remove a torchvision for another torch, which some peers import if it is there."""
+    """Remove a torchvision for another torch: some peers import it if it is there."""
     imports = subprocess.run(
         [str(PYTHON), "-c", "import torchvision"], capture_output=True, check=False
     )

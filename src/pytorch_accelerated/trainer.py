@@ -1436,8 +1436,9 @@ class Trainer:
         if "model_state_dict" not in contents:
             raise CheckpointError(
                 f"{checkpoint_path} was not written by save_checkpoint(): it has no "
-                f"'model_state_dict' but {list(contents)[:5]}. If these are the weights "
-                "themselves, load them with model.load_state_dict(torch.load(path))."
+                f"'model_state_dict' but {list(contents)[:5]}. If these are the "
+                "weights themselves, load them with "
+                "model.load_state_dict(torch.load(path))."
             )
         load_optimizer = load_optimizer and "optimizer_state_dict" in contents
         if load_optimizer and self.optimizer is None:

@@ -83,8 +83,8 @@ class FillDisk(TrainerCallback):
         self.full_from, self.full_until = full_from, full_until
 
     def on_train_update_end(self, trainer, num_updates, **kwargs):
-        if num_updates == self.full_from:
-            with open(self.file, "wb", buffering=0) as file:
+        if self.full_from <= num_updates < self.full_until:
+            with open(self.file, "ab", buffering=0) as file:
                 try:
                     while True:
                         file.write(bytes(4096))
