@@ -34,10 +34,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +64,6 @@ from pytorch_accelerated.callbacks import (
     MoveModulesToDeviceCallback,
     PrintProgressCallback,
     ProgressBarCallback,
-    SaveTrainingStateCallback,
     TerminateOnNaNCallback,
     TrainerCallback,
 )
@@ -82,12 +79,8 @@ from pytorch_accelerated.placeholders import (
     replace_trainer_placeholder_values,
 )
 from pytorch_accelerated.progress import RunProgress, Stage
+from pytorch_accelerated.resumable import ResumableRun
 from pytorch_accelerated.resuming import (
-    BatchLayout,
-    check_schedule_is_long_enough,
-    count_updates_left,
-    find_place,
-    gradients_of,
     set_gradients,
     skip_batches,
 )
@@ -99,7 +92,6 @@ from pytorch_accelerated.schedulers.scheduler_base import (
 )
 from pytorch_accelerated.step_output import NumItems
 from pytorch_accelerated.tracking import InMemoryRunHistory, LossTracker, RunHistory
-from pytorch_accelerated.training_state import TrainingState
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -126,7 +118,7 @@ DEFAULT_CALLBACKS: tuple[type[TrainerCallback], ...] = (
 )
 
 
-class Trainer:
+class Trainer(ResumableRun):
     """Trains and evaluates a PyTorch model, on whatever Accelerate was launched on.
 
     ::
@@ -1366,417 +1358,6 @@ class Trainer:
                 clean_up()
             except Exception as another:  # noqa: PERF203 (each one on its own)
                 self.print(f"While cleaning up after an error: {another!r}")
-
-    # ------------------------------------------------------------ saving and resuming
-
-    def save_checkpoint(
-        self,
-        save_path: str | os.PathLike[str],
-        checkpoint_kwargs: Mapping[str, Any] | None = None,
-        save_optimizer: bool = True,
-        save_scheduler: bool = True,
-        save_per_node: bool = True,
-    ) -> None:
-        """Save the model, and what belongs to it, in one file.
-
-        The file is written beside its place and moved there once it is complete, so
-        that an interruption leaves an older file as it was. All processes must call
-        this.
-
-        Args:
-            save_path: The file; missing folders are created.
-            checkpoint_kwargs: What else to put into the file, at its top level.
-            save_optimizer: Whether the optimizer's state is saved.
-            save_scheduler: Whether the scheduler's state is saved.
-            save_per_node: Write one file on each machine instead of one in all.
-
-        Raises:
-            TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
-                again safely.
-            CheckpointError: If the file could not be written.
-        """
-        self._notify("on_before_save")
-        state = self._accelerator.state
-        writes = state.is_local_main_process if save_per_node else state.is_main_process
-        contents: dict[str, Any] = {"model_state_dict": self._model_state_dict(writes)}
-        if save_optimizer and self.optimizer is not None:
-            contents["optimizer_state_dict"] = self._engine.whole(
-                self.optimizer.state_dict(), writes
-            )
-        if save_scheduler and self.scheduler is not None:
-            contents.update(self._scheduler_contents("scheduler_state_dict"))
-        contents.update(checkpoint_kwargs or {})
-        with self._on_all_processes_or_none():
-            if writes:
-                checkpoint.save_file(contents, save_path)
-
-    def load_checkpoint(
-        self,
-        checkpoint_path: str | os.PathLike[str],
-        load_optimizer: bool = True,
-        load_scheduler: bool = True,
-    ) -> dict[str, Any]:
-        """Load a file that :meth:`save_checkpoint` wrote.
-
-        Args:
-            checkpoint_path: The file.
-            load_optimizer: Whether the optimizer's state is loaded, if the file has it.
-            load_scheduler: Whether the scheduler's state is loaded, if the file has it
-                and the trainer has a scheduler, which it only has during a run.
-
-        Returns:
-            All that the file holds.
-
-        Raises:
-            CheckpointError: If the file cannot be read, or does not fit the model.
-            ValueError: If the optimizer's state is to be loaded and there is no
-                optimizer.
-        """
-        contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
-        if "model_state_dict" not in contents:
-            raise CheckpointError(
-                f"{checkpoint_path} was not written by save_checkpoint(): it has no "
-                f"'model_state_dict' but {list(contents)[:5]}. If these are the "
-                "weights themselves, load them with "
-                "model.load_state_dict(torch.load(path))."
-            )
-        load_optimizer = load_optimizer and "optimizer_state_dict" in contents
-        if load_optimizer and self.optimizer is None:
-            raise ValueError(
-                f"{checkpoint_path} holds the state of an optimizer, but the trainer "
-                "has none. Pass load_optimizer=False to load only the model."
-            )
-        self._load_model(contents["model_state_dict"], checkpoint_path)
-        if load_optimizer:
-            self._load_optimizer(contents["optimizer_state_dict"], checkpoint_path)
-        load_scheduler = load_scheduler and "scheduler_state_dict" in contents
-        if load_scheduler and self.scheduler is not None:
-            self.scheduler.load_state_dict(contents["scheduler_state_dict"])
-        return contents
-
-    def save_training_state(
-        self,
-        output_dir: str | os.PathLike[str],
-        checkpoint_kwargs: Mapping[str, Any] | None = None,
-        *,
-        asynchronous: bool = False,
-    ) -> None:
-        """Save everything that a run needs to go on from here, in a folder.
-
-        The folder appears once it is complete, and replaces one of its name only then.
-        All processes must call this.
-
-        Args:
-            output_dir: The folder.
-            checkpoint_kwargs: What :meth:`load_training_state` is to return besides the
-                epoch.
-            asynchronous: Whether to return once everything is copied to the host's
-                memory, and to write it meanwhile. The next save, the end of the run and
-                :meth:`finish_saving` wait for it, and raise its error.
-
-        Raises:
-            TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
-                again safely.
-            CheckpointError: If the folder could not be written.
-        """
-        self._notify("on_before_save")
-        self.finish_saving()
-        path = os.path.abspath(output_dir)
-        epoch = self.run_history.current_epoch + (self._progress.stage is Stage.ENDED)
-        metadata = {"current_epoch": epoch, **(checkpoint_kwargs or {})}
-        progress = {
-            "num_updates": self._progress.num_updates,
-            "epoch": epoch,
-            "metrics": self._latest_metrics(),
-        }
-        with self._on_all_processes_or_none():
-            state = self._training_state(metadata)
-            state.parts = self._save_parts(path)
-        state.processes = distributed.objects_of_all(self._state_of_process())
-        with self._on_all_processes_or_none():
-            if not self._accelerator.is_main_process:
-                pass
-            elif asynchronous:
-                write = partial(state.snapshot().write, path, progress)
-                self._background_writer.start(write)
-            else:
-                state.write(path, progress)
-        self._being_saved = path
-        if not asynchronous:
-            self.finish_saving()
-
-    def finish_saving(self) -> None:
-        """Wait until a training state that is written in the background is complete.
-
-        All processes must call this.
-
-        Raises:
-            CheckpointError: If it could not be written.
-        """
-        saved, self._being_saved = self._being_saved, None
-        with self._on_all_processes_or_none():
-            self._background_writer.wait()
-        self.last_checkpoint = saved or self.last_checkpoint
-
-    def _training_state(self, metadata: dict[str, Any]) -> TrainingState:
-        scaler = self._accelerator.scaler
-        in_parts, keep = self._engine.saved_in_parts, self._accelerator.is_main_process
-        run: dict[str, Any] = {
-            "progress": self._progress_to_save().to_dict(),
-            "layout": self._batch_layout().to_dict() if self.run_config else None,
-            "data_seed": self._data_seed,
-            "num_runs": self._num_runs,
-            "callbacks": self._engine.whole(self.callback_handler.state_dict(), keep),
-        }
-        if hasattr(self.run_history, "state_dict"):
-            run["run_history"] = self.run_history.state_dict()
-        return TrainingState(
-            model=None if "model" in in_parts else self._model_state_dict(keep),
-            optimizer=None
-            if self.optimizer is None or "optimizer" in in_parts
-            else self._engine.whole(self.optimizer.state_dict(), keep),
-            scheduler=None
-            if self.scheduler is None
-            else self._scheduler_contents("scheduler").get("scheduler"),
-            scaler=None if scaler is None else scaler.state_dict(),
-            metadata=metadata,
-            run=run,
-        )
-
-    def _save_parts(self, path: str) -> str | None:
-        """Let every process write what it alone holds; say in which folder."""
-        if not self._engine.saved_in_parts:
-            return None
-        token = distributed.object_from_main_process(checkpoint.new_token())
-        folder = f"{path}.tmp-{token}"
-        self._engine.save_parts(
-            self.get_model(keep_torch_compile=False), self.optimizer, Path(folder)
-        )
-        return folder
-
-    def _state_of_process(self) -> dict[str, Any]:
-        """Return what this process has of its own."""
-        progress = self._progress
-        state = {
-            "random_states": checkpoint.get_random_states(),
-            "epoch_random_states": self._epoch_random_states,
-            "window": self._window.state_dict(),
-        }
-        if progress.step == 0 or progress.stage is not Stage.TRAINING:
-            return state
-        state["trackers"] = {
-            "loss": self._loss_tracker.state_dict(),
-            **{name: t.state_dict() for name, t in self._scalar_trackers.items()},
-        }
-        if hasattr(self._train_dataloader, "place_after"):
-            state["place"] = self._train_dataloader.place_after(progress.step)
-        if progress.step % self._window.num_steps:
-            state["gradients"] = gradients_of(self.get_model(keep_torch_compile=False))
-        return state
-
-    def _batch_layout(self) -> BatchLayout:
-        config = self.run_config
-        plan = getattr(self._train_dataloader, "plan", None)
-        return BatchLayout(
-            num_samples=None if plan is None else plan.length,
-            batch_size=config.train_per_device_batch_size,
-            num_processes=config.num_processes,
-            accumulation=config.gradient_accumulation_steps,
-        )
-
-    def load_training_state(
-        self, input_dir: str | os.PathLike[str], *, allow_pickle: bool = False
-    ) -> dict[str, Any]:
-        """Load the weights and the optimizer, scheduler and random states of a run.
-
-        To go on with the run itself, use ``train(resume_from=...)``, which calls this.
-
-        Args:
-            input_dir: A folder that :meth:`save_training_state` wrote; those of the
-                published version 0.1.61 are read too.
-            allow_pickle: Whether parts of a state of 0.1.61 that run code while they
-                are loaded are read. True only for files that you wrote yourself.
-
-        Returns:
-            ``current_epoch``, the number of the epoch to go on with, and the
-            ``checkpoint_kwargs`` that were saved.
-
-        Raises:
-            CheckpointError: If the folder is not whole, or does not fit the model.
-        """
-        state = TrainingState.read(input_dir, allow_pickle=allow_pickle)
-        if state.parts is not None:
-            self._engine.load_parts(
-                self.get_model(keep_torch_compile=False),
-                self.optimizer,
-                Path(state.parts),
-                len(state.processes),
-            )
-        else:
-            self._load_model(state.model or {}, input_dir)
-        if self.optimizer is not None and state.optimizer is not None:
-            self._load_optimizer(dict(state.optimizer), input_dir)
-        if self.scheduler is not None and state.scheduler is not None:
-            self.scheduler.load_state_dict(state.scheduler)
-        if self._accelerator.scaler is not None and state.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state.scaler)
-        own = state.of_process(
-            self._accelerator.process_index, self._accelerator.num_processes
-        )
-        if own.get("random_states") is not None:
-            checkpoint.set_random_states(own["random_states"])
-        self._loaded_state = {
-            **state.run,
-            **own,
-            "has_scheduler": state.scheduler is not None,
-        }
-        return dict(state.metadata)
-
-    def _resolve_resume_from(
-        self, resume_from: str | os.PathLike[str] | None
-    ) -> str | os.PathLike[str] | None:
-        if resume_from != "auto":
-            return resume_from
-        folders = [
-            callback.save_dir
-            for callback in self.callback_handler
-            if isinstance(callback, SaveTrainingStateCallback)
-        ]
-        if not folders:
-            raise ValueError(
-                "resume_from='auto' looks for the newest training state that a "
-                "SaveTrainingStateCallback of this trainer has saved; it has no such "
-                "callback. Add one, or give the path of a training state."
-            )
-        found: str | None = None
-        if self._accelerator.is_main_process:
-            newest = checkpoint.newest(folders[0])
-            found = None if newest is None else str(newest.path)
-        found = distributed.object_from_main_process(found)
-        if found is None:
-            self.print(f"No training state in {folders[0]}: starting afresh")
-        return found
-
-    def _resume(self, resume_from: str | os.PathLike[str]) -> None:
-        """Put the run where a training state says that it stood."""
-        with self._on_all_processes_or_none():
-            metadata = self.load_training_state(resume_from)
-        # Only here: a state that a callback loads is not one to go on from.
-        state = self._resume_state = self._loaded_state
-        if "progress" in state:
-            self._check_schedule_was_saved(resume_from)
-            now = self._batch_layout()
-            # A state that was saved before any run has none.
-            then = BatchLayout(**state["layout"]) if state["layout"] else now
-            progress = RunProgress.from_dict(state["progress"])
-            self._progress = find_place(progress, then, now)
-            if self._progress.step != progress.step:
-                # What was begun of a window is done again.
-                state.pop("gradients", None)
-            if then != now and now.num_samples is not None:
-                left = count_updates_left(
-                    self._progress, now, self.run_config.num_epochs
-                )
-                check_schedule_is_long_enough(
-                    self.scheduler, progress.num_updates + left
-                )
-            if "random_states" not in state:
-                # Other processes saved theirs.
-                data.seed_everything(
-                    data.derive_seed(
-                        state["data_seed"],
-                        progress.num_updates,
-                        self._accelerator.process_index,
-                    )
-                )
-            self._num_runs = state["num_runs"]
-            self._follow_data_seed(state["data_seed"])
-            if "run_history" in state and hasattr(self.run_history, "load_state_dict"):
-                self.run_history.load_state_dict(state["run_history"])
-        epoch = metadata.get("current_epoch", 1)
-        if "progress" not in state:
-            self._progress.epochs_done = max(epoch - 1, 0)
-        self.callback_handler.load_state_dict(state.get("callbacks", {}))
-        self.run_history._set_epoch(epoch)
-        self._publish_progress()
-        self.print(f"Resuming from {resume_from} at epoch {epoch}")
-
-    def _check_schedule_was_saved(self, resume_from: str | os.PathLike[str]) -> None:
-        if self._resume_state["has_scheduler"] != (self.scheduler is not None):
-            was, now = (
-                ("with", "without") if self.scheduler is None else ("without", "with")
-            )
-            raise ValueError(
-                f"{resume_from} was saved by a run {was} a scheduler, but train() was "
-                f"called {now} one. Give the create_scheduler_fn of that run."
-            )
-
-    def _follow_data_seed(self, data_seed: int) -> None:
-        self._data_seed = data_seed
-        self.run_config = replace(self.run_config, data_seed=data_seed)
-        for loader in (self._train_dataloader, self._eval_dataloader):
-            if isinstance(getattr(loader, "plan", None), data.BatchPlan):
-                loader.batch_sampler.seed = data_seed
-
-    def _restore_random_states(self, name: str = "random_states") -> None:
-        states = self._resume_state.pop(name, None)
-        if states is not None:
-            checkpoint.set_random_states(states)
-
-    def _progress_to_save(self) -> RunProgress:
-        progress = replace(self._progress)
-        if progress.stage is Stage.ENDED:
-            progress.start_next_epoch()
-        return progress
-
-    def _latest_metrics(self) -> dict[str, float]:
-        return {
-            name: self.run_history.get_latest_metric(name)
-            for name in self.run_history.get_metric_names()
-        }
-
-    def _model_state_dict(self, keep: bool = True) -> dict[str, Any]:
-        return self._engine.model_state(self.get_model(keep_torch_compile=False), keep)
-
-    def _scheduler_contents(self, key: str) -> dict[str, Any]:
-        """Return the scheduler's state under a key; nothing if it cannot be saved."""
-        try:
-            state = checkpoint.to_storable(self.scheduler.state_dict(), key)
-        except Exception as error:
-            self.print(f"The state of the scheduler is not saved: {error}")
-            return {}
-        return {key: state}
-
-    def _load_model(
-        self, state_dict: Mapping[str, Any], source: str | os.PathLike[str]
-    ) -> None:
-        model = self.get_model(keep_torch_compile=False)
-        state_dict = checkpoint.fit_to_model(model, state_dict)
-        if mismatch := checkpoint.explain_mismatch(model, state_dict):
-            raise CheckpointError(f"{source} does not fit the model: {mismatch}")
-        self._engine.load_model(model, state_dict)
-
-    def _load_optimizer(
-        self, state_dict: dict[str, Any], source: str | os.PathLike[str]
-    ) -> None:
-        try:
-            self._engine.load_optimizer(self.optimizer, state_dict)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"The optimizer's state in {source} does not fit the optimizer: "
-                f"{error}. Create it with the same kind and parameter groups, or load "
-                "only the model."
-            ) from error
-
-    @contextmanager
-    def _on_all_processes_or_none(self) -> Iterator[None]:
-        """Wait for all processes; an error on one of them is raised on all."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:
-            error = raised
-        self.raise_on_all(error)
 
     # ---------------------------------------------------------------- small helpers
 
