@@ -128,9 +128,13 @@ def test_a_full_disk_ends_the_run_if_that_is_asked_for(
         scenario.run(disk, trainer=trainer)
     # The run before it can be resumed, and what is in memory can be used.
     (disk / "something large").unlink()
-    # The third may have been on its way to the disk when that filled up.
     newest = checkpoint.newest(disk / "states").num_updates
-    assert newest == 3 or (asynchronous and newest == 2)
+    if asynchronous:
+        # The third may have been on its way when the disk filled up, and deleting the
+        # first may have made room for a fourth.
+        assert newest >= 2
+    else:
+        assert newest == 3
     trainer.save_training_state(tmp_path / "elsewhere")
     checkpoint.Checkpoint(tmp_path / "elsewhere").verify()
     trials.add(None)
