@@ -263,15 +263,7 @@ def local_process_zero_only(
 
     All processes wait for it to end.
     """
-
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Result | None:
-        with _then_barrier():
-            if PartialState().is_local_main_process:
-                return func(*args, **kwargs)
-        return None
-
-    return wrapper
+    return _only_where("is_local_main_process", func)
 
 
 def world_process_zero_only(
@@ -281,11 +273,16 @@ def world_process_zero_only(
 
     All processes wait for it to end.
     """
+    return _only_where("is_main_process", func)
 
+
+def _only_where(
+    is_chosen: str, func: Callable[..., Result]
+) -> Callable[..., Result | None]:
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Result | None:
         with _then_barrier():
-            if PartialState().is_main_process:
+            if getattr(PartialState(), is_chosen):
                 return func(*args, **kwargs)
         return None
 
