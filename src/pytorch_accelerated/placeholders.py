@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -56,9 +57,9 @@ class PreparedRun(Protocol):
 class PlaceholderArithmetic:
     """Lets placeholders, numbers and expressions of both be combined freely."""
 
+    @abstractmethod
     def evaluate(self, trainer: PreparedRun) -> Any:
         """Return the number that this stands for in the prepared run of ``trainer``."""
-        raise NotImplementedError
 
     def __add__(self, other: Any) -> Any:
         return _combine("+", self, other)
