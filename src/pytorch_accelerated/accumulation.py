@@ -188,9 +188,20 @@ class AccumulationWindow:
             or (self.num_processes > 1 and not self._is_exact)
             or num_items != self._plan.size(step, self.process_index)
         )
-        self._counts_items = self._largest(float(must_count)) > 0
+        self._choose_together(float(must_count), float(num_items))
+
+    def choose_without_batch(self) -> None:
+        """Take part in what the first batch of a run decides, without having one.
+
+        The other processes wait for this one in :meth:`weigh`.
+        """
+        if self._counts_items is None and not self._is_one_batch:
+            self._choose_together(must_count=0.0, num_items=0.0)
+
+    def _choose_together(self, must_count: float, num_items: float) -> None:
+        self._counts_items = self._largest(must_count) > 0
         if self._counts_items:
-            items = max(1.0, self._largest(float(num_items)))
+            items = max(1.0, self._largest(num_items))
             self._unit = 2.0 ** round(math.log2(items * self.num_steps))
 
     def _unit_of(self, step: int) -> float:

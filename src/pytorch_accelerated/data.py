@@ -14,12 +14,16 @@ was interrupted. The pieces:
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing.connection import wait
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -52,6 +56,11 @@ HAND_OVER_SECONDS = 2e-3
 
 # One to know which is the last, one to copy to the device, and the present one.
 _MOST_FETCHED_AHEAD = 4
+
+# After which a worker that is still at one batch says where it is, if the loader has no
+# timeout; else it does so after this share of it.
+_STUCK_SECONDS = 300.0
+_STUCK_SHARE = 0.8
 
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 
@@ -115,6 +124,7 @@ class BatchPlan:
         even: Spread the samples evenly; has no effect in a single process.
         first: Position of the first sample: those before it are left out, because a
             resumed run has seen them in other batches. Not for ``even``.
+        past_last: Position after the last sample, if the last ones are left out.
 
     Raises:
         ValueError: If ``even`` is asked for and there are too few samples to give every
@@ -127,6 +137,7 @@ class BatchPlan:
     drop_last: bool = False
     even: bool = False
     first: int = 0
+    past_last: int | None = None
 
     def __post_init__(self) -> None:
         slots = len(self) * self.num_processes
@@ -146,9 +157,18 @@ class BatchPlan:
     def _step_size(self) -> int:
         return self.batch_size * self.num_processes
 
+    @cached_property
+    def _end(self) -> int:
+        return self.length if self.past_last is None else self.past_last
+
+    def with_batch_size(self, batch_size: int) -> BatchPlan:
+        """Return a plan for the same samples in batches of another size."""
+        end = len(replace(self, first=0)) * self._step_size if self.drop_last else None
+        return replace(self, batch_size=batch_size, past_last=end)
+
     def __len__(self) -> int:
         """Return the number of steps, which is the number of batches of a process."""
-        whole, rest = divmod(self.length - self.first, self._step_size)
+        whole, rest = divmod(self._end - self.first, self._step_size)
         return whole if self.drop_last or rest == 0 else whole + 1
 
     def bounds(self, step: int, process: int) -> tuple[int, int]:
@@ -158,7 +178,7 @@ class BatchPlan:
             slots, slot = len(self) * self.num_processes, step * self.num_processes
             return _share(total, slots, slot + process)
         start = self.first + step * self._step_size
-        size = min(self._step_size, self.length - start)
+        size = min(self._step_size, self._end - start)
         if self.num_processes == 1:
             return start, start + size
         first, last = _share(size, self.num_processes, process)
@@ -247,8 +267,10 @@ class PlannedBatchSampler(Sampler[SeededIndices]):
     def __iter__(self) -> Iterator[SeededIndices]:
         """Yield the indices of each batch, with the batch's seed."""
         order = self.order().tolist()
-        # The seed is derive_seed(seed, epoch, step, process), begun once an epoch.
-        of_epoch = _mix(0, self.seed, self.epoch)
+        # The seed is derive_seed(seed, epoch, step, process), begun once an epoch. If
+        # steps are counted from a later sample, that comes between epoch and step.
+        first = self.plan.first
+        of_epoch = _mix(0, self.seed, self.epoch, *([first] if first else []))
         for step, first, last in self.positions():
             seed = _mix(of_epoch, step, self.process_index) >> 1
             yield SeededIndices(order[first:last], seed)
@@ -313,11 +335,15 @@ def _same_numpy_state(state: Any) -> bool:
 
 
 class _BatchDataset(Dataset[Any]):
-    """Fetches and collates a whole batch under the batch's own random seed."""
+    """Fetches and collates a whole batch under the batch's own random seed.
 
-    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+    A worker that takes too long prints its stack to the standard error.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Any, timeout: float = 0) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
+        self._stuck_seconds = _STUCK_SHARE * timeout if timeout else _STUCK_SECONDS
         self.is_first = True
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
         self._random_state = _RandomState()
@@ -326,7 +352,8 @@ class _BatchDataset(Dataset[Any]):
         if get_worker_info() is None:
             return self.fetch_here(indices)
         seed_everything(indices.seed)
-        return self._fetch(indices)
+        with _stack_printed_after(self._stuck_seconds):
+            return self._fetch(indices)
 
     def fetch_here(self, indices: SeededIndices) -> Any:
         """Fetch in the main process, whose random state stays as it is."""
@@ -337,7 +364,27 @@ class _BatchDataset(Dataset[Any]):
         dataset = self.dataset
         if self._fetches_whole_batches:
             return self.collate_fn(dataset.__getitems__(list(indices)))
-        return self.collate_fn([dataset[index] for index in indices])
+        samples: list[Any] = []
+        try:
+            for index in indices:
+                samples.append(dataset[index])  # noqa: PERF401 (an error counts them)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11
+                error.add_note(f"Raised by sample {indices[len(samples)]}.")
+            raise
+        return self.collate_fn(samples)
+
+
+@contextmanager
+def _stack_printed_after(seconds: float) -> Iterator[None]:
+    """Print where this process is, if the block takes longer."""
+    # Where the standard error is no file, as in some notebooks, it cannot be done.
+    with suppress(AttributeError, OSError, RuntimeError, ValueError):
+        faulthandler.dump_traceback_later(seconds)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def seed_everything(seed: int) -> None:
@@ -480,8 +527,9 @@ class PlannedLoader:
             self.plan, process_index, seed, type(loader.sampler) is RandomSampler
         )
         self._in_memory = InMemoryDataset.of(loader)
-        self._batches = _BatchDataset(loader.dataset, loader.collate_fn)
+        self._batches = _BatchDataset(loader.dataset, loader.collate_fn, loader.timeout)
         self._loader = self._rebuild(loader, persistent_workers)
+        self._iteration = _LastIteration()
 
     def _rebuild(
         self, loader: DataLoader[Any], persistent_workers: bool
@@ -533,6 +581,11 @@ class PlannedLoader:
         self.batch_sampler.epoch = epoch
         self.batch_sampler.first_step = first_step
 
+    def use_batch_size(self, batch_size: int) -> None:
+        """Make batches of another size of the same samples, from the next iteration."""
+        self.stop_workers()
+        self.plan = self.batch_sampler.plan = self.plan.with_batch_size(batch_size)
+
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this process that are due in the chosen epoch."""
         if self._in_memory is not None and self.is_in_memory:
@@ -542,7 +595,7 @@ class PlannedLoader:
             # What the loader would do, without what it spends on each batch.
             here = map(self._batches.fetch_here, self.batch_sampler)
             return to_device(here, self.device)
-        return to_device(self._loader, self.device)
+        return to_device(self._iteration.of(self._loader), self.device)
 
     @property
     def is_in_memory(self) -> bool:
@@ -560,7 +613,8 @@ class PlannedLoader:
         return min(seconds)
 
     def stop_workers(self) -> None:
-        """End worker processes that were kept for another epoch."""
+        """End worker processes that were kept for another epoch, or by an error."""
+        self._iteration.stop_workers()
         self._loader._iterator = None
 
     def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
@@ -570,6 +624,50 @@ class PlannedLoader:
         for _, first, last in self.batch_sampler.positions():
             batch = data.batch(rows[first:last])
             yield [tensor.pin_memory() for tensor in batch] if pin else batch
+
+
+class _LastIteration:
+    """Remembers the last iteration over a loader whose workers may have to be ended.
+
+    The traceback of an error keeps an iteration, and with it the workers, for as long
+    as the error itself is kept, for instance by a notebook.
+    """
+
+    def __init__(self) -> None:
+        self._iterator: Any = None
+
+    def of(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Start an iteration."""
+        iterator: Any = iter(loader)
+        if not hasattr(iterator, "_shutdown_workers"):
+            self._iterator = None
+            return iterator  # type: ignore[no-any-return]
+        self._iterator = weakref.ref(iterator)
+        return _naming_dead_workers(iterator)
+
+    def stop_workers(self) -> None:
+        """End the workers of the iteration."""
+        iterator = self._iterator and self._iterator()
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+def _naming_dead_workers(batches: Any) -> Iterator[Any]:
+    """Yield batches from workers; raise the error of torch if one dies.
+
+    Where it dies while a batch is taken over from it, torch leaves the error as it is.
+    """
+    try:
+        yield from batches
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        ended = wait([worker.sentinel for worker in batches._workers], timeout=1)
+        dead = [each.pid for each in batches._workers if each.sentinel in ended]
+        if not dead:
+            raise
+        raise RuntimeError(
+            f"DataLoader worker (pid(s) {', '.join(map(str, dead))}) exited "
+            "unexpectedly"
+        ) from error
 
 
 class DeviceLoader:
@@ -596,6 +694,7 @@ class DeviceLoader:
         )
         self._places: dict[int, Any] = {}
         self._num_fetched = 0
+        self._iteration = _LastIteration()
 
     def place_after(self, num_batches: int) -> Any:
         """Return the state of the loader or dataset after some batches of this epoch.
@@ -628,9 +727,15 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
-        if self._keeps_place is None:
-            return to_device(self.loader, self.device)
-        return to_device(self._noting_places(iter(self.loader)), self.device)
+        batches = self._iteration.of(self.loader)
+        if self._keeps_place is not None:
+            batches = self._noting_places(batches)
+        return to_device(batches, self.device)
+
+    def stop_workers(self) -> None:
+        """End worker processes that an error keeps, unless they are for all epochs."""
+        if not getattr(self.loader, "persistent_workers", False):
+            self._iteration.stop_workers()
 
     def _noting_places(self, batches: Iterator[Any]) -> Iterator[Any]:
         first, self._num_fetched = self._num_fetched + 1, 0
@@ -792,25 +897,45 @@ _ARGUMENTS_FOR_WORKERS = (
 )
 
 
-class _TimedBatches(Dataset[float]):
-    """Says how many seconds it takes to fetch and collate a batch.
+def _seconds_in_a_worker(dataset: Any, collate_fn: Any, indices: list[int]) -> float:
+    """Measure in another process how long it takes to fetch and collate a batch.
+
+    Starting and ending a loader with a worker would take several times as long.
+
+    Raises:
+        Exception: If the process cannot be started, or does not come so far.
+    """
+    context = torch.multiprocessing.get_context()
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(
+        target=_send_seconds,
+        args=(sender, _BatchDataset(dataset, collate_fn), indices),
+        daemon=True,
+    )
+    worker.start()
+    sender.close()
+    # Its end, which takes longer than the measurement, is not waited for.
+    with receiver:
+        return float(receiver.recv())
+
+
+def _send_seconds(sender: Any, batches: _BatchDataset, indices: list[int]) -> None:
+    """Send how many seconds it takes to fetch and collate a batch.
 
     The least of a few trials counts: the first includes what is done only once, and
     any may be held up by what else the machine does.
     """
-
-    def __init__(self, dataset: Any, collate_fn: Any) -> None:
-        self.batches = _BatchDataset(dataset, collate_fn)
-
-    def __getitems__(self, indices: list[int]) -> float:
-        seconds: list[float] = []
+    torch.set_num_threads(1)  # as in a worker of a loader; others do not survive a fork
+    seconds: list[float] = []
+    # Of an error the run will tell.
+    with suppress(Exception):
         while len(seconds) < 2 or (
             len(seconds) < 5 and min(seconds) > HAND_OVER_SECONDS and sum(seconds) < 0.1
         ):
             start = time.perf_counter()
-            self.batches.__getitems__(SeededIndices(indices, seed=0))
+            batches.fetch_here(SeededIndices(indices, seed=0))
             seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        sender.send(min(seconds))
 
 
 def choose_num_workers(
@@ -842,15 +967,9 @@ def choose_num_workers(
         return 0
     if InMemoryDataset.of(DataLoader(dataset, collate_fn=collate_fn)) is not None:
         return 0
-    probe: DataLoader[float] = DataLoader(
-        _TimedBatches(dataset, collate_fn or default_collate),
-        batch_sampler=[list(range(min(batch_size, length)))],
-        collate_fn=_as_it_is,
-        num_workers=1,
-        generator=torch.Generator(),
-    )
+    indices = list(range(min(batch_size, length)))
     try:
-        (seconds,) = probe
+        seconds = _seconds_in_a_worker(dataset, collate_fn or default_collate, indices)
     except Exception:
         return 0  # the dataset fails: the run will show how, with its own traceback
     return most if seconds > HAND_OVER_SECONDS else 0

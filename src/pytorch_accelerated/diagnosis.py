@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
+from pytorch_accelerated import last_words
 from pytorch_accelerated.progress import RunProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 
@@ -11,6 +14,28 @@ _CPU_IS_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory",
 )
+
+# What torch says of the workers of a data loader, and what it may mean.
+_ABOUT_WORKERS = {
+    r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)": (
+        "A worker process of a data loader has died; the error is raised wherever the "
+        "run happens to be. 'Killed' is mostly the system's doing when the memory of "
+        "the host or container is used up: use fewer num_workers, a smaller "
+        "prefetch_factor or smaller batches. 'Bus error' means that shared memory is "
+        "full: enlarge /dev/shm. Anything else is a crash in code that the dataset "
+        "calls: num_workers=0 shows where."
+    ),
+    r"Caught MemoryError in DataLoader worker": (
+        "The memory of the host was exhausted in a worker process of a data loader. "
+        "Use fewer num_workers, a smaller prefetch_factor or smaller batches."
+    ),
+    r"DataLoader timed out": (
+        "A worker process of a data loader has not delivered a batch within the "
+        "timeout of the loader. If it was stuck in one, it has printed its stack "
+        "before, after the line 'Timeout'. If batches may take this long, use a longer "
+        "timeout or more num_workers."
+    ),
+}
 
 
 def explain(
@@ -20,9 +45,9 @@ def explain(
     config: TrainerRunConfig | None,
     last_checkpoint: str | None,
 ) -> None:
-    """Add where the run stood to an error, and what to do if memory was exhausted.
+    """Add to an error where the run stood, what other processes say, and what to do.
 
-    Does nothing before Python 3.11, where errors cannot have notes.
+    Before Python 3.11 errors cannot have notes; other processes are told all the same.
 
     Args:
         error: The error that ends the run.
@@ -31,15 +56,22 @@ def explain(
         config: What it was asked to do, if it came that far.
         last_checkpoint: The last training state that was saved, if any.
     """
+    where = (
+        f"in epoch {epoch} ({progress.stage.value}), after {progress.step} of its "
+        f"batches and {progress.num_updates} updates"
+    )
+    said_by_others = last_words.exchange(error, where)
     if not isinstance(error, Exception) or not hasattr(error, "add_note"):
         return
-    error.add_note(
-        f"The run ended in epoch {epoch} ({progress.stage.value}), after "
-        f"{progress.step} of its batches and {progress.num_updates} updates. Last "
-        f"training state: {last_checkpoint or 'none'}."
-    )
-    if config is not None and is_out_of_memory(error):
-        error.add_note(_advice(config))
+    notes = [
+        f"The run ended {where}. Last training state: {last_checkpoint or 'none'}.",
+        *said_by_others,
+        _advice_on_workers(str(error)),
+    ]
+    if config is not None and is_out_of_memory(error) and not notes[-1]:
+        notes.append(_advice_on_memory(config))
+    for note in filter(None, notes):
+        error.add_note(note)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,7 +82,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _advice(config: TrainerRunConfig) -> str:
+def _advice_on_memory(config: TrainerRunConfig) -> str:
     batch_size = config.train_per_device_batch_size
     accumulation = config.gradient_accumulation_steps
     text = (
@@ -61,8 +93,18 @@ def _advice(config: TrainerRunConfig) -> str:
         text += (
             "The updates are the same with per_device_batch_size="
             f"{batch_size // 2} and gradient_accumulation_steps={accumulation * 2}, "
-            "which need about half of the memory for activations. "
+            "which need about half of the memory for activations; with "
+            "train(halve_batch_if_out_of_memory=True) a run changes to them itself. "
         )
     if config.mixed_precision == "no":
         text += "mixed_precision='bf16' halves it too."
     return text
+
+
+def _advice_on_workers(message: str) -> str:
+    found = (
+        advice
+        for pattern, advice in _ABOUT_WORKERS.items()
+        if re.search(pattern, message)
+    )
+    return next(found, "")

@@ -182,6 +182,28 @@ def same_on_all_processes(tensors: Iterable[Tensor]) -> None:
             torch.distributed.broadcast(tensor, src=0)
 
 
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average gradients over the processes, as DDP does while it computes them.
+
+    A gradient that only some processes have is zero on the others. Collective.
+    """
+    parameters = [each for each in parameters if each.requires_grad]
+    if not parameters:
+        return
+    exists = torch.tensor(
+        [each.grad is not None for each in parameters],
+        dtype=torch.uint8,
+        device=parameters[0].device,
+    )
+    torch.distributed.all_reduce(exists, torch.distributed.ReduceOp.MAX)
+    for parameter, is_needed in zip(parameters, exists.tolist(), strict=True):
+        if is_needed:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad /= PartialState().num_processes
+            torch.distributed.all_reduce(parameter.grad)
+
+
 def objects_of_all(value: Result) -> list[Result]:
     """Return what all processes pass, in their order. Collective.
 

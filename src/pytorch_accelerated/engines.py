@@ -37,6 +37,9 @@ class Engine:
 
     # Whether gradients are out of reach between backward and the optimizer's step.
     owns_gradients = False
+    # Whether a process needs no other during a forward pass, nor, where gradients are
+    # not synchronised, during a backward pass.
+    computes_alone = True
 
     @property
     def saved_in_parts(self) -> frozenset[str]:
@@ -150,6 +153,8 @@ class ShardedEngine(Engine):
     like this may not fit into the memory of one process.
     """
 
+    computes_alone = False
+
     @property
     def saved_in_parts(self) -> frozenset[str]:
         """Everything, unless the plugin asks for whole states."""
@@ -240,6 +245,7 @@ class DeepSpeedEngine(Engine):
     """
 
     owns_gradients = True
+    computes_alone = False
 
     @property
     def saved_in_parts(self) -> frozenset[str]:

@@ -11,7 +11,8 @@ class TrainerRunConfig:
     """What a run was asked to do, and the arithmetic that follows from it.
 
     Created by the trainer at the start of each run and available as
-    ``trainer.run_config`` from then on; it never changes during a run.
+    ``trainer.run_config`` from then on. During a run it only changes if batches are
+    made smaller because memory ran out.
 
     Attributes:
         num_epochs: Epochs of this run, after a step limit has shortened it.

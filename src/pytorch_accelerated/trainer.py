@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -74,6 +74,7 @@ from pytorch_accelerated.errors import (
     StopTrainingError,
     TrainingInterruptedError,
 )
+from pytorch_accelerated.memory import BatchesTooLargeError, BatchShrinker
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
@@ -206,6 +207,7 @@ class Trainer(ResumableRun):
         self._noted_error: Exception | None = None
         self._batch_output: dict[str, Any] | None = None
         self._agrees_after_updates = False
+        self._shrinker: BatchShrinker | None = None
         self._prepared_model: distributed.PreparedModel | None = None
         self._plain_optimizer: torch.optim.Optimizer | None = None
         self._loaders_made: list[Any] = []
@@ -238,6 +240,7 @@ class Trainer(ResumableRun):
         gradient_clip_norm: float | None = None,
         eval_per_device_batch_size: int | None = None,
         plateau_metric: str = "eval_loss_epoch",
+        halve_batch_if_out_of_memory: bool = False,
     ) -> RunHistory:
         """Train the model, and evaluate it after each epoch.
 
@@ -271,6 +274,10 @@ class Trainer(ResumableRun):
             eval_per_device_batch_size: Samples in an evaluation batch of one process;
                 by default as in training.
             plateau_metric: The metric that ``ReduceLROnPlateau`` watches.
+            halve_batch_if_out_of_memory: When memory runs out in a forward or backward
+                pass, go on with batches of half the size, and with as many more of them
+                in an update. Copies buffers and random states before each update and,
+                on several processes, averages gradients after the backward pass.
 
         Returns:
             The run history.
@@ -341,6 +348,8 @@ class Trainer(ResumableRun):
             if resume_from is not None:
                 self._resume(resume_from)
             self._window = self._create_window()
+            if halve_batch_if_out_of_memory:
+                self._shrinker = BatchShrinker(self)
             self._start_schedule()
             self._run_training()
         finally:
@@ -521,6 +530,12 @@ class Trainer(ResumableRun):
     def _run_train_steps(self, train_dl: Any) -> bool:
         if self._are_updates_used_up():
             return True  # it was saved right after the last one
+        while True:
+            with suppress(BatchesTooLargeError):
+                return self._run_steps_that_are_due(train_dl)
+            self._shrinker.shrink()  # type: ignore[union-attr]
+
+    def _run_steps_that_are_due(self, train_dl: Any) -> bool:
         for step, batch, is_last in self._batches_that_are_due(train_dl):
             closes_window = self._window.is_closed_by(step, is_last=is_last)
             self._run_train_step(batch, step, closes_window)
@@ -534,8 +549,12 @@ class Trainer(ResumableRun):
     # A method of its own, so that nothing of a step outlives it.
     def _run_train_step(self, batch: Any, step: int, closes_window: bool) -> None:
         self._call_event("on_train_step_start")
-        with _AS_USUAL if closes_window else self._without_gradient_sync():
-            batch_output = self._perform_forward_and_backward_passes(batch, step)
+        if self._shrinker is not None:
+            passes = partial(self._perform_forward_and_backward_passes, batch, step)
+            batch_output = self._shrinker.attempt(passes, step, closes_window)
+        else:
+            with _AS_USUAL if closes_window else self._without_gradient_sync():
+                batch_output = self._perform_forward_and_backward_passes(batch, step)
         # An override from 0.1.61 returns nothing, and either lets this class do the
         # work, or calls the event itself.
         batch_output = batch_output or self._batch_output
@@ -1031,6 +1050,7 @@ class Trainer(ResumableRun):
         self._loaded_state, self._resume_state = {}, {}
         self._epoch_random_states = None
         self._batch_output = None
+        self._shrinker = None
         try:
             self._background_writer.wait()
         except CheckpointError as error:
@@ -1341,15 +1361,11 @@ class Trainer(ResumableRun):
 
     def _clean_up_after(self, error: BaseException, due: list[partial[None]]) -> None:
         """Let callbacks close what they opened; an error of theirs hides no other."""
-        explain(
-            error,
-            self.run_history.current_epoch,
-            self._progress,
-            self.run_config,
-            self.last_checkpoint,
-        )
         call_event = self.callback_handler.call_event
-        clean_ups = [partial(call_event, "on_exception", self, exception=error)]
+        clean_ups = [
+            partial(self._explain, error),
+            partial(call_event, "on_exception", self, exception=error),
+        ]
         # With several processes the others may be elsewhere, and be waited for.
         if self._accelerator.num_processes == 1:
             clean_ups += due
@@ -1358,6 +1374,15 @@ class Trainer(ResumableRun):
                 clean_up()
             except Exception as another:  # noqa: PERF203 (each one on its own)
                 self.print(f"While cleaning up after an error: {another!r}")
+
+    def _explain(self, error: BaseException) -> None:
+        explain(
+            error,
+            self.run_history.current_epoch,
+            self._progress,
+            self.run_config,
+            self.last_checkpoint,
+        )
 
     # ---------------------------------------------------------------- small helpers
 

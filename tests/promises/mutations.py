@@ -48,6 +48,7 @@ COUNTS = "test_counting.py::"
 MODES = "test_modes_and_gradients.py::"
 SEEDS = "test_seeds_and_data_order.py::"
 AGREEMENT = "test_agreement.py::"
+MEMORY = "test_smaller_batches_when_memory_runs_out.py::"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ accumulation
@@ -392,6 +393,63 @@ MUTATIONS = [
         "    error._is_on_all_processes = False  # type: ignore[attr-defined]\n",
         "    pass\n",
         AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
+    ),
+    # ------------------------------------------------------------------------- memory
+    Mutation(
+        "memory: buffers keep what the failed pass did to them",
+        "memory.py",
+        "            buffer.copy_(value)\n",
+        "            pass\n",
+        MEMORY + "test_a_run_that_starts_too_large_equals_one_with_batches_that_fit",
+    ),
+    Mutation(
+        "memory: random states go on from the failed pass",
+        "memory.py",
+        '        trainer._resume_state["random_states"] = start.random_states\n',
+        "",
+        MEMORY + "test_a_run_that_starts_too_large_equals_one_with_batches_that_fit",
+    ),
+    Mutation(
+        "memory: losses of the failed window count",
+        "memory.py",
+        "        trainer._loss_tracker, trainer._scalar_trackers = start.trackers\n",
+        "",
+        MEMORY + "test_a_window_in_the_middle_of_an_epoch_is_done_again",
+    ),
+    Mutation(
+        "memory: gradients of the failed window stay",
+        "memory.py",
+        "        trainer.optimizer_zero_grad()\n",
+        "",
+        MEMORY + "test_a_window_in_the_middle_of_an_epoch_is_done_again",
+    ),
+    Mutation(
+        "memory: drop_last leaves out what fits the smaller batches",
+        "data.py",
+        "if self.drop_last else None\n",
+        "if False else None\n",
+        MEMORY + "test_each_update_keeps_its_samples",
+    ),
+    Mutation(
+        "memory: gradients of the processes are added up, not averaged",
+        "distributed.py",
+        "            parameter.grad /= PartialState().num_processes\n",
+        "",
+        MEMORY + "test_two_processes_make_their_batches_smaller_together",
+    ),
+    Mutation(
+        "memory: a process leaves the others waiting in the first batch",
+        "memory.py",
+        "            trainer._window.choose_without_batch()\n",
+        "            pass\n",
+        MEMORY + "test_two_processes_make_their_batches_smaller_together",
+    ),
+    Mutation(
+        "memory: buffers of the processes drift apart",
+        "memory.py",
+        "            distributed.same_on_all_processes(self._model.buffers())\n",
+        "",
+        MEMORY + "test_nothing_else_changes_for_two_processes_with_enough_memory",
     ),
 ]
 
