@@ -1,6 +1,7 @@
 import os
 import random
 import time
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -112,6 +113,27 @@ def test_training_takes_each_sample_at_most_once_and_drops_less_than_a_step(argu
     assert num_left < plan.batch_size * plan.num_processes
     assert num_left == 0 or plan.drop_last
     assert all(last - first <= plan.batch_size for first, last in taken)
+
+
+@given(plans, st.data())
+def test_smaller_batches_hold_the_same_samples_in_as_many_windows(arguments, draw):
+    size = arguments["batch_size"]
+    smaller = draw.draw(
+        st.sampled_from([each for each in range(1, size + 1) if size % each == 0])
+    )
+    plan, factor = BatchPlan(**arguments), size // smaller
+    changed = plan.with_batch_size(smaller)
+    # Windows of one large step, or of several small ones; also from a later one on.
+    first = draw.draw(st.integers(0, len(plan)))
+    step_size = size * plan.num_processes
+    changed = replace(changed, first=min(first * step_size, plan.length))
+
+    small, large = bounds(changed), bounds(plan)[first:]
+    windows = [small[at : at + factor] for at in range(0, len(small), factor)]
+    assert [
+        sorted({i for step in window for a, b in step for i in range(a, b)})
+        for window in windows
+    ] == [sorted({i for a, b in step for i in range(a, b)}) for step in large]
 
 
 @given(plans)

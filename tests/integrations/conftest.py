@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,6 +28,19 @@ def launch(tmp_path):
         return launched
 
     return launch_it
+
+
+@pytest.fixture
+def result(folder):
+    """Read what a case of cases.py returned on a process, from the module's folder."""
+
+    def read(name, process=0):
+        content = torch.load(folder / f"{name}_{process}.bin")
+        if isinstance(content, str) and "Traceback" in content:
+            pytest.fail(content)
+        return content
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -45,19 +45,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def result(folder):
-    """Read what a case returned on a process."""
-
-    def read(name, process=0):
-        content = torch.load(folder / f"{name}_{process}.bin")
-        if isinstance(content, str) and "Traceback" in content:
-            pytest.fail(content)
-        return content
-
-    return read
-
-
 def assert_close(actual, expected, atol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
