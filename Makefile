@@ -64,7 +64,7 @@ bench: ## Measure against the loop written by hand and other libraries
 
 .PHONY: bench-checkpoints
 bench-checkpoints: $(VENV)/.library ## Measure what the loop waits for when it saves
-	$(ONE_THREAD) $(BIN)/python benchmarks/checkpoint_cost.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/checkpoint_cost.py $(BENCH_ARGS)
 
 .PHONY: docs
 docs: $(VENV)/.tools ## Build the documentation into docs/_build/html

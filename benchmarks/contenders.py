@@ -1,24 +1,15 @@
 """Those that are measured, each with the fewest lines that do the job.
 
-Run as a script it is one contender at one workload: it says "ready", trains each time
-it is told "run", and answers with a line of JSON. Imports of the libraries are inside
-the functions, so that a process imports only what it measures.
-
-    python benchmarks/contenders.py CONTENDER WORKLOAD SIZE DEVICE PARAMETERS_FILE
+Each does it as its own documentation would. It trains, or returns the loss or the
+predictions that the job asks for. Imports of the libraries are inside the functions, so
+that a process imports only what it measures.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import resource
-import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,54 +20,59 @@ PACKAGES = {
     "by hand": "accelerate",
     "pytorch-accelerated": "pytorch_accelerated",
     "accelerate": "accelerate",
+    "fabric": "lightning.fabric",
     "lightning": "lightning",
-    "transformers": "transformers",
+    "transformers": "transformers.trainer",
     "ignite": "ignite.engine",
     "skorch": "skorch",
     "fastai": "fastai.learner",
+    "torchtnt": "torchtnt.framework",
+    "composer": "composer",
 }
 
 
 class NotOfferedError(Exception):
-    """A contender has nothing of its own for a workload."""
+    """A contender has nothing of its own for a workload; says why."""
 
 
 def _loader(job: Job, dataset: Any = None) -> Any:
     from torch.utils.data import DataLoader
 
-    return DataLoader(job.dataset if dataset is None else dataset, job.batch_size)
+    dataset = job.dataset if dataset is None else dataset
+    return DataLoader(dataset, job.batch_size, **job.loader_options)
 
 
-def _evaluate_by_hand(job: Job, model: Any, loader: Any) -> float:
-    import torch
-
-    model.eval()
-    total = count = 0.0
-    with torch.no_grad():
-        for inputs, targets in loader:
-            inputs, targets = inputs.to(job.device), targets.to(job.device)
-            total += job.loss_func(model(inputs), targets).item() * len(inputs)
-            count += len(inputs)
-    return total / count
+def _refuse_background(job: Job) -> None:
+    if job.saves_in_background:
+        raise NotOfferedError("writes a checkpoint while the loop waits")
 
 
-def by_hand(job: Job) -> None:
+# ------------------------------------------------------------------------ loops by hand
+
+
+def by_hand(job: Job) -> Any:
     """Train with the loop that a tutorial would show."""
     import torch
     from torch import nn
 
     model, optimizer = job.model.to(job.device), job.optimizer
+    if job.task != "train":
+        return _without_training_by_hand(job, model)
+
+    def calculate_loss(inputs: Any, targets: Any) -> Any:
+        return job.loss_func(model(inputs), targets)
+
+    if job.in_bf16:
+        calculate_loss = torch.autocast(job.device.type, torch.bfloat16)(calculate_loss)
     loader = _loader(job)
-    if job.only_evaluates:
-        _evaluate_by_hand(job, model, _loader(job, job.eval_dataset))
-        return
     num_updates = 0
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(job.num_epochs):
             model.train()
             for step, (inputs, targets) in enumerate(loader):
-                inputs, targets = inputs.to(job.device), targets.to(job.device)
-                loss = job.loss_func(model(inputs), targets)
+                inputs = inputs.to(job.device, non_blocking=True)
+                targets = targets.to(job.device, non_blocking=True)
+                loss = calculate_loss(inputs, targets)
                 if job.accumulation > 1:
                     loss = loss / job.accumulation
                 loss.backward()
@@ -93,10 +89,149 @@ def by_hand(job: Job) -> None:
                         }
                         torch.save(state, f"{folder}/step_{num_updates}.pt")
             if job.eval_dataset is not None:
-                _evaluate_by_hand(job, model, _loader(job, job.eval_dataset))
+                _without_training_by_hand(job, model)
+    return None
 
 
-def pytorch_accelerated(job: Job) -> None:
+def _without_training_by_hand(job: Job, model: Any) -> Any:
+    """Return the predictions, or else the mean loss."""
+    import torch
+
+    model.eval()
+    total = count = 0.0
+    predictions = []
+    with torch.no_grad():
+        for inputs, targets in _loader(job, job.eval_dataset):
+            outputs = model(inputs.to(job.device, non_blocking=True))
+            if job.task == "predict":
+                predictions.append(outputs.cpu())
+            else:
+                targets = targets.to(job.device, non_blocking=True)
+                total += job.loss_func(outputs, targets).item() * len(inputs)
+                count += len(inputs)
+    return torch.cat(predictions) if job.task == "predict" else total / count
+
+
+def accelerate(job: Job) -> Any:
+    """Train with a loop over Accelerate's objects, as its documentation shows."""
+    import torch
+    from accelerate import Accelerator
+
+    _refuse_background(job)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=job.accumulation,
+        mixed_precision="bf16" if job.in_bf16 else "no",
+    )
+    model, optimizer, loader = accelerator.prepare(
+        job.model, job.optimizer, _loader(job)
+    )
+    eval_loader = None
+    if job.eval_dataset is not None:
+        eval_loader = accelerator.prepare(_loader(job, job.eval_dataset))
+
+    def evaluate() -> float:
+        model.eval()
+        losses = []
+        with torch.no_grad():
+            for inputs, targets in eval_loader:
+                loss = job.loss_func(model(inputs), targets)
+                losses.append(accelerator.gather_for_metrics(loss))
+        return torch.stack(losses).mean().item()
+
+    def predict() -> Any:
+        model.eval()
+        predictions = []
+        with torch.no_grad():
+            for inputs, _ in eval_loader:
+                predictions.append(accelerator.gather_for_metrics(model(inputs)).cpu())
+        return torch.cat(predictions)
+
+    if job.task != "train":
+        result = evaluate() if job.task == "evaluate" else predict()
+        accelerator.free_memory()
+        return result
+    num_updates = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(job.num_epochs):
+            model.train()
+            for inputs, targets in loader:
+                with accelerator.accumulate(model):
+                    loss = job.loss_func(model(inputs), targets)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and job.clip_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), job.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                num_updates += accelerator.sync_gradients
+                if job.checkpoint_every and num_updates % job.checkpoint_every == 0:
+                    accelerator.save_state(f"{folder}/step_{num_updates}")
+            if eval_loader is not None:
+                evaluate()
+    accelerator.free_memory()
+    return None
+
+
+def fabric(job: Job) -> Any:
+    """Train with a loop over the objects of Lightning's Fabric."""
+    import torch
+    from lightning.fabric import Fabric
+
+    _refuse_background(job)
+    fabric = Fabric(
+        accelerator="cpu" if job.device.type == "cpu" else "auto",
+        devices=1,
+        precision="bf16-mixed" if job.in_bf16 else None,
+    )
+    fabric.launch()
+    model, optimizer = fabric.setup(job.model, job.optimizer)
+    eval_loader = None
+    if job.eval_dataset is not None:
+        eval_loader = fabric.setup_dataloaders(_loader(job, job.eval_dataset))
+
+    def evaluate() -> float:
+        model.eval()
+        losses = []
+        with torch.no_grad():
+            for inputs, targets in eval_loader:
+                losses.append(job.loss_func(model(inputs), targets))
+        return torch.stack(losses).mean().item()
+
+    def predict() -> Any:
+        model.eval()
+        with torch.no_grad():
+            return torch.cat([model(inputs).cpu() for inputs, _ in eval_loader])
+
+    if job.task != "train":
+        return evaluate() if job.task == "evaluate" else predict()
+    loader = fabric.setup_dataloaders(_loader(job))
+    num_updates = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(job.num_epochs):
+            model.train()
+            for step, (inputs, targets) in enumerate(loader):
+                accumulates = (step + 1) % job.accumulation != 0
+                with fabric.no_backward_sync(model, enabled=accumulates):
+                    loss = job.loss_func(model(inputs), targets)
+                    fabric.backward(loss / job.accumulation)
+                if accumulates:
+                    continue
+                if job.clip_norm is not None:
+                    fabric.clip_gradients(model, optimizer, max_norm=job.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                num_updates += 1
+                if job.checkpoint_every and num_updates % job.checkpoint_every == 0:
+                    state = {"model": model, "optimizer": optimizer}
+                    fabric.save(f"{folder}/step_{num_updates}.ckpt", state)
+            if eval_loader is not None:
+                evaluate()
+    return None
+
+
+# ------------------------------------------------------------------------- the trainers
+
+
+def pytorch_accelerated(job: Job) -> Any:
     """Train with this library."""
     from pytorch_accelerated import Trainer
     from pytorch_accelerated.callbacks import SaveTrainingStateCallback
@@ -107,13 +242,24 @@ def pytorch_accelerated(job: Job) -> None:
         if job.checkpoint_every:
             callbacks.append(
                 SaveTrainingStateCallback(
-                    folder, save_every_n_steps=job.checkpoint_every, save_at_end=False
+                    folder,
+                    save_every_n_steps=job.checkpoint_every,
+                    save_at_end=False,
+                    asynchronous=job.saves_in_background,
                 )
             )
-        trainer = Trainer(job.model, job.loss_func, job.optimizer, callbacks)
-        if job.only_evaluates:
-            trainer.evaluate(job.eval_dataset, job.batch_size)
-            return
+        trainer = Trainer(
+            job.model,
+            job.loss_func,
+            job.optimizer,
+            callbacks,
+            accelerator_kwargs={"mixed_precision": "bf16"} if job.in_bf16 else None,
+        )
+        if job.task == "evaluate":
+            return trainer.evaluate(job.eval_dataset, job.batch_size)["evaluation_loss"]
+        if job.task == "predict":
+            return trainer.predict(job.eval_dataset, job.batch_size)
+        workers = {"num_workers": job.num_workers} if job.num_workers else {}
         trainer.train(
             job.dataset,
             job.num_epochs,
@@ -121,61 +267,17 @@ def pytorch_accelerated(job: Job) -> None:
             per_device_batch_size=job.batch_size,
             gradient_accumulation_steps=job.accumulation,
             gradient_clip_norm=job.clip_norm,
-            train_dataloader_kwargs={"shuffle": False},
+            train_dataloader_kwargs={"shuffle": False, **workers},
         )
+        return None
 
 
-def accelerate(job: Job) -> None:
-    """Train with a loop over Accelerate's objects, as its documentation shows."""
-    import torch
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(gradient_accumulation_steps=job.accumulation)
-    model, optimizer, loader = accelerator.prepare(
-        job.model, job.optimizer, _loader(job)
-    )
-    eval_loader = None
-    if job.eval_dataset is not None:
-        eval_loader = accelerator.prepare(_loader(job, job.eval_dataset))
-
-    def evaluate() -> None:
-        model.eval()
-        losses = []
-        with torch.no_grad():
-            for inputs, targets in eval_loader:
-                loss = job.loss_func(model(inputs), targets)
-                losses.append(accelerator.gather_for_metrics(loss))
-        torch.stack(losses).mean().item()
-
-    if job.only_evaluates:
-        evaluate()
-    else:
-        num_updates = 0
-        with tempfile.TemporaryDirectory() as folder:
-            for _ in range(job.num_epochs):
-                model.train()
-                for inputs, targets in loader:
-                    with accelerator.accumulate(model):
-                        loss = job.loss_func(model(inputs), targets)
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients and job.clip_norm is not None:
-                            accelerator.clip_grad_norm_(
-                                model.parameters(), job.clip_norm
-                            )
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    num_updates += accelerator.sync_gradients
-                    if job.checkpoint_every and num_updates % job.checkpoint_every == 0:
-                        accelerator.save_state(f"{folder}/step_{num_updates}")
-                if eval_loader is not None:
-                    evaluate()
-    accelerator.free_memory()
-
-
-def lightning(job: Job) -> None:
+def lightning(job: Job) -> Any:
     """Train with Lightning's Trainer."""
+    import torch
     from lightning import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
     class Module(LightningModule):
         def __init__(self) -> None:
@@ -190,24 +292,29 @@ def lightning(job: Job) -> None:
             inputs, targets = batch
             self.log("eval_loss", job.loss_func(self.model(inputs), targets))
 
+        def predict_step(self, batch: Any, _: int) -> Any:
+            inputs, _targets = batch
+            return self.model(inputs).cpu()
+
         def configure_optimizers(self) -> Any:
             return job.optimizer
 
-    shows = job.shows_progress
+    shows, every = job.shows_progress, job.checkpoint_every
     with tempfile.TemporaryDirectory() as folder:
         callbacks: list[Any] = []
-        if job.checkpoint_every:
+        if every:
             callbacks.append(
-                ModelCheckpoint(
-                    folder, every_n_train_steps=job.checkpoint_every, save_top_k=-1
-                )
+                ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1)
             )
         trainer = Trainer(
+            accelerator="cpu" if job.device.type == "cpu" else "auto",
             max_epochs=job.num_epochs,
             devices=1,
+            precision="bf16-mixed" if job.in_bf16 else None,
             accumulate_grad_batches=job.accumulation,
             gradient_clip_val=job.clip_norm,
             callbacks=callbacks,
+            plugins=[AsyncCheckpointIO()] if job.saves_in_background else None,
             default_root_dir=folder,
             logger=shows,
             enable_progress_bar=shows,
@@ -216,13 +323,16 @@ def lightning(job: Job) -> None:
             num_sanity_val_steps=0,
         )
         eval_loader = job.eval_dataset and _loader(job, job.eval_dataset)
-        if job.only_evaluates:
-            trainer.validate(Module(), eval_loader, verbose=False)
-        else:
-            trainer.fit(Module(), _loader(job), eval_loader)
+        if job.task == "evaluate":
+            (metrics,) = trainer.validate(Module(), eval_loader, verbose=False)
+            return metrics["eval_loss"]
+        if job.task == "predict":
+            return torch.cat(trainer.predict(Module(), eval_loader))
+        trainer.fit(Module(), _loader(job), eval_loader)
+        return None
 
 
-def transformers(job: Job) -> None:
+def transformers(job: Job) -> Any:
     """Train with the Trainer of transformers."""
     import torch
     from torch.utils.data import SequentialSampler, default_collate
@@ -234,20 +344,24 @@ def transformers(job: Job) -> None:
             self.model = job.model
 
         def forward(self, inputs: Any, labels: Any) -> Any:
-            return {"loss": job.loss_func(self.model(inputs), labels)}
+            logits = self.model(inputs)
+            return {"loss": job.loss_func(logits, labels), "logits": logits}
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any) -> Any:
-            return SequentialSampler(job.dataset)  # type: ignore[arg-type]
+            return SequentialSampler(job.dataset)
 
     def collate(samples: list[Any]) -> dict[str, Any]:
         inputs, labels = default_collate(samples)
         return {"inputs": inputs, "labels": labels}
 
+    _refuse_background(job)
     shows, every = job.shows_progress, job.checkpoint_every
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
+            use_cpu=job.device.type == "cpu",
+            bf16=job.in_bf16,
             per_device_train_batch_size=job.batch_size,
             per_device_eval_batch_size=job.batch_size,
             num_train_epochs=job.num_epochs,
@@ -261,7 +375,9 @@ def transformers(job: Job) -> None:
             report_to="none",
             remove_unused_columns=False,
             lr_scheduler_type="constant",
-            prediction_loss_only=True,
+            prediction_loss_only=job.task != "predict",
+            dataloader_num_workers=job.num_workers,
+            dataloader_persistent_workers=job.num_workers > 0,
         )
         trainer = InOrder(
             Model(),
@@ -271,170 +387,306 @@ def transformers(job: Job) -> None:
             eval_dataset=job.eval_dataset,
             optimizers=(job.optimizer, None),
         )
-        if job.only_evaluates:
-            trainer.evaluate()
-        else:
-            trainer.train()
+        if job.task == "evaluate":
+            return trainer.evaluate()["eval_loss"]
+        if job.task == "predict":
+            predictions = trainer.predict(job.eval_dataset).predictions
+            return torch.from_numpy(predictions)
+        trainer.train()
+        return None
 
 
-def ignite(job: Job) -> None:
+def ignite(job: Job) -> Any:
     """Train with Ignite's engines."""
+    import torch
     from ignite.engine import (
+        Engine,
         Events,
         create_supervised_evaluator,
         create_supervised_trainer,
     )
-    from ignite.handlers import ProgressBar
+    from ignite.handlers import Checkpoint, EpochOutputStore, ProgressBar
     from ignite.metrics import Loss
 
-    if job.clip_norm is not None or job.checkpoint_every:
-        raise NotOfferedError("its ready-made trainer does not do this")
-    model = job.model.to(job.device)
-    trainer = create_supervised_trainer(
-        model, job.optimizer, job.loss_func, device=job.device
-    )
+    _refuse_background(job)
+    model, optimizer = job.model.to(job.device), job.optimizer
     if job.eval_dataset is not None:
-        evaluator = create_supervised_evaluator(
-            model, {"loss": Loss(job.loss_func)}, device=job.device
-        )
+        metrics = {} if job.task == "predict" else {"loss": Loss(job.loss_func)}
+        evaluator = create_supervised_evaluator(model, metrics, device=job.device)
         eval_loader = _loader(job, job.eval_dataset)
-        if job.only_evaluates:
-            evaluator.run(eval_loader)
-            return
+        if job.task == "evaluate":
+            return evaluator.run(eval_loader).metrics["loss"]
+        if job.task == "predict":
+            store = EpochOutputStore(lambda output: output[0].cpu())
+            store.attach(evaluator, "predictions")
+            return torch.cat(evaluator.run(eval_loader).predictions)
+
+    def update(engine: Any, batch: Any) -> float:
+        # The ready-made trainer can neither clip nor train in bf16.
+        model.train()
+        inputs, targets = (part.to(job.device, non_blocking=True) for part in batch)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.in_bf16):
+            loss = job.loss_func(model(inputs), targets) / job.accumulation
+        loss.backward()
+        if engine.state.iteration % job.accumulation == 0:
+            if job.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    if job.clip_norm is not None or job.in_bf16:
+        trainer = Engine(update)
+    else:
+        trainer = create_supervised_trainer(
+            model,
+            optimizer,
+            job.loss_func,
+            device=job.device,
+            gradient_accumulation_steps=job.accumulation,
+        )
+    if job.eval_dataset is not None:
         trainer.add_event_handler(
             Events.EPOCH_COMPLETED, lambda: evaluator.run(eval_loader)
         )
     if job.shows_progress:
-        with contextlib.suppress(ImportError):
-            ProgressBar().attach(trainer)
-    trainer.run(_loader(job), max_epochs=job.num_epochs)
+        ProgressBar().attach(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        if job.checkpoint_every:
+            trainer.add_event_handler(
+                Events.ITERATION_COMPLETED(every=job.checkpoint_every),
+                Checkpoint(
+                    {"model": model, "optimizer": optimizer}, folder, n_saved=None
+                ),
+            )
+        trainer.run(_loader(job), max_epochs=job.num_epochs)
+    return None
 
 
-def skorch(job: Job) -> None:
+def skorch(job: Job) -> Any:
     """Train with skorch's NeuralNet."""
-    import skorch as library
+    from skorch import NeuralNet
+    from skorch.callbacks import Callback, GradientNormClipping
     from skorch.helper import predefined_split
+    from skorch.hf import AccelerateMixin
+    from skorch.scoring import loss_scoring
 
-    if job.clip_norm is not None or job.checkpoint_every or job.only_evaluates:
-        raise NotOfferedError("it does this otherwise, or not at all")
-    with_eval = job.eval_dataset is not None
+    _refuse_background(job)
 
-    class Net(library.NeuralNet):
+    class Net(NeuralNet):
         def initialize_optimizer(self, *args: Any, **kwargs: Any) -> Any:
             self.optimizer_ = job.optimizer
             return self
 
-    net = Net(
-        job.model,
-        criterion=type(job.loss_func),
-        max_epochs=job.num_epochs,
-        batch_size=job.batch_size,
-        iterator_train__shuffle=False,
-        train_split=predefined_split(job.eval_dataset) if with_eval else None,
-        device=str(job.device),
-        verbose=int(job.shows_progress),
-    )
-    net.fit(job.dataset, y=None)
+    class AccumulatingNet(Net):
+        # As in skorch's FAQ, with the event that lets a callback clip.
+        def get_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().get_loss(*args, **kwargs) / job.accumulation
+
+        def train_step(self, batch: Any, **fit_params: Any) -> Any:
+            step = self.train_step_single(batch, **fit_params)
+            if len(self.history[-1, "batches"]) % job.accumulation == 0:
+                self.notify(
+                    "on_grad_computed",
+                    named_parameters=self.get_all_learnable_params(),
+                    batch=batch,
+                )
+                self.optimizer_.step()
+                self.optimizer_.zero_grad()
+            return step
+
+    class AcceleratedNet(AccelerateMixin, Net):
+        pass
+
+    class SaveEveryFewUpdates(Callback):
+        # Its own callback for checkpoints works once an epoch.
+        def on_batch_end(self, net: Any, training: bool, **kwargs: Any) -> None:
+            num_updates = len(net.history[-1, "batches"])
+            if training and num_updates % job.checkpoint_every == 0:
+                net.save_params(
+                    f_params=f"{folder}/model_{num_updates}.pt",
+                    f_optimizer=f"{folder}/optimizer_{num_updates}.pt",
+                )
+
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks: list[Any] = []
+        if job.clip_norm is not None:
+            callbacks.append(GradientNormClipping(gradient_clip_value=job.clip_norm))
+        if job.checkpoint_every:
+            callbacks.append(SaveEveryFewUpdates())
+        kind, options = Net, {"device": str(job.device)}
+        if job.accumulation > 1:
+            kind = AccumulatingNet
+        elif job.in_bf16:
+            from accelerate import Accelerator
+
+            kind = AcceleratedNet
+            options = {"accelerator": Accelerator(mixed_precision="bf16")}
+        with_eval = job.eval_dataset is not None and job.task == "train"
+        net = kind(
+            job.model,
+            criterion=job.loss_func,
+            max_epochs=job.num_epochs,
+            batch_size=job.batch_size,
+            iterator_train__shuffle=False,
+            **{f"iterator_train__{k}": v for k, v in job.loader_options.items()},
+            train_split=predefined_split(job.eval_dataset) if with_eval else None,
+            callbacks=callbacks,
+            verbose=int(job.shows_progress),
+            **options,
+        )
+        if job.task == "train":
+            net.fit(job.dataset, y=None)
+            return None
+        net.initialize()
+        if job.task == "evaluate":
+            return float(loss_scoring(net, job.eval_dataset))
+        return net.forward(job.eval_dataset)
 
 
-def fastai(job: Job) -> None:
+def fastai(job: Job) -> Any:
     """Train with fastai's Learner."""
+    from fastai.callback.core import Callback
+    from fastai.callback.fp16 import MixedPrecision
+    from fastai.callback.training import GradientAccumulation, GradientClip
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
-    if job.clip_norm is not None or job.checkpoint_every or job.only_evaluates:
-        raise NotOfferedError("it does this otherwise, or not at all")
-    loaders = [DataLoader(job.dataset, bs=job.batch_size, num_workers=0)]
+    _refuse_background(job)
+
+    class SaveEveryFewUpdates(Callback):
+        # Its own callback for checkpoints works once an epoch.
+        def after_step(self) -> None:
+            num_updates = self.learn.train_iter + 1
+            if num_updates % job.checkpoint_every == 0:
+                self.learn.save(f"step_{num_updates}", with_opt=True)
+
+    def create_loader(dataset: Any) -> Any:
+        options = {
+            "num_workers": job.num_workers,
+            "pin_memory": job.device.type == "cuda",
+        }
+        return DataLoader(dataset, bs=job.batch_size, **options)
+
+    callbacks: list[Any] = []
+    if job.accumulation > 1:
+        callbacks.append(GradientAccumulation(job.accumulation * job.batch_size))
+    if job.clip_norm is not None:
+        callbacks.append(GradientClip(job.clip_norm))
+    if job.checkpoint_every:
+        callbacks.append(SaveEveryFewUpdates())
+    if job.in_bf16:
+        callbacks.append(MixedPrecision(amp_mode="bf16"))
+    eval_dataset = [] if job.eval_dataset is None else job.eval_dataset
+    with tempfile.TemporaryDirectory() as folder:
+        learner = Learner(
+            DataLoaders(
+                create_loader(job.dataset),
+                create_loader(eval_dataset),
+                device=job.device,
+            ),
+            job.model,
+            loss_func=job.loss_func,
+            opt_func=lambda *args, **kwargs: OptimWrapper(opt=job.optimizer),
+            cbs=callbacks,
+            path=folder,
+            train_bn=True,
+        )
+        quiet = contextlib.nullcontext if job.shows_progress else learner.no_bar
+        with quiet():
+            if job.task == "evaluate":
+                return learner.validate()[0]
+            if job.task == "predict":
+                return learner.get_preds()[0]
+            learner.fit(job.num_epochs, lr=job.optimizer.param_groups[0]["lr"])
+            return None
+
+
+def torchtnt(job: Job) -> Any:
+    """Train with TorchTNT's AutoUnit."""
+    import torch
+    from torchtnt.framework import AutoUnit, PredictUnit, evaluate, fit, predict, train
+    from torchtnt.framework.callbacks import DistributedCheckpointSaver, TQDMProgressBar
+
+    class Unit(AutoUnit[Any]):
+        total, count = 0.0, 0
+
+        def compute_loss(self, state: Any, data: Any) -> Any:
+            inputs, targets = data
+            outputs = self.module(inputs)
+            return job.loss_func(outputs, targets), outputs
+
+        def configure_optimizers_and_lr_scheduler(self, module: Any) -> Any:
+            return job.optimizer, None
+
+        def on_eval_step_end(
+            self, state: Any, data: Any, step: int, loss: Any, outputs: Any
+        ) -> None:
+            self.total += loss * len(outputs)
+            self.count += len(outputs)
+
+    class Predictor(PredictUnit[Any]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = job.model.to(job.device)
+            self.predictions: list[Any] = []
+
+        def predict_step(self, state: Any, data: Any) -> None:
+            inputs, _ = data
+            self.predictions.append(self.module(inputs.to(job.device)).cpu())
+
+    eval_loader = None
     if job.eval_dataset is not None:
-        loaders.append(DataLoader(job.eval_dataset, bs=job.batch_size, num_workers=0))
-    else:
-        loaders.append(DataLoader([], bs=job.batch_size, num_workers=0))
-    learner = Learner(
-        DataLoaders(*loaders, device=job.device),
-        job.model,
-        loss_func=job.loss_func,
-        opt_func=lambda *args, **kwargs: OptimWrapper(opt=job.optimizer),
-        train_bn=True,
+        eval_loader = _loader(job, job.eval_dataset)
+    if job.task == "predict":
+        predictor = Predictor()
+        predict(predictor, eval_loader)
+        return torch.cat(predictor.predictions)
+    unit = Unit(
+        module=job.model,
+        device=job.device,
+        precision="bf16" if job.in_bf16 else None,
+        gradient_accumulation_steps=job.accumulation,
+        clip_grad_norm=job.clip_norm,
     )
-    quiet = contextlib.nullcontext if job.shows_progress else learner.no_bar
-    with quiet():
-        learner.fit(job.num_epochs, lr=job.optimizer.param_groups[0]["lr"])
+    if job.task == "evaluate":
+        evaluate(unit, eval_loader)
+        return float(unit.total / unit.count)
+    callbacks: list[Any] = [TQDMProgressBar()] if job.shows_progress else []
+    with tempfile.TemporaryDirectory() as folder:
+        if job.checkpoint_every:
+            callbacks.append(
+                DistributedCheckpointSaver(
+                    folder,
+                    save_every_n_train_steps=job.checkpoint_every,
+                    async_checkpoint=job.saves_in_background,
+                )
+            )
+        options = {"max_epochs": job.num_epochs, "callbacks": callbacks}
+        if eval_loader is None:
+            train(unit, _loader(job), **options)
+        else:
+            fit(unit, _loader(job), eval_loader, **options)
+    return None
 
 
-CONTENDERS: dict[str, Callable[[Any], None]] = {
+def composer(job: Job) -> Any:
+    """Say why there is nothing here."""
+    raise NotOfferedError("no release of it works with this torch, to try it with")
+
+
+CONTENDERS: dict[str, Callable[[Any], Any]] = {
     "by hand": by_hand,
     "pytorch-accelerated": pytorch_accelerated,
     "accelerate": accelerate,
+    "fabric": fabric,
     "lightning": lightning,
     "transformers": transformers,
     "ignite": ignite,
     "skorch": skorch,
     "fastai": fastai,
+    "torchtnt": torchtnt,
+    "composer": composer,
 }
-
-
-@contextlib.contextmanager
-def _answers_apart() -> Iterator[Any]:
-    """Keep what libraries print away from the answers."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    if "BENCH_DEBUG" not in os.environ:
-        os.dup2(nothing, 2)
-    yield answers
-
-
-def _measure(name: str, workload: str, size: int, device: str, file: Path) -> Any:
-    import torch
-    from workloads import WORKLOADS
-
-    job = WORKLOADS[workload].create_job(size)
-    job.device = torch.device(device)
-    start = time.perf_counter()
-    CONTENDERS[name](job)
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    seconds = time.perf_counter() - start
-    return {
-        "seconds": seconds,
-        "steps": job.num_steps,
-        "difference": _difference(job, name, file),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-def _difference(job: Job, name: str, file: Path) -> float:
-    """Return how far the parameters are from those of the loop by hand."""
-    import torch
-
-    parameters = torch.cat([p.detach().cpu().flatten() for p in job.model.parameters()])
-    if name == "by hand":
-        torch.save(parameters, file)
-        return 0.0
-    return float((parameters - torch.load(file)).abs().max())
-
-
-def main() -> None:
-    """Answer the commands that come in on standard input."""
-    name, workload, size, device, file = sys.argv[1:]
-    warnings.simplefilter("ignore")
-    with _answers_apart() as answers:
-        import torch
-
-        torch.set_num_threads(1)
-        for command in sys.stdin:
-            if command.strip() != "run":
-                break
-            try:
-                answer = _measure(name, workload, int(size), device, Path(file))
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-                if not isinstance(error, NotOfferedError):
-                    answer["is_failure"] = True
-            print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

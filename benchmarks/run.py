@@ -1,7 +1,7 @@
 """Measure this library against the loop written by hand and against its peers.
 
     make bench                          all workloads and contenders, minutes
-    make bench BENCH_ARGS=--quick       a few rounds of little work, to see that it runs
+    make bench BENCH_ARGS=--quick       little work, to see that everything runs
     python benchmarks/run.py --contender lightning --workload a --workload d
     python benchmarks/run.py --device cuda
 
@@ -16,188 +16,110 @@ machine that does nothing else.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-ENVIRONMENT = HERE / ".venv"
-PYTHON = ENVIRONMENT / "bin" / "python"
+from environment import HERE, ROOT, Environment
+from plan import BASELINE, CONTENDERS, OURS, PEERS, WORKLOADS
+from tables import create_memory_table, create_table, summarise, write_between_marks
+
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = HERE / "results.json"
-START, END = "<!-- table: start -->", "<!-- table: end -->"
-
-BASELINE = "by hand"
-OURS = "pytorch-accelerated"
-PEERS = {
-    "accelerate": "accelerate",
-    "lightning": "lightning",
-    "transformers": "transformers",
-    "ignite": "pytorch-ignite",
-    "skorch": "skorch",
-    "fastai": "fastai",
-}
-CONTENDERS = [BASELINE, OURS, *PEERS]
-WORKLOADS = ["a", "b", "c", "d", "e", "f", "g", "g2", "h", "i"]
-MEASURED_AS_PROCESS = {"f", "g"}
-QUICK_WORKLOADS = ["a", "b", "c", "d", "e"]
-# The parameters may differ by what rounding in another order makes of them.
-LARGEST_DIFFERENCE = 1e-4
 
 
-def build_environment(peers: list[str]) -> dict[str, str]:
-    """Install the library and the peers; return why some could not be."""
-    if not PYTHON.exists():
-        _say(f"Building {ENVIRONMENT.relative_to(ROOT)}")
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-    lines = (HERE / "requirements.txt").read_text().splitlines()
-    requirements = [line for line in lines if line and not line.startswith("#")]
-    pinned = [line for line in requirements if line.startswith(("torch=", "accel"))]
-    marker = ENVIRONMENT / "installed.json"
-    known: dict[str, str] = json.loads(marker.read_text()) if marker.exists() else {}
-    if known.get("requirements") != "\n".join(requirements):
-        known = {"requirements": "\n".join(requirements)}
-        _install(*pinned, "editables", "hatchling", check=True)
-        _install("--no-build-isolation", "-e", str(ROOT), *pinned, check=True)
-    reasons = {}
-    for peer in peers:
-        if peer not in known:
-            (requirement,) = [
-                line for line in requirements if line.startswith(PEERS[peer])
-            ]
-            _say(f"Installing {requirement}")
-            known[peer] = _install(requirement, *pinned)
-        if known[peer]:
-            reasons[peer] = f"not installed: {known[peer]}"
-        marker.write_text(json.dumps(known))
-    _drop_unusable_torchvision()
-    return reasons
-
-
-def _drop_unusable_torchvision() -> None:
-    """Remove a torchvision for another torch: some peers import it if it is there."""
-    imports = subprocess.run(
-        [str(PYTHON), "-c", "import torchvision"], capture_output=True, check=False
-    )
-    if imports.returncode != 0:
-        command = [str(PYTHON), "-m", "pip", "uninstall", "--quiet", "-y"]
-        subprocess.run([*command, "torchvision"], capture_output=True, check=False)
-
-
-def _install(*arguments: str, check: bool = False) -> str:
-    """Install something; return the last line of what went wrong, "" if nothing."""
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return ""
-    if check:
-        sys.exit(done.stderr)
-    return (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-
-
-def child_environment(device: str) -> dict[str, str]:
-    """Return the variables of a measured process: one thread, compiled imports."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    # Without this a source tree would be compiled anew by each process.
-    variables.pop("PYTHONDONTWRITEBYTECODE", None)
-    variables["HF_HUB_OFFLINE"] = "1"
-    if device == "cpu":
-        variables.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
-    return variables
-
-
-class Runner:
-    """A process that trains when it is told to.
+class Contender:
+    """A process that trains when it is told to, see process.py.
 
     Args:
-        name: The contender.
-        workload: The workload.
-        size: About the number of steps.
-        device: Where it trains.
-        file: Where the loop by hand leaves its parameters for the others to compare.
+        name: Who trains.
+        python: The interpreter.
+        device: Where to train.
+        folder: Where the loop by hand leaves its results for the others to compare.
+        size: "full", or "quick" for little work.
+        variables: The environment variables.
     """
 
     def __init__(
-        self, name: str, workload: str, size: int, device: str, file: Path
+        self,
+        name: str,
+        python: Path,
+        device: str,
+        folder: str,
+        size: str,
+        variables: dict[str, str],
     ) -> None:
-        script = [str(PYTHON), str(HERE / "contenders.py")]
-        self.command = [*script, name, workload, str(size), device, str(file)]
-        self.variables = child_environment(device)
+        self.name = name
+        self.device = device
+        self.python = str(python)
+        script = str(HERE / "process.py")
+        self.command = [self.python, script, name, device, folder, size]
+        self.variables = variables
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
-        """Start the process; it waits until it is told to run."""
-        self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self.variables,
-        )
-
-    def run(self) -> dict[str, Any]:
-        """Train once and return what was measured, or the error."""
-        assert self.process is not None
+    def ask(self, action: str, workload: str) -> dict[str, Any]:
+        """Let it do something and return its answer; start it if it does not run."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self.variables,
+            )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            self.process.stdin.write("run\n")
+            command = {"do": action, "workload": workload}
+            self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
+            line = self.process.stdout.readline()
         except BrokenPipeError:
-            return {"error": "the process ended", "is_failure": True}
-        line = self.process.stdout.readline()
-        if not line:
-            return {"error": "the process ended", "is_failure": True}
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            line = ""
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self.stop()
+        return {"error": "the process ended", "is_failure": True}
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process, if it runs."""
         if self.process is not None:
-            self.process.communicate("stop\n")
+            self.process.communicate()
+            self.process = None
 
-
-class ProcessRunner(Runner):
-    """Measures a whole process, from its start to its end, imports included."""
-
-    def start(self) -> None:
-        """Do nothing: each run is a process."""
-
-    def run(self) -> dict[str, Any]:
-        """Train once in a new process."""
+    def time_process(self, workload: str) -> dict[str, Any]:
+        """Measure a new process, from its start to its end, imports included."""
+        process = copy.copy(self)
+        process.process = None
         start = time.perf_counter()
-        super().start()
-        answer = super().run()
-        super().stop()
+        answer = process.ask("run", workload)
+        process.stop()
         return {**answer, "seconds": time.perf_counter() - start}
 
+    def time_import(self) -> dict[str, Any]:
+        """Measure a new process that imports torch, accelerate and the contender.
 
-class ImportRunner(ProcessRunner):
-    """Measures a process that imports torch, accelerate and the contender.
-
-    The garbage collector is off: whether one of its full passes, which take 0.1 s here,
-    falls in the last import or right after it is a matter of some hundred objects.
-    """
-
-    def run(self) -> dict[str, Any]:
-        """Import once in a new process."""
-        sys.path.insert(0, str(HERE))
+        The garbage collector is off: whether one of its full passes, which take 0.1 s
+        here, falls in the last import or right after it is a matter of some hundred
+        objects.
+        """
         from contenders import PACKAGES
 
-        code = (
-            f"import gc; gc.disable(); import torch, accelerate, {PACKAGES[self.name]}"
-        )
+        package = PACKAGES[self.name]
+        code = f"import gc; gc.disable(); import torch, accelerate, {package}"
         start = time.perf_counter()
         done = subprocess.run(
-            [str(PYTHON), "-c", code],
+            [self.python, "-c", code],
             env=self.variables,
             capture_output=True,
             text=True,
@@ -205,132 +127,126 @@ class ImportRunner(ProcessRunner):
         )
         seconds = time.perf_counter() - start
         if done.returncode != 0:
-            return {"error": done.stderr.strip().splitlines()[-1], "is_failure": True}
-        return {"seconds": seconds, "steps": 1, "difference": 0.0, "peak_bytes": 0}
+            reason = done.stderr.strip().splitlines()[-1]
+            is_failure = self.name in (BASELINE, OURS)
+            return {
+                "error": f"cannot be imported: {reason}",
+                "is_failure": is_failure,
+            }
+        return {"seconds": seconds, "steps": 1, "difference": 0.0}
 
-    @property
-    def name(self) -> str:
-        """The contender."""
-        return self.command[2]
+
+def variables_of(device: str, kind_of_process: str) -> dict[str, str]:
+    """Return the variables of a measured process: one thread, compiled imports."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    # Without this a source tree would be compiled anew by each process.
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    variables["HF_HUB_OFFLINE"] = "1"
+    if device == "cpu":
+        variables.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
+    if kind_of_process == "memory":
+        # A mapping of its own for each tensor, given back when it is freed: what the
+        # allocator keeps otherwise varies by a tenth from run to run.
+        variables["MALLOC_MMAP_THRESHOLD_"] = str(64 * 1024)
+    return variables
 
 
 def measure(
-    workload: str, names: list[str], rounds: int, size: int, device: str
+    workload: str, contenders: list[Contender], rounds: int | None
 ) -> dict[str, dict[str, Any]]:
     """Measure all contenders at a workload and return the figures of each."""
-    kinds = {"f": ProcessRunner, "g": ImportRunner}
-    kind = kinds.get(workload, Runner)
-    figures: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "parameters.pt"
-        runners = {name: kind(name, workload, size, device, file) for name in names}
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        try:
-            for name, runner in runners.items():
-                runner.start()
-                answer = runner.run()  # warms up, and is not counted
-                if "error" in answer:
-                    figures[name] = answer
-            running = [name for name in names if name not in figures]
-            for number in range(rounds):
-                turn = number % max(1, len(running))
-                for name in running[turn:] + running[:turn]:
-                    answers[name].append(runners[name].run())
-        finally:
-            for runner in runners.values():
-                runner.stop()
-    for name in running:
-        figures[name] = summarise(answers[name], answers[BASELINE])
+    plan = WORKLOADS[workload]
+    prepared = for_all(contenders, lambda one: warm_up(one, workload))
+    check_baseline(workload, prepared[BASELINE])
+    figures = {name: answer for name, answer in prepared.items() if "error" in answer}
+    running = [one for one in contenders if one.name not in figures]
+    answers: dict[str, dict[int, dict[str, Any]]] = {one.name: {} for one in running}
+    for number in range(rounds or plan.rounds):
+        turn = number % len(running)
+        in_turn = running[turn:] + running[:turn]
+        taking_part = [one for one in in_turn if plan.has_turn(one.name, number)]
+        if plan.has_time:
+            of_round = {one.name: take_turn(one, workload) for one in taking_part}
+        else:
+            of_round = for_all(running, lambda one: take_turn(one, workload))
+        check_baseline(workload, of_round[BASELINE])
+        for name, answer in of_round.items():
+            answers[name][number] = answer
+    for name, of_rounds in answers.items():
+        figures[name] = summarise(of_rounds, answers[BASELINE])
     return figures
 
 
-def summarise(
-    answers: list[dict[str, Any]], by_hand: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return the median ratio to the loop by hand, its quarters, and the rest."""
-    failed = [answer for answer in answers if "error" in answer]
-    if failed:
-        return failed[0]
-    ratios = [
-        answer["seconds"] / base["seconds"]
-        for answer, base in zip(answers, by_hand, strict=True)
-    ]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    median = statistics.median(answer["seconds"] for answer in answers)
-    return {
-        "ratio": statistics.median(ratios),
-        "quarters": [low, high],
-        "seconds": median,
-        "microseconds_a_step": median / answers[0]["steps"] * 1e6,
-        "difference": max(answer["difference"] for answer in answers),
-        "peak_ratio": answers[-1]["peak_bytes"] / max(1, by_hand[-1]["peak_bytes"]),
-        "ratios": ratios,
-    }
+def check_baseline(workload: str, answer: dict[str, Any]) -> None:
+    """End everything if there is nothing to compare with."""
+    if "error" in answer:
+        sys.exit(f"The loop by hand fails at ({workload}): {answer['error']}")
 
 
-def create_table(results: dict[str, Any]) -> str:
-    """Return the results as a table in Markdown, with notes."""
-    workloads = list(results["workloads"])
-    names = results["contenders"]
-    notes: list[str] = []
-    rows = [
-        "| | " + " | ".join(f"({workload})" for workload in workloads) + " |",
-        "|---" * (len(workloads) + 1) + "|",
-    ]
-    for name in names:
-        cells = []
-        for workload in workloads:
-            figures = results["workloads"][workload].get(name)
-            cells.append(_cell(name, workload, figures, results, notes))
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    by_hand = {
-        workload: results["workloads"][workload][BASELINE] for workload in workloads
-    }
-    cells = [
-        f"{figures['seconds']:.2f} s"
-        if workload in MEASURED_AS_PROCESS
-        else f"{figures['microseconds_a_step']:.0f} µs"
-        for workload, figures in by_hand.items()
-    ]
-    rows.append("| *by hand: a process or a step* | " + " | ".join(cells) + " |")
-    intro = (
-        f"{results['date']}, torch {results['torch']}, {results['device']}, "
-        f"{results['machine']}, Python {results['python']}: median of "
-        f"{results['rounds']} rounds, with the quarters around it."
-    )
-    return "\n".join([intro, "", *rows, "", *notes])
+def for_all(
+    contenders: list[Contender], do: Callable[[Contender], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Let all contenders do something at which time does not matter, on all cores."""
+    by_hand, *others = contenders
+    answers = {by_hand.name: do(by_hand)}  # the others compare themselves with it
+    # More processes at once than one could need more memory than a GPU has.
+    is_on_cpu = by_hand.device == "cpu"
+    with ThreadPoolExecutor(os.cpu_count() if is_on_cpu else 1) as pool:
+        of_others = pool.map(do, others)
+        answers.update(zip([one.name for one in others], of_others, strict=True))
+    return answers
 
 
-def _cell(
-    name: str,
-    workload: str,
-    figures: dict[str, Any] | None,
-    results: dict[str, Any],
-    notes: list[str],
-) -> str:
-    if figures is None or "error" in figures:
-        reason = results["skipped"].get(name) or (figures or {}).get("error", "")
-        note = f"- {name}: {reason}"
-        if note not in notes:
-            notes.append(note)
-        return "-"
-    low, high = figures["quarters"]
-    text = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})"
-    if figures["difference"] > LARGEST_DIFFERENCE:
-        text += " \\*"
-        notes.append(
-            f"- \\* {name} ({workload}) ends with other parameters than the loop by "
-            f"hand: the largest difference is {figures['difference']:.1e}."
-        )
-    return f"**{text}**" if name == OURS else text
+def warm_up(one: Contender, workload: str) -> dict[str, Any]:
+    """Let a contender do the work once, or import what it needs; it is not counted."""
+    if not WORKLOADS[workload].in_whole_processes:
+        return one.ask("prepare", workload)
+    answer = one.time_import()
+    return answer if "error" in answer else {}
 
 
-def write_page(table: str) -> None:
-    """Put the table between its marks in the documentation."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+def take_turn(one: Contender, workload: str) -> dict[str, Any]:
+    """Measure a contender once at a workload."""
+    measures = WORKLOADS[workload].measures
+    if measures == "process":
+        return one.time_process(workload)
+    if measures == "import":
+        return one.time_import()
+    return one.ask("run", workload)
+
+
+def measure_all(
+    names: list[str], python: Path, options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Measure all workloads, and return the figures by workload and contender."""
+    figures = {}
+    size = "quick" if options.quick else "full"
+    contenders: list[Contender] = []
+    kind = None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for workload in options.workload:
+                say(f"Workload ({workload}): {WORKLOADS[workload].title}")
+                # Processes are kept from workload to workload, but not for those that
+                # measure memory; and Accelerate takes the precision of the first run
+                # for all of them.
+                if kind != (kind := WORKLOADS[workload].kind_of_process):
+                    stop_all(contenders)
+                    variables = variables_of(options.device, kind)
+                    contenders = [
+                        Contender(name, python, options.device, folder, size, variables)
+                        for name in names
+                    ]
+                figures[workload] = measure(workload, contenders, options.rounds)
+        finally:
+            stop_all(contenders)
+    return figures
+
+
+def stop_all(contenders: list[Contender]) -> None:
+    """End the processes of all contenders."""
+    for one in contenders:
+        one.stop()
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -342,18 +258,40 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="little work, no table in the docs"
     )
     parser.add_argument(
-        "--contender", action="append", choices=CONTENDERS, metavar="NAME"
+        "--contender",
+        action="append",
+        choices=CONTENDERS,
+        metavar="NAME",
+        help=f"one of: {', '.join(CONTENDERS)}; may be repeated; by default all",
     )
     parser.add_argument(
-        "--workload", action="append", choices=WORKLOADS, metavar="LETTER"
+        "--workload",
+        action="append",
+        choices=list(WORKLOADS),
+        metavar="LETTER",
+        help=f"one of: {', '.join(WORKLOADS)}; may be repeated; by default all",
     )
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=int, help="how often everybody takes a turn")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (3 if options.quick else 11)
-    options.size = 50 if options.quick else 400
-    default_workloads = QUICK_WORKLOADS if options.quick else WORKLOADS
-    options.workload = options.workload or default_workloads
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    for workload in options.workload or []:
+        is_too_much = WORKLOADS[workload].needs_gpu and options.device == "cpu"
+        if is_too_much and not options.quick:
+            parser.error(
+                f"workload ({workload}) needs a GPU: give --device, or try it at a "
+                "tiny size with --quick"
+            )
+    options.is_whole = not (
+        options.quick or options.contender or options.workload or options.rounds
+    )
+    options.rounds = options.rounds or (1 if options.quick else None)
+    options.workload = options.workload or [
+        workload
+        for workload, plan in WORKLOADS.items()
+        if options.device != "cpu" or not plan.needs_gpu
+    ]
     chosen = options.contender or CONTENDERS
     options.contender = [
         name for name in CONTENDERS if name in chosen or name in (BASELINE, OURS)
@@ -362,48 +300,52 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Build the environment, measure, print and write the table."""
+    """Build the environment, measure, print and write the tables."""
     options = parse_arguments()
-    skipped = build_environment([name for name in options.contender if name in PEERS])
+    environment = Environment()
+    skipped = environment.build([name for name in options.contender if name in PEERS])
     names = [name for name in options.contender if name not in skipped]
+    code = "import torch; print(torch.__version__)"
     torch_version = subprocess.run(
-        [str(PYTHON), "-c", "import torch; print(torch.__version__)"],
+        [str(environment.python), "-c", code],
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
+    load = os.getloadavg()[0]
+    start = time.perf_counter()
+    figures = measure_all(names, environment.python, options)
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch_version,
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before",
+        "machine": f"{os.cpu_count()} cores, load {load:.1f} before",
         "device": options.device,
+        "minutes": (time.perf_counter() - start) / 60,
         "rounds": options.rounds,
         "contenders": options.contender,
         "skipped": skipped,
-        "workloads": {},
+        "workloads": figures,
     }
-    for workload in options.workload:
-        _say(f"Workload ({workload}): {', '.join(names)}")
-        results["workloads"][workload] = measure(
-            workload, names, options.rounds, options.size, options.device
-        )
-    table = create_table(results)
-    print(table)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    if not options.quick:
-        write_page(table)
+    table, memory_table = create_table(results), create_memory_table(results)
+    print(f"{table}\n\nPeak memory\n\n{memory_table}" if memory_table else table)
+    if options.is_whole:
+        on = "" if options.device == "cpu" else " on a GPU"
+        write_between_marks(PAGE, f"table{on}", table)
+        write_between_marks(PAGE, f"memory{on}", memory_table)
     failures = [
-        f"{name} ({workload}): {figures['error']}"
-        for workload, of_workload in results["workloads"].items()
-        for name, figures in of_workload.items()
-        if figures.get("is_failure")
+        f"{name} ({workload}): {of_contender['error']}"
+        for workload, of_workload in figures.items()
+        for name, of_contender in of_workload.items()
+        if of_contender.get("is_failure")
     ]
     if failures:
         sys.exit("\n".join(["These failed:", *failures]))
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell whoever waits how far it is."""
     print(text, file=sys.stderr, flush=True)
 
 
