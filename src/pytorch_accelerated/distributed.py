@@ -55,6 +55,15 @@ class PreparedModel:
         }
         self.was_compiled = hasattr(model, "_orig_mod")
 
+    def is_unwrapped(self, model: nn.Module) -> bool:
+        """Say whether this is the model as it came, and it came without wrappers."""
+        wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        return (
+            model is self._model
+            and not self.was_compiled
+            and not isinstance(model, wrappers)
+        )
+
     def restore(self) -> None:
         """Put back what preparation replaced on the model."""
         for name in self._MARKS:

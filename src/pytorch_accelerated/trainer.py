@@ -1056,6 +1056,9 @@ class Trainer(ResumableRun):
         except CheckpointError as error:
             # In a run that went well it was waited for before: another error is raised.
             self.print(f"While cleaning up after an error: {error}")
+        except KeyboardInterrupt:
+            self._background_writer.abandon()
+            raise
 
     def _seed_run(self) -> None:
         if self.seed is None:
@@ -1374,6 +1377,9 @@ class Trainer(ResumableRun):
                 clean_up()
             except Exception as another:  # noqa: PERF203 (each one on its own)
                 self.print(f"While cleaning up after an error: {another!r}")
+            except KeyboardInterrupt:  # a second Ctrl-C
+                self._background_writer.abandon()
+                raise
 
     def _explain(self, error: BaseException) -> None:
         explain(
@@ -1428,6 +1434,10 @@ class Trainer(ResumableRun):
         Args:
             keep_torch_compile: Whether a compiled model stays compiled.
         """
+        if self._prepared_model is not None and self._prepared_model.is_unwrapped(
+            self.model
+        ):
+            return self.model  # Accelerate would search the disk for DeepSpeed first
         model: nn.Module = self._accelerator.unwrap_model(
             self.model, keep_torch_compile=keep_torch_compile
         )
