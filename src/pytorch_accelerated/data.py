@@ -14,16 +14,13 @@ was interrupted. The pieces:
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import random
 import time
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from multiprocessing.connection import wait
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -44,6 +41,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from pytorch_accelerated import workers
+
 
 class _AutoNumWorkers(int):
     """Stands for "measure what is best" among a loader's arguments."""
@@ -56,11 +55,6 @@ HAND_OVER_SECONDS = 2e-3
 
 # One to know which is the last, one to copy to the device, and the present one.
 _MOST_FETCHED_AHEAD = 4
-
-# After which a worker that is still at one batch says where it is, if the loader has no
-# timeout; else it does so after this share of it.
-_STUCK_SECONDS = 300.0
-_STUCK_SHARE = 0.8
 
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 
@@ -343,7 +337,7 @@ class _BatchDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate_fn: Any, timeout: float = 0) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
-        self._stuck_seconds = _STUCK_SHARE * timeout if timeout else _STUCK_SECONDS
+        self._report = workers.report_before(timeout)
         self.is_first = True
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
         self._random_state = _RandomState()
@@ -352,7 +346,7 @@ class _BatchDataset(Dataset[Any]):
         if get_worker_info() is None:
             return self.fetch_here(indices)
         seed_everything(indices.seed)
-        with _stack_printed_after(self._stuck_seconds):
+        with self._report:
             return self._fetch(indices)
 
     def fetch_here(self, indices: SeededIndices) -> Any:
@@ -373,18 +367,6 @@ class _BatchDataset(Dataset[Any]):
                 error.add_note(f"Raised by sample {indices[len(samples)]}.")
             raise
         return self.collate_fn(samples)
-
-
-@contextmanager
-def _stack_printed_after(seconds: float) -> Iterator[None]:
-    """Print where this process is, if the block takes longer."""
-    # Where the standard error is no file, as in some notebooks, it cannot be done.
-    with suppress(AttributeError, OSError, RuntimeError, ValueError):
-        faulthandler.dump_traceback_later(seconds)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def seed_everything(seed: int) -> None:
@@ -483,6 +465,22 @@ def is_plain(loader: Any) -> bool:
     )
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the random generators of its own that a loader takes its order from.
+
+    They are those of the user, and one that Accelerate makes for several processes.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), sampler)
+    found = [
+        getattr(part, name, None)
+        for part in parts
+        for name in ("generator", "synchronized_generator")
+    ]
+    unique = {id(each): each for each in found if isinstance(each, torch.Generator)}
+    return list(unique.values())
+
+
 class PlannedLoader:
     """The loader that the trainer iterates over in place of a plain ``DataLoader``.
 
@@ -529,7 +527,7 @@ class PlannedLoader:
         self._in_memory = InMemoryDataset.of(loader)
         self._batches = _BatchDataset(loader.dataset, loader.collate_fn, loader.timeout)
         self._loader = self._rebuild(loader, persistent_workers)
-        self._iteration = _LastIteration()
+        self._iteration = workers.LastIteration()
 
     def _rebuild(
         self, loader: DataLoader[Any], persistent_workers: bool
@@ -626,50 +624,6 @@ class PlannedLoader:
             yield [tensor.pin_memory() for tensor in batch] if pin else batch
 
 
-class _LastIteration:
-    """Remembers the last iteration over a loader whose workers may have to be ended.
-
-    The traceback of an error keeps an iteration, and with it the workers, for as long
-    as the error itself is kept, for instance by a notebook.
-    """
-
-    def __init__(self) -> None:
-        self._iterator: Any = None
-
-    def of(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Start an iteration."""
-        iterator: Any = iter(loader)
-        if not hasattr(iterator, "_shutdown_workers"):
-            self._iterator = None
-            return iterator  # type: ignore[no-any-return]
-        self._iterator = weakref.ref(iterator)
-        return _naming_dead_workers(iterator)
-
-    def stop_workers(self) -> None:
-        """End the workers of the iteration."""
-        iterator = self._iterator and self._iterator()
-        if iterator is not None:
-            iterator._shutdown_workers()
-
-
-def _naming_dead_workers(batches: Any) -> Iterator[Any]:
-    """Yield batches from workers; raise the error of torch if one dies.
-
-    Where it dies while a batch is taken over from it, torch leaves the error as it is.
-    """
-    try:
-        yield from batches
-    except (ConnectionError, EOFError, FileNotFoundError) as error:
-        ended = wait([worker.sentinel for worker in batches._workers], timeout=1)
-        dead = [each.pid for each in batches._workers if each.sentinel in ended]
-        if not dead:
-            raise
-        raise RuntimeError(
-            f"DataLoader worker (pid(s) {', '.join(map(str, dead))}) exited "
-            "unexpectedly"
-        ) from error
-
-
 class DeviceLoader:
     """Moves the batches of any iterable to the device, and changes nothing else.
 
@@ -694,7 +648,7 @@ class DeviceLoader:
         )
         self._places: dict[int, Any] = {}
         self._num_fetched = 0
-        self._iteration = _LastIteration()
+        self._iteration = workers.LastIteration()
 
     def place_after(self, num_batches: int) -> Any:
         """Return the state of the loader or dataset after some batches of this epoch.

@@ -25,6 +25,11 @@ _ABOUT_WORKERS = {
         "full: enlarge /dev/shm. Anything else is a crash in code that the dataset "
         "calls: num_workers=0 shows where."
     ),
+    r"unable to .* shared memory": (
+        "Shared memory, through which the workers of a data loader pass batches on, is "
+        "full: enlarge /dev/shm (docker run --shm-size), or use fewer num_workers, a "
+        "smaller prefetch_factor or smaller batches."
+    ),
     r"Caught MemoryError in DataLoader worker": (
         "The memory of the host was exhausted in a worker process of a data loader. "
         "Use fewer num_workers, a smaller prefetch_factor or smaller batches."

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-# Others that wait for the same process give up at about the same time.
-_SECONDS_FOR_OTHERS = 3.0
+# Others that wait for the same process give up at about the same time; where a
+# connection was closed, they do so at once.
+_SECONDS_AFTER_TIMEOUT = 5.0
+_SECONDS_AFTER_CLOSING = 2.0
 # The store of the job may be out of reach, and then not answer at all.
 _SECONDS_FOR_STORE = 2.0
 
@@ -52,10 +54,10 @@ def has_lost_contact(error: BaseException) -> bool:
 
 
 def exchange(error: BaseException, where: str) -> list[str]:
-    """Leave the last words of this process, and return those of the others.
+    """Leave the last words of this process; if it has lost contact, return the others'.
 
-    One that has lost contact waits for them for some seconds, and names those that say
-    nothing. Never raises an error.
+    It waits for them for some seconds, and names the processes that say nothing. Never
+    raises an error.
 
     Args:
         error: What ends the run of this process.
@@ -66,41 +68,41 @@ def exchange(error: BaseException, where: str) -> list[str]:
     """
     if PartialState().num_processes == 1:
         return []
-    is_victim = has_lost_contact(error)
-    words = _LOST if is_victim else f"raised {_shortened(repr(error))}"
+    words, patience = f"raised {_shortened(repr(error))} {where}", 0.0
+    if has_lost_contact(error):
+        words = f"{_LOST} {where}"
+        is_timeout = "Timed out" in str(error)
+        patience = _SECONDS_AFTER_TIMEOUT if is_timeout else _SECONDS_AFTER_CLOSING
+    name = f"last_words/{next(_failed_runs)}"
     sentences: list[str] = []
     thread = threading.Thread(
-        target=_exchange,
-        args=(f"last_words/{next(_failed_runs)}", f"{words} {where}", sentences),
-        daemon=True,
+        target=_exchange, args=(name, words, patience, sentences), daemon=True
     )
     thread.start()
-    thread.join(_SECONDS_FOR_STORE + is_victim * _SECONDS_FOR_OTHERS)
+    thread.join(_SECONDS_FOR_STORE + patience)
     return list(sentences)
 
 
-def _exchange(name: str, words: str, sentences: list[str]) -> None:
-    state, is_victim = PartialState(), words.startswith(_LOST)
-    deadline = time.monotonic() + is_victim * _SECONDS_FOR_OTHERS
-    has_culprit = not is_victim
+def _exchange(name: str, words: str, patience: float, sentences: list[str]) -> None:
+    me, deadline = PartialState().process_index, time.monotonic() + patience
     try:
         c10d: Any = torch.distributed.distributed_c10d
         store = c10d.PrefixStore(name, c10d._get_default_store())
-        store.set(str(state.process_index), words)
-        for process in range(state.num_processes):
-            if process == state.process_index:
-                continue
-            said = _wait_for(str(process), store, deadline)
-            if said or is_victim:
+        store.set(str(me), words)
+        if not patience:
+            return
+        all_have_lost = True
+        for process in range(PartialState().num_processes):
+            if process != me:
+                said = _wait_for(str(process), store, deadline)
                 sentences.append(f"Process {process} {said or _NOTHING}.")
-            has_culprit = has_culprit or not said.startswith(_LOST)
-        if not has_culprit:
+                all_have_lost = all_have_lost and said.startswith(_LOST)
+        if all_have_lost:
             sentences.append(_ALL_WAIT)
-        if is_victim and state.process_index == 0:
-            time.sleep(1)  # others may be about to read what is kept here
+        if me == 0:
+            time.sleep(0.5)  # others may be about to read what is kept here
     except Exception:
-        if is_victim:
-            sentences.append(f"{_owner_of_store()} has ended: see what it printed.")
+        sentences.append(f"{_owner_of_store()} has ended: see what it printed.")
 
 
 def _wait_for(process: str, store: Any, deadline: float) -> str:

@@ -184,7 +184,7 @@ class ResumableRun:
         """
         self._notify("on_before_save")
         self.finish_saving()
-        path = os.path.abspath(output_dir)
+        path = os.path.abspath(os.path.expanduser(output_dir))
         epoch = self.run_history.current_epoch + (self._progress.stage is Stage.ENDED)
         metadata = {"current_epoch": epoch, **(checkpoint_kwargs or {})}
         progress = {
@@ -260,13 +260,13 @@ class ResumableRun:
     def _state_of_process(self) -> dict[str, Any]:
         """Return what this process has of its own."""
         progress = self._progress
-        state = {
-            "random_states": checkpoint.get_random_states(),
-            "epoch_random_states": self._epoch_random_states,
+        state: dict[str, Any] = {
+            "random_states": self._random_states(),
             "window": self._window.state_dict(),
         }
         if progress.step == 0 or progress.stage is not Stage.TRAINING:
             return state
+        state["epoch_random_states"] = self._epoch_random_states
         state["trackers"] = {
             "loss": self._loss_tracker.state_dict(),
             **{name: t.state_dict() for name, t in self._scalar_trackers.items()},
@@ -421,10 +421,22 @@ class ResumableRun:
             if isinstance(getattr(loader, "plan", None), data.BatchPlan):
                 loader.batch_sampler.seed = data_seed
 
+    def _random_states(self) -> dict[str, Any]:
+        generators = data.generators_of(self._train_dataloader)
+        return {
+            **checkpoint.get_random_states(),
+            "loader": [generator.get_state() for generator in generators],
+        }
+
     def _restore_random_states(self, name: str = "random_states") -> None:
         states = self._resume_state.pop(name, None)
         if states is not None:
             checkpoint.set_random_states(states)
+            generators = data.generators_of(self._train_dataloader)
+            for generator, state in zip(
+                generators, states.get("loader", []), strict=False
+            ):
+                generator.set_state(state)
 
     def _progress_to_save(self) -> RunProgress:
         progress = replace(self._progress)
@@ -446,6 +458,8 @@ class ResumableRun:
         try:
             state = checkpoint.to_storable(self.scheduler.state_dict(), key)
         except Exception as error:
+            if "DataLoader worker" in str(error):
+                raise  # by torch, wherever the main thread happens to be
             self.print(f"The state of the scheduler is not saved: {error}")
             return {}
         return {key: state}

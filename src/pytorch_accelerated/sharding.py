@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from pytorch_accelerated import checkpoint
+
 _SHAPE, _OFFSET, _PART = "shape of the whole", "offset of the part", "part"
 
 
@@ -115,12 +117,7 @@ def read_parts(paths: Iterable[Path]) -> Any:
     Args:
         paths: One file for each process that saved, in any order.
     """
-    return _join(
-        [
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            for path in sorted(paths)
-        ]
-    )
+    return _join([checkpoint.load_file(path, mmap=True) for path in sorted(paths)])
 
 
 def _join(trees: list[Any]) -> Any:

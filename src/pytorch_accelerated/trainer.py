@@ -1169,7 +1169,7 @@ class Trainer(ResumableRun):
         if place is not None and hasattr(train_dl, "go_to"):
             train_dl.go_to(place, first_step)
             return iter(train_dl)
-        self._epoch_random_states = checkpoint.get_random_states()
+        self._epoch_random_states = self._random_states()
         batches: Iterator[Any] = iter(train_dl)
         skip_batches(batches, first_step, train_dl)
         return batches

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pytorch_accelerated import checkpoint
+from pytorch_accelerated.checkpoint._disk import raise_if_out_of_resources
 from pytorch_accelerated.errors import CheckpointError
 
 _FILES = {
@@ -53,9 +54,14 @@ class TrainingState:
 
         Raises:
             TypeError: If it holds something that could not be loaded again safely.
+            CheckpointError: If there is no memory for the copy.
         """
         contents = {each.name: getattr(self, each.name) for each in fields(self)}
-        return TrainingState(**checkpoint.to_storable(contents, "state", copy=True))
+        try:
+            return TrainingState(**checkpoint.to_storable(contents, "state", copy=True))
+        except (MemoryError, RuntimeError) as error:
+            raise_if_out_of_resources(error, "Could not copy the training state")
+            raise
 
     def write(self, path: str | os.PathLike[str], progress: Mapping[str, Any]) -> None:
         """Write a folder that is whole or absent.
@@ -131,11 +137,17 @@ class TrainingState:
             name: saved.load(file) if file in saved.files else None
             for name, file in _FILES.items()
         }
-        for name in ("metadata", "run", "processes"):
-            if contents[name] is None:
+        for name, content in contents.items():
+            kind = list if name == "processes" else dict
+            if content is None and name in ("metadata", "run", "processes"):
                 raise CheckpointError(
                     f"{saved.path} is not a training state: it has no {_FILES[name]}. "
                     "Give a folder that save_training_state wrote."
+                )
+            if content is not None and not isinstance(content, kind):
+                raise CheckpointError(
+                    f"{saved.path} is not a training state: {_FILES[name]} holds a "
+                    f"{type(content).__name__} instead of a {kind.__name__}."
                 )
         has_parts = any(name.startswith(f"{_PARTS}/") for name in saved.files)
         has_model = not has_parts or not _WEIGHTS.isdisjoint(saved.files)

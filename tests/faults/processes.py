@@ -5,6 +5,7 @@ Importing torch takes longer than a trial; forking takes a few milliseconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from accelerate.state import AcceleratorState
 
 HANG_SECONDS = 120
 
@@ -25,10 +28,17 @@ class Job:
         function: Called in each process; an exception makes its exit code 1.
         num_processes: How many; more than one form a group of torch.distributed.
         log: File for what they print.
+        own_group: Whether the first process leads a group of processes, to which those
+            that it starts belong.
     """
 
     def __init__(
-        self, function: Callable[[], None], log: Path, num_processes: int = 1
+        self,
+        function: Callable[[], None],
+        log: Path,
+        num_processes: int = 1,
+        *,
+        own_group: bool = False,
     ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +51,8 @@ class Job:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pid = os.fork()
             if pid == 0:
+                if own_group:
+                    os.setpgid(0, 0)
                 _run_in_child(function, rank, num_processes, port, log)
             self.pids.append(pid)
 
@@ -49,6 +61,21 @@ class Job:
         for pid in self.pids if rank is None else [self.pids[rank]]:
             if pid not in self.codes:
                 os.kill(pid, signal_number)
+
+    def interrupt(self) -> None:
+        """Do what Ctrl-C does in a terminal: interrupt the whole group."""
+        if not self.poll():
+            os.killpg(self.pids[0], signal.SIGINT)
+
+    def wait_for_group(self, seconds: float = 15) -> str | None:
+        """Say which processes of the group are still there after some time."""
+        deadline = time.monotonic() + seconds
+        while left := _members_of_group(self.pids[0]):
+            if time.monotonic() > deadline:
+                os.killpg(self.pids[0], signal.SIGKILL)
+                return f"processes that are left: {left}"
+            time.sleep(0.01)
+        return None
 
     def poll(self) -> bool:
         """Say whether all have ended."""
@@ -70,10 +97,10 @@ class Job:
             time.sleep(0.005)
         return [self.codes[pid] for pid in self.pids]
 
-    def wait_or_explain(self) -> str | None:
+    def wait_or_explain(self, seconds: float = HANG_SECONDS) -> str | None:
         """Wait for all to end; say what went wrong if one did not end well."""
         try:
-            codes = self.wait()
+            codes = self.wait(seconds)
         except TimeoutError as error:
             return str(error)
         if not any(codes):
@@ -85,6 +112,18 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def _members_of_group(group: int) -> list[str]:
+    members = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, its_group = (
+                (process / "stat").read_text().rpartition(") ")[2].split()[:3]
+            )
+            if int(its_group) == group and state != "Z":
+                members.append(process.name)
+    return members
 
 
 def _run_in_child(
@@ -106,10 +145,14 @@ def _run_in_child(
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
             )
+        AcceleratorState._reset_state(reset_partial_state=True)
         function()
         code = 0
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:

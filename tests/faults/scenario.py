@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
@@ -27,6 +27,7 @@ from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     TerminateOnNaNCallback,
+    TrainerCallback,
 )
 from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 
@@ -70,6 +71,20 @@ class ScaledLoss(Trainer):
         return {**output, "num_items_in_batch": 2 * output["batch_size"] + 1}
 
 
+class SaveInWindows(TrainerCallback):
+    """Saves after each batch that does not close its window of accumulation."""
+
+    called_last = ("on_train_step_end",)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_step_end(self, trainer, batch, batch_output, step, **kwargs):
+        if (step + 1) % trainer.run_config.gradient_accumulation_steps:
+            # A name that comes after the "step_..." with as many updates.
+            trainer.save_training_state(self.folder / f"window_{trainer.num_steps:03}")
+
+
 @dataclass(frozen=True)
 class Scenario:
     """How the run is set up; two with equal settings end with equal weights."""
@@ -79,6 +94,7 @@ class Scenario:
     batch_size: int = 4
     accumulation: int = 3
     num_workers: int = 0
+    loader_kwargs: tuple[tuple[str, Any], ...] = ()
     precision: str = "no"
     counts_items: bool = False
     in_memory: bool = False
@@ -89,6 +105,9 @@ class Scenario:
     save_kwargs: tuple[tuple[str, Any], ...] = ()
     patience: int = 3
     save_best: bool = True
+    saves_in_windows: bool = False
+    own_loader: bool = False
+    own_generator: bool = True
     ends_schedule: bool = True
 
     def with_(self, **changes: Any) -> Scenario:
@@ -112,6 +131,7 @@ class Scenario:
                     max_checkpoints=self.max_checkpoints,
                     **dict(self.save_kwargs),
                 ),
+                *([SaveInWindows(folder / "states")] if self.saves_in_windows else ()),
                 *self.callbacks,
             ],
             seed=self.seed,
@@ -127,7 +147,14 @@ class Scenario:
 
     def train_dataset(self) -> Any:
         data = Augmented(self.num_samples)
-        return TensorDataset(data.inputs, data.targets) if self.in_memory else data
+        if not (self.in_memory or self.own_loader):
+            return data
+        samples = TensorDataset(data.inputs, data.targets)
+        return self._loader_of(samples) if self.own_loader else samples
+
+    def _loader_of(self, samples: Any) -> Any:
+        order = torch.Generator().manual_seed(3) if self.own_generator else None
+        return DataLoader(samples, self.batch_size, shuffle=True, generator=order)
 
     def eval_dataset(self) -> Any:
         data = Augmented(10)
@@ -148,7 +175,9 @@ class Scenario:
             create_scheduler_fn=ONE_CYCLE
             if self.ends_schedule
             else partial(ExponentialLR, gamma=0.9),
-            train_dataloader_kwargs={"num_workers": self.num_workers},
+            train_dataloader_kwargs=None
+            if self.own_loader
+            else {"num_workers": self.num_workers, **dict(self.loader_kwargs)},
             eval_dataloader_kwargs={"num_workers": 0},
             resume_from=resume_from,
         )

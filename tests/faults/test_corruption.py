@@ -35,11 +35,15 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
-def write_zeros(file):
+def overwrite(file):
     content = bytearray(file.read_bytes())
     start = random.randrange(len(content))
     content[start : start + 100] = b"\1" * len(content[start : start + 100])
     file.write_bytes(content)
+
+
+def empty(file):
+    file.write_bytes(b"")
 
 
 def json_in(file):
@@ -59,9 +63,6 @@ def raise_format_version(file):
     (file.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
-DAMAGES = [truncate, truncate, flip_a_bit, flip_a_bit, write_zeros, remove]
-
-
 def read_quietly(folder):
     """Return the newest whole one and the warnings about the others."""
     with warnings.catch_warnings(record=True) as caught:
@@ -71,20 +72,39 @@ def read_quietly(folder):
 
 
 @pytest.mark.fault("damaged, truncated or missing file, newer format")
-def test_any_damage_is_named_and_auto_falls_back(saved, tmp_path, trials):
-    for number in range(trials.count(150)):
-        states = shutil.copytree(saved, tmp_path / f"{number}")
-        newest, before = (
-            state.path for state in reversed(checkpoint.list_checkpoints(states)[-2:])
-        )
-        file = random.choice(sorted(newest.iterdir()))
-        damage = random.choice([*DAMAGES, raise_format_version])
-        before_damage = json_in(file)
-        damage(file)
-        if before_damage is not None and json_in(file) == before_damage:
-            continue  # 1e-05 has become 1E-05
-        trials.add(what_is_wrong(newest, before, file, damage))
-        shutil.rmtree(states)
+@pytest.mark.parametrize(
+    ("damage", "number"),
+    [(truncate, 200), (flip_a_bit, 200), (overwrite, 40), (raise_format_version, 2)],
+    ids=["truncated", "a bit flipped", "overwritten", "newer format"],
+)
+def test_any_damage_is_named_and_auto_falls_back(
+    damage, number, saved, tmp_path, trials
+):
+    while trials.number < trials.count(number):
+        file = random.choice(sorted((saved / "final").iterdir()))
+        try_damage(file, damage, tmp_path / "states", trials)
+
+
+@pytest.mark.fault("damaged, truncated or missing file, newer format")
+@pytest.mark.parametrize("damage", [remove, empty])
+def test_any_file_may_be_missing_or_empty(damage, saved, tmp_path, trials):
+    for file in sorted((saved / "final").iterdir()):
+        try_damage(file, damage, tmp_path / "states", trials)
+    assert trials.number == 7
+
+
+def try_damage(file, damage, states, trials):
+    """Damage a file in a copy of the newest two states."""
+    newest = file.parent
+    before = states / checkpoint.list_checkpoints(newest.parent)[-2].path.name
+    for name in (newest.name, before.name):
+        shutil.copytree(newest.with_name(name), states / name)
+    file = states / newest.name / file.name
+    before_damage = json_in(file)
+    damage(file)
+    if before_damage is None or json_in(file) != before_damage:  # 1e-05 equals 1E-05
+        trials.add(what_is_wrong(file.parent, before, file, damage))
+    shutil.rmtree(states)
 
 
 def what_is_wrong(newest, before, file, damage):

@@ -5,6 +5,8 @@ from scenario import Scenario, difference, fingerprint
 
 from pytorch_accelerated import checkpoint
 
+loads_again = pytest.mark.filterwarnings("ignore:To find its place")
+
 
 @pytest.mark.fault("resume from every update and epoch of a run")
 @pytest.mark.parametrize(
@@ -17,6 +19,16 @@ from pytorch_accelerated import checkpoint
         pytest.param(Scenario(counts_items=True), id="counted items"),
         pytest.param(Scenario(in_memory=True), id="in memory"),
         pytest.param(Scenario(seed=None), id="no seed"),
+        pytest.param(
+            Scenario(own_loader=True),
+            id="a loader with a generator",
+            marks=loads_again,
+        ),
+        pytest.param(
+            Scenario(own_loader=True, own_generator=False),
+            id="a loader without a generator",
+            marks=loads_again,
+        ),
     ],
 )
 def test_a_run_resumed_at_any_update_ends_as_if_never_stopped(

@@ -1,26 +1,35 @@
 """Processes that die, code that raises, losses that are no numbers, Ctrl-C."""
 
+import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
+from functools import partial
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from processes import Job
 from runs import finish, result_of, undisturbed
 from scenario import Augmented, Scenario, difference, fingerprint
 
-from pytorch_accelerated import checkpoint
+from pytorch_accelerated import Trainer, checkpoint
 from pytorch_accelerated.callbacks import (
+    LogMetricsCallback,
     PreemptionCallback,
     ProgressBarCallback,
     TrainerCallback,
 )
 from pytorch_accelerated.errors import NonFiniteLossError
+from pytorch_accelerated.tracking import InMemoryRunHistory
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
@@ -32,12 +41,12 @@ class Raise(TrainerCallback):
     def __init__(self, event, error, count=1):
         self.left = count
 
-        def act(trainer, **kwargs):
+        def act(self, trainer, **kwargs):
             self.left -= 1
             if self.left == 0:
                 raise error
 
-        setattr(self, event, act)
+        setattr(self, event, MethodType(act, self))
 
 
 # --------------------------------------------------------------- processes that die
@@ -47,7 +56,7 @@ class Raise(TrainerCallback):
 def test_the_other_process_ends_with_an_error_and_a_new_run_goes_on(tmp_path, trials):
     scenario = Scenario(num_epochs=6)
     expected, seconds = undisturbed(scenario, tmp_path / "undisturbed", 2)
-    for number in range(trials.count(5)):
+    for number in range(trials.count(8)):
         folder = tmp_path / f"trial {number}"
         job = Job(finish(scenario, folder), folder / "log", 2)
         while not (folder / "states" / "step_2").exists():
@@ -57,8 +66,13 @@ def test_the_other_process_ends_with_an_error_and_a_new_run_goes_on(tmp_path, tr
         job.kill(signal.SIGKILL, rank=victim)
         codes = job.wait(60)
         assert codes[victim] == -signal.SIGKILL, "the trial is too late"
-        if codes[1 - victim] != 1:
-            trials.add(f"exit codes {codes}")
+        # The first keeps what they say to each other.
+        said = "Process 1 has said nothing" if victim else "Process 0 has ended"
+        if sys.version_info < (3, 11):
+            said = ""
+        printed = job.log.read_text()
+        if codes[1 - victim] != 1 or said not in printed:
+            trials.add(f"exit codes {codes}: {printed[-2000:]}")
             continue
         again = Job(finish(scenario, folder), folder / "log", 2)
         text = again.wait_or_explain()
@@ -95,44 +109,104 @@ def test_torchrun_starts_again_and_the_run_goes_on(tmp_path, trials):
             trials.add(difference(expected, result_of(folder)))
 
 
-class KillsWorker(Augmented):
-    """Kills the process that reads a sample, unless that is the main one."""
+class SpoiltInWorker(Augmented):
+    """Does something bad when a worker reads a certain sample."""
 
-    def __init__(self, num_samples, main, how):
+    def __init__(self, num_samples, main, spoil, pid_file):
         super().__init__(num_samples)
-        self.main, self.how = main, how
+        self.main, self.spoil, self.pid_file = main, spoil, pid_file
 
     def __getitem__(self, index):
         if index == 5 and os.getpid() != self.main:
-            if isinstance(self.how, Exception):
-                raise self.how
-            os.kill(os.getpid(), self.how)
+            self.pid_file.write_text(str(os.getpid()))
+            self.spoil()
         return super().__getitem__(index)
 
 
-@pytest.mark.fault("a loader's worker dies, a dataset, callback or hook raises")
-@pytest.mark.parametrize(
-    ("how", "error", "text"),
-    [
-        (signal.SIGKILL, RuntimeError, "killed by signal: Killed"),
-        (signal.SIGSEGV, RuntimeError, "Segmentation fault"),
-        (OSError("bad sample"), OSError, "bad sample"),
-    ],
-)
-def test_a_worker_that_dies_ends_the_run_with_an_error(
-    how, error, text, tmp_path, trials
-):
-    class WithKiller(Scenario):
-        def train_dataset(self):
-            return KillsWorker(self.num_samples, os.getpid(), how)
+def raise_(error):
+    raise error
 
-    scenario = WithKiller(num_workers=2)
-    trainer = scenario.create_trainer(tmp_path)
-    with pytest.raises(error, match=text) as caught:
-        scenario.run(tmp_path, trainer=trainer)
-    assert "The run ended in epoch 1 (training)" in notes_of(caught.value)
+
+IN_WORKER = {
+    "killed": (
+        lambda: os.kill(os.getpid(), signal.SIGKILL),
+        RuntimeError,
+        ["memory of the host or container is used up"],
+    ),
+    "crashed": (
+        lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        RuntimeError,
+        ["num_workers=0 shows where"],
+    ),
+    "left": (
+        lambda: os._exit(0),
+        RuntimeError,
+        ["exited unexpectedly", "num_workers=0 shows where"],
+    ),
+    "raised": (
+        lambda: raise_(OSError("bad sample")),
+        OSError,
+        ["bad sample", "in __getitem__", "Raised by sample 5."],
+    ),
+    "out of memory": (
+        lambda: raise_(MemoryError("too large")),
+        MemoryError,
+        ["too large", "exhausted in a worker process", "Raised by sample 5."],
+    ),
+}
+WORKERS = [(1, True), (2, True), (2, False)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_weights(tmp_path_factory):
+    return undisturbed(Scenario(), tmp_path_factory.mktemp("undisturbed"))[0]
+
+
+@pytest.mark.fault("a loader's worker dies or raises an error")
+@pytest.mark.parametrize("kind", IN_WORKER)
+def test_a_worker_that_fails_ends_the_run_with_an_error_and_a_new_run_goes_on(
+    kind, tmp_path, trials, undisturbed_weights
+):
+    spoil, error, texts = IN_WORKER[kind]
+    jobs = []
+    for num_workers, persistent in WORKERS:
+        folder = tmp_path / f"{num_workers} {persistent}"
+        scenario = Scenario(
+            num_workers=num_workers,
+            loader_kwargs=(("persistent_workers", persistent),),
+        )
+        run = partial(fail_in_worker, scenario, folder, spoil, error, texts)
+        jobs.append((scenario, folder, Job(run, folder / "log", own_group=True)))
+    for scenario, folder, job in jobs:
+        text = job.wait_or_explain(30) or job.wait_for_group()
+        if text is None:
+            again = Job(finish(scenario, folder), folder / "log")
+            text = again.wait_or_explain()
+        trials.add(text or difference(undisturbed_weights, result_of(folder)))
+
+
+def fail_in_worker(scenario, folder, spoil, error, texts):
+    class WithSpoiltData(type(scenario)):
+        def train_dataset(self):
+            main, pid_file = os.getpid(), folder / "pid"
+            return SpoiltInWorker(self.num_samples, main, spoil, pid_file)
+
+    # What safetensors does when torch raises its error in the middle of it.
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+    scenario = WithSpoiltData(**vars(scenario))
+    trainer = scenario.create_trainer(folder)
+    with pytest.raises(error) as caught:
+        scenario.run(folder, trainer=trainer)
+    told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    if error is RuntimeError:
+        pid = (folder / "pid").read_text()
+        assert re.search(rf"\(pid\S* {pid}\) (is killed by|exited unexpectedly)", told)
+    if sys.version_info >= (3, 11):
+        assert all(text in told for text in texts), told
+        assert "The run ended in epoch 1 (training), after " in told
+    # The error, which is still here, does not keep the workers.
+    assert multiprocessing.active_children() == []
     assert type(trainer.model) is torch.nn.Sequential
-    trials.add(None)
 
 
 def notes_of(error):
@@ -160,39 +234,190 @@ EVENTS = [
 ]
 
 
-@pytest.mark.fault("a loader's worker dies, a dataset, callback or hook raises")
-@pytest.mark.parametrize("error", [OSError("broken"), KeyboardInterrupt()], ids=repr)
+HOOKS = [
+    "training_run_start",
+    "train_epoch_start",
+    "calculate_train_batch_loss",
+    "backward_step",
+    "optimizer_step",
+    "scheduler_step",
+    "optimizer_zero_grad",
+    "train_epoch_end",
+    "eval_epoch_start",
+    "calculate_eval_batch_loss",
+    "eval_epoch_end",
+    "training_run_epoch_end",
+    "training_run_end",
+]
+ERRORS = [OSError("broken"), KeyboardInterrupt(), SystemExit(3)]
+
+
+class Observed:
+    """A run with a bar, handlers and folders, and what it leaves of them."""
+
+    def __init__(self, tmp_path, *callbacks, **changes):
+        self.heard = []
+        self.bars = ProgressBarCallback()
+        heard = self.heard
+
+        class Listen(TrainerCallback):
+            def on_training_run_end(self, trainer, **kwargs):
+                heard.append("end")
+
+            def on_exception(self, trainer, exception, **kwargs):
+                heard.append(exception)
+
+        own = (PreemptionCallback, self.bars, Listen, *callbacks)
+        self.scenario = Scenario(callbacks=own, **changes)
+        self.folder = tmp_path
+        self.trainer = self.scenario.create_trainer(tmp_path)
+
+    def raises(self, error):
+        """Run; check that it raises the error, and that it leaves all in order."""
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(type(error)) as caught:
+            self.scenario.run(self.folder, trainer=self.trainer)
+        assert caught.value is error
+        assert self.heard.count(error) == 1
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert self.bars.pbar is None
+        assert self.bars.eval_pbar is None
+        assert type(self.trainer.model) is torch.nn.Sequential
+        assert not (self.folder / "states" / ".lock").exists()
+        return caught.value
+
+    def goes_on(self):
+        """Resume what was saved before, in a new trainer, and use the old one again."""
+        resumed = Scenario().run(self.folder, resume_from="auto")
+        assert resumed.run_history.current_epoch == 4
+        self.scenario.run(self.folder, trainer=self.trainer)
+
+
+@pytest.mark.fault("a hook, callback or tracker raises")
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_error_in_any_event_leaves_everything_in_order(
     event, error, tmp_path, trials
 ):
-    bars = ProgressBarCallback()
-    ended = []
+    run = Observed(tmp_path, Raise(event, error))
+    raised = run.raises(error)
+    if isinstance(error, Exception):
+        assert f"Raised by the callback Raise in the event {event}" in notes_of(raised)
+    assert run.heard.count("end") == 1
+    run.goes_on()
+    trials.add(None)
 
-    class End(TrainerCallback):
-        def on_training_run_end(self, trainer, **kwargs):
-            ended.append("end")
 
-        def on_exception(self, trainer, exception, **kwargs):
-            ended.append(exception)
+@pytest.mark.fault("a hook, callback or tracker raises")
+@pytest.mark.parametrize("error", ERRORS[::2], ids=repr)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_error_in_any_hook_leaves_everything_in_order(
+    hook, error, tmp_path, trials, monkeypatch
+):
+    run = Observed(tmp_path)
+    monkeypatch.setattr(run.trainer, hook, lambda *args, **kwargs: raise_(error))
+    run.raises(error)
+    assert run.heard.count("end") == 1
+    monkeypatch.undo()
+    run.goes_on()
+    trials.add(None)
 
-    callbacks = (PreemptionCallback, bars, End, Raise(event, error))
-    scenario = Scenario(callbacks=callbacks)
-    trainer = scenario.create_trainer(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(type(error)) as caught:
-        scenario.run(tmp_path, trainer=trainer)
-    assert caught.value is error
-    assert ended.count(error) == 1
-    assert ended.count("end") == 1
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert bars.pbar is None
-    assert type(trainer.model) is torch.nn.Sequential
-    assert not (tmp_path / "states" / ".lock").exists()
-    # What was saved before can be resumed, and the trainer can be used again.
-    resumed = Scenario().run(tmp_path, resume_from="auto")
-    assert resumed.run_history.current_epoch == 4
-    scenario.run(tmp_path, trainer=trainer)
+
+@pytest.mark.fault("a hook, callback or tracker raises")
+@pytest.mark.parametrize("while_cleaning_up", ERRORS, ids=repr)
+def test_an_error_while_cleaning_up_after_another_leaves_everything_in_order(
+    while_cleaning_up, tmp_path, trials, capsys
+):
+    error = ValueError("the first one")
+    breaking = Raise("on_exception", while_cleaning_up)
+    run = Observed(tmp_path, Raise("on_train_step_end", error))
+    run.trainer.callback_handler.callbacks.insert(0, breaking)
+    if isinstance(while_cleaning_up, Exception):
+        run.raises(error)
+        assert "While cleaning up after an error: OSError" in capsys.readouterr().out
+    else:
+        # Someone wants to leave at once: that goes first, and hides nothing.
+        run.heard.append(while_cleaning_up)
+        assert run.raises(while_cleaning_up).__context__ is error
+        assert error in run.heard
+    run.goes_on()
+    trials.add(None)
+
+
+class BrokenHistory(InMemoryRunHistory):
+    """Raises an error when one of its attributes is asked for, once it is broken."""
+
+    is_broken = False
+
+    def __init__(self, attribute, error):
+        super().__init__()
+        self.attribute, self.error = attribute, error
+
+    def __getattribute__(self, name):
+        get = super().__getattribute__
+        if get("is_broken") and name == get("attribute"):
+            raise get("error")
+        return get(name)
+
+
+class Break(TrainerCallback):
+    def on_train_step_end(self, trainer, **kwargs):
+        trainer.run_history.is_broken = True
+
+
+@pytest.mark.fault("a hook, callback or tracker raises")
+@pytest.mark.parametrize(
+    "attribute",
+    ["update_metric", "get_latest_metric", "_increment_epoch", "current_epoch"],
+)
+def test_an_error_in_the_run_history_leaves_everything_in_order(
+    attribute, tmp_path, trials, capsys
+):
+    error = OSError("the tracker's server is gone")
+    run = Observed(tmp_path, Break, save_best=False)
+    run.trainer.run_history = BrokenHistory(attribute, error)
+    raised = run.raises(error)
+    assert traceback.extract_tb(raised.__traceback__)[-1].name == "__getattribute__"
+    if attribute == "current_epoch":  # not even the error can be told where it was
+        assert "While cleaning up after an error: OSError" in capsys.readouterr().out
+    else:
+        assert "The run ended in epoch 1 (" in notes_of(raised)
+    run.trainer.run_history = InMemoryRunHistory()
+    run.scenario = Scenario(callbacks=run.scenario.callbacks[:-1], save_best=False)
+    run.scenario.run(tmp_path, trainer=run.trainer)
+    trials.add(None)
+
+
+class BrokenTracker(GeneralTracker):
+    """A tracker of Accelerate whose server is gone."""
+
+    name = "broken"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def log(self, values, step=None, **kwargs):
+        raise self.error
+
+
+class LogToTracker(LogMetricsCallback):
+    def log_metrics(self, trainer, metrics):
+        trainer._accelerator.log(metrics, step=trainer.num_updates)
+
+
+@pytest.mark.fault("a hook, callback or tracker raises")
+def test_an_error_in_a_tracker_leaves_everything_in_order(tmp_path, trials):
+    error = ConnectionError("the tracker's server is gone")
+    run = Observed(tmp_path, LogToTracker)
+    run.trainer._accelerator.trackers = [BrokenTracker(error)]
+    raised = run.raises(error)
+    assert traceback.extract_tb(raised.__traceback__)[-1].name == "log"
+    assert "LogToTracker in the event on_train_epoch_end" in notes_of(raised)
+    run.trainer._accelerator.trackers = []
+    run.goes_on()
     trials.add(None)
 
 
@@ -208,6 +433,27 @@ def test_a_lack_of_memory_says_what_to_try(tmp_path):
     notes = notes_of(caught.value)
     assert "batches of 4 samples" in notes
     assert "per_device_batch_size=2 and gradient_accumulation_steps=6" in notes
+
+
+def test_the_death_of_a_worker_amid_a_save_is_no_reason_to_save_without_the_schedule(
+    tmp_path,
+):
+    class Interrupted(Scenario):
+        def create_trainer(self, folder):
+            trainer = super().create_trainer(folder)
+            trainer.create_scheduler = lambda: scheduler_of(trainer)
+            return trainer
+
+    def scheduler_of(trainer):
+        scheduler = Trainer.create_scheduler(trainer)
+        # torch raises its error wherever the main thread happens to be.
+        error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        scheduler.state_dict = lambda: raise_(error)
+        return scheduler
+
+    with pytest.raises(RuntimeError, match="pid 7"):
+        Interrupted(save_best=False).run(tmp_path)
+    assert checkpoint.newest(tmp_path / "states") is None
 
 
 # ----------------------------------------------------------- losses that are no numbers

@@ -40,9 +40,26 @@ def test_kill_9_at_random_instants(num_workers, tmp_path, trials):
 
 
 @pytest.mark.fault("kill -9 at a random instant, one of two processes")
-def test_kill_9_of_one_of_two_processes(tmp_path, trials):
-    expected, seconds = undisturbed(SCENARIO, tmp_path / "undisturbed", 2)
-    for number in range(trials.count(20)):
-        folder = tmp_path / f"trial {number}"
+@pytest.mark.parametrize(
+    ("scenario", "number"),
+    [
+        pytest.param(SCENARIO, 20, id="as it is"),
+        pytest.param(SCENARIO.with_(num_workers=2), 5, id="2 workers"),
+        pytest.param(SCENARIO.with_(precision="bf16"), 5, id="bf16"),
+        pytest.param(SCENARIO.with_(saves_in_windows=True), 5, id="in windows"),
+        pytest.param(
+            SCENARIO.with_(save_kwargs=(("asynchronous", True),)), 5, id="asynchronous"
+        ),
+        pytest.param(
+            *(SCENARIO.with_(own_loader=True), 5),
+            id="own loader",
+            marks=pytest.mark.filterwarnings("ignore:To find its place"),
+        ),
+    ],
+)
+def test_kill_9_of_one_of_two_processes(scenario, number, tmp_path, trials):
+    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed", 2)
+    for trial in range(trials.count(number)):
+        folder = tmp_path / f"trial {trial}"
         delay = random.uniform(0.0, seconds)
-        trials.add(kill_once(SCENARIO, folder, expected, delay, 2))
+        trials.add(kill_once(scenario, folder, expected, delay, 2))

@@ -1,5 +1,6 @@
 """R14: a signal ends a run in order, on all processes together, to be resumed."""
 
+import itertools
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import time
 import pytest
 from processes import Job
 from runs import finish, result_of, undisturbed
-from scenario import Scenario, difference, fingerprint
+from scenario import Augmented, Scenario, difference, fingerprint
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import PreemptionCallback, TrainerCallback
@@ -120,6 +121,95 @@ def test_off_the_main_thread_it_warns_and_does_nothing(tmp_path):
 def test_names_that_are_no_signals_are_refused():
     with pytest.raises(ValueError, match="'SIGTERM', got 'TERM'"):
         PreemptionCallback(["TERM"])
+
+
+SAVING = SCENARIO.with_(save_every_n_steps=2, num_workers=1)
+
+
+class SignalSome(SignalAt):
+    """Sends a signal to some of the processes, and notes how many updates were made."""
+
+    def __init__(self, event, count, number, processes, note):
+        super().__init__(event, count, number)
+        send = getattr(self, event)
+
+        def send_here(trainer, **kwargs):
+            if trainer._accelerator.process_index in processes:
+                send(trainer, **kwargs)
+                if self.left == 0:
+                    note.write_text(str(trainer.num_updates))
+
+        setattr(self, event, send_here)
+
+
+class SignalledInWait(Augmented):
+    """A worker signals its process while that waits for a sample."""
+
+    def __init__(self, num_samples, number, mark):
+        super().__init__(num_samples)
+        self.number, self.mark, self.main = number, mark, os.getpid()
+
+    def __getitem__(self, index):
+        if index == 5 and os.getpid() != self.main and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(0.2)  # until what was loaded ahead is used up
+            os.kill(self.main, self.number)
+            time.sleep(0.2)
+        return super().__getitem__(index)
+
+
+PLACES = {
+    "step": ("on_train_step_start", 5),
+    "evaluation": ("on_eval_step_start", 2),
+    "save": ("on_before_save", 1),
+    "wait for data": None,
+}
+
+
+def interrupted_in(place, number, processes, folder):
+    """Return a scenario in which some processes get a signal in a certain place."""
+    if PLACES[place] is not None:
+        sending = SignalSome(*PLACES[place], number, processes, folder / "updates")
+        return SAVING.with_(callbacks=(PreemptionCallback, sending))
+
+    class WaitsForData(Scenario):
+        def train_dataset(self):
+            return SignalledInWait(self.num_samples, number, folder / "mark")
+
+    return WaitsForData(**vars(SAVING))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What the undisturbed runs of one and two processes end with."""
+    return {
+        number: undisturbed(SAVING, tmp_path_factory.mktemp("undisturbed"), number)[0]
+        for number in (1, 2)
+    }
+
+
+@pytest.mark.fault("SIGTERM or SIGUSR1 in a step, evaluation, save, wait for data")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_anywhere_ends_the_run_to_be_resumed_exactly(
+    place, number, expected, tmp_path, trials
+):
+    some = itertools.cycle([{0, 1}, {0}, {1}])
+    turn = list(PLACES).index(place) + (number == signal.SIGUSR1)
+    of_two = next(itertools.islice(some, turn, None))
+    for num_processes, processes in ((1, {0}), (2, of_two)):
+        folder = tmp_path / f"{num_processes}"
+        folder.mkdir()
+        scenario = interrupted_in(place, number, processes, folder)
+        job = Job(finish(scenario, folder), folder / "log", num_processes)
+        assert set(job.wait()) == {143}, job.log.read_text()[-2000:]
+        newest = checkpoint.newest(folder / "states")
+        assert newest.path.name.startswith("step_")
+        if PLACES[place] is not None:
+            assert newest.num_updates <= int((folder / "updates").read_text()) + 1
+        again = Job(finish(SAVING, folder), folder / "log", num_processes)
+        text = again.wait_or_explain()
+        trials.add(text or difference(expected[num_processes], result_of(folder)))
 
 
 @pytest.mark.fault("SIGTERM at a random instant")

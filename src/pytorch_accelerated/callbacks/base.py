@@ -304,13 +304,18 @@ def _call_all(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     for listener in listeners:
         try:
             listener(*args, **kwargs)
-        except Exception as error:  # noqa: PERF203 (each one on its own)
+        except BaseException as error:  # noqa: PERF203 (each one on its own)
+            # A second Ctrl-C ends one callback's cleaning up, not that of all.
+            if not isinstance(error, Exception) and event != "on_exception":
+                raise
             errors.append(error)
-            if not isinstance(error, StopTrainingError):
+            if isinstance(error, Exception) and not isinstance(
+                error, StopTrainingError
+            ):
                 _note_origin(error, listener, event)
                 if at_once:
                     raise
@@ -318,8 +323,9 @@ def _call_all(
         raise max(errors, key=_gravity)
 
 
-def _gravity(error: Exception) -> tuple[bool, bool, bool]:
+def _gravity(error: BaseException) -> tuple[bool, ...]:
     return (
+        not isinstance(error, Exception),
         # All processes raise such an error here, so none may raise another one.
         is_on_all_processes(error),
         not isinstance(error, StopTrainingError),

@@ -25,11 +25,17 @@ from pytorch_accelerated.checkpoint import (
     clean_leftovers,
     list_checkpoints,
 )
-from pytorch_accelerated.checkpoint._disk import remove_folder
+from pytorch_accelerated.checkpoint._disk import absolute, remove_folder
 from pytorch_accelerated.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
+
+
+def fixed_path(path: str | Path) -> str | Path:
+    """Return a path that a later change of the working directory does not move."""
+    fixed = absolute(path)
+    return str(fixed) if isinstance(path, str) else fixed
 
 
 class SaveBestModelCallback(TrainerCallback):
@@ -94,6 +100,7 @@ class SaveBestModelCallback(TrainerCallback):
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Forget the best value, unless it is to be kept or the run is resumed."""
+        self.save_path = fixed_path(self.save_path)
         self._check_metric(trainer)
         if self.reset_on_train and not self._is_resumed:
             self._reset()
@@ -256,6 +263,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Find the folders of earlier runs, and where this run starts."""
+        self.save_dir = Path(fixed_path(self.save_dir))
         if self.keep_best:
             check_watch_metric(trainer, self.watch_metric)
         self._being_written = None

@@ -120,13 +120,19 @@ def _open_bar(trainer: Trainer, total: int | None, *, is_passing: bool = False) 
     is_live = _is_live()
     seconds = _SECONDS_BETWEEN_READS / 2 if is_live else _SECONDS_BETWEEN_LOG_LINES
     is_shown = trainer._accelerator.is_local_main_process
-    return tqdm(
+    bar: Any = tqdm(
         total=total,
         disable=not is_shown or (is_passing and not is_live),
         leave=not is_passing,
         mininterval=seconds,
         maxinterval=max(seconds, 10.0),
+        miniters=1,  # else a thread of tqdm, by the wall clock, sees to it
     )
+    # When the wall clock, which tqdm reads, is set back by an hour, a bar would stand
+    # still for an hour and then show a negative time.
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = time.monotonic()
+    return bar
 
 
 def _is_live() -> bool:

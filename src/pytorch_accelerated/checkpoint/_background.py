@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
+
+_MEMORY_OF_A_THREAD = 1 << 25
 
 
 class BackgroundWriter:
     """Runs one write at a time on a thread of its own.
 
     An error is kept, and raised by the next :meth:`start` or :meth:`wait`. Python does
-    not exit before a write has ended.
+    not exit before a write has ended, unless it was abandoned.
     """
 
     def __init__(self) -> None:
@@ -27,10 +30,17 @@ class BackgroundWriter:
             Exception: What the write before has raised; then this one is not started.
         """
         self.wait()
-        self._thread = threading.Thread(
-            target=self._run, args=(write,), name="checkpoint writer"
+        thread = threading.Thread(
+            target=self._run, args=(write,), name="checkpoint writer", daemon=True
         )
-        self._thread.start()
+        try:
+            bytearray(_MEMORY_OF_A_THREAD)  # start() may wait for ever without
+            thread.start()
+        except (MemoryError, RuntimeError):  # too little or too many: the caller waits
+            self._run(write)
+        else:
+            self._thread = thread
+            atexit.register(self.wait)
 
     def _run(self, write: Callable[[], object]) -> None:
         try:
@@ -46,7 +56,12 @@ class BackgroundWriter:
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self.abandon()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def abandon(self) -> None:
+        """Wait for the write no more; the exit of Python may cut it short."""
+        self._thread = None
+        atexit.unregister(self.wait)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,9 @@ from typing import Any
 
 from pytorch_accelerated.checkpoint._disk import (
     LEFTOVER,
+    OutOfResourcesError,
     absolute,
+    list_folder,
     remove_folder,
 )
 from pytorch_accelerated.checkpoint._files import CheckpointNotFoundError, load_file
@@ -78,9 +81,17 @@ class Checkpoint:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The metrics at the time, as given to ``CheckpointWriter.commit``."""
+        """The metrics at the time, as given to ``CheckpointWriter.commit``.
+
+        What is no number, or a larger one than a float can be, is left out.
+        """
         metrics = self.progress.get("metrics")
-        return metrics if isinstance(metrics, dict) else {}
+        return {
+            name: value
+            for name, value in (metrics.items() if isinstance(metrics, dict) else ())
+            if isinstance(value, float)
+            or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+        }
 
     @property
     def world_size(self) -> int:
@@ -104,9 +115,15 @@ class Checkpoint:
         Args:
             checksums: Read every file and compare its checksum. False only compares
                 sizes, which takes no time and misses changed bytes.
+
+        Raises:
+            CheckpointError: If that cannot be said, because the process has no memory
+                or open files left.
         """
         try:
             damage = find_damage(self.path, self.manifest, checksums=checksums)
+        except OutOfResourcesError:
+            raise
         except CheckpointError as error:
             return str(error)
         self.is_known_whole = damage is None and (checksums or self.is_known_whole)
@@ -183,7 +200,7 @@ def scan(
     """
     directory = absolute(directory)
     checkpoints, unreadable = [], []
-    for folder in sorted(directory.iterdir()) if directory.is_dir() else []:
+    for folder in list_folder(directory):
         if not _may_be_checkpoint(folder):
             continue
         checkpoint = Checkpoint(folder)
@@ -192,6 +209,8 @@ def scan(
         except ForeignManifestError as error:
             if not (folder / MANIFEST_NAME).exists() and _has_weights(folder):
                 unreadable.append((folder, str(error)))
+        except OutOfResourcesError:
+            raise
         except CheckpointError as error:
             unreadable.append((folder, str(error)))
         else:
@@ -269,8 +288,7 @@ def _best_first(
     measured = [
         each
         for each in checkpoints
-        if isinstance(each.metrics.get(metric), int | float)
-        and math.isfinite(each.metrics[metric])
+        if math.isfinite(each.metrics.get(metric, math.nan))
     ]
     sign = -1 if greater_is_better else 1
     return sorted(measured, key=lambda each: sign * each.metrics[metric])

@@ -7,11 +7,13 @@ errors, and the names of temporary files and folders.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import platform
 import re
 import secrets
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +42,8 @@ _HINTS = {
     errno.EISDIR: "There is a folder of that name.",
     errno.EEXIST: "A file of that name is in the way.",
     errno.EMFILE: "The process has too many open files (ulimit -n).",
+    errno.ENFILE: "The machine has too many open files.",
+    errno.ENOMEM: "The memory of the host, or what may be used of it, is exhausted.",
 }
 
 
@@ -86,6 +90,7 @@ def writer_is_dead(token: re.Match[str], *, other_machines: bool = False) -> boo
     return False
 
 
+@functools.cache  # also where no file can be opened any more
 def _machine() -> str:
     """Name this machine since its boot, and the container in it, in 8 hex digits."""
     parts = [platform.node()]
@@ -106,24 +111,73 @@ def _start_of(pid: int) -> str:
     return stat.rpartition(")")[2].split()[19]
 
 
+class OutOfResourcesError(CheckpointError):
+    """Something could not be read for a reason that has nothing to do with it."""
+
+
+def raise_if_out_of_resources(error: BaseException, what: Path | str) -> None:
+    """Tell a process without memory or open files left from a damaged file.
+
+    Args:
+        error: What was raised.
+        what: The file that could not be read, or in words what could not be done.
+
+    Raises:
+        OutOfResourcesError: If that is the reason for the error.
+    """
+    number = _errno_of(error)
+    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if isinstance(what, Path):
+            what = f"Could not read {what}, which may be whole"
+        raise OutOfResourcesError(
+            f"{what}: {os.strerror(number)} (errno {number}). {_HINTS[number]}"
+        ) from error
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return what is in a folder, by name; nothing if there is none.
+
+    Raises:
+        CheckpointError: If it cannot be looked at.
+    """
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise_if_out_of_resources(error, folder)
+        raise CheckpointError(f"Could not list {folder} ({error}).") from error
+
+
 @contextmanager
 def write_errors_explained(path: Path) -> Iterator[None]:
     """Turn the many errors of a failed write into one that names path and cause.
 
     Raises:
-        CheckpointError: For an ``OSError``, and for the errors that torch and
-            safetensors raise instead of one.
+        CheckpointError: For an ``OSError``, for the errors that torch and safetensors
+            raise instead of one, and where memory runs out.
     """
+    handled_already = sys.exc_info()[1]
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch raises this wherever the main thread happens to be.
-        if "DataLoader worker" in str(error):
-            raise
+    except (OSError, RuntimeError, SafetensorError, MemoryError) as error:
+        _raise_what_interrupted(error, handled_already)
         raise CheckpointError(
             f"Could not write {path}: {_cause(error, path)} "
             "What was saved before is untouched."
         ) from error
+
+
+def _raise_what_interrupted(
+    error: BaseException | None, handled_already: BaseException | None
+) -> None:
+    """Raise Ctrl-C and the like instead of what torch has made of them.
+
+    They come wherever the main thread happens to be, as does torch's own error when a
+    worker of a loader has died.
+    """
+    while error is not None and error is not handled_already:
+        if not isinstance(error, Exception) or "DataLoader worker" in str(error):
+            raise error
+        error = error.__cause__ or error.__context__
 
 
 def _cause(error: BaseException, path: Path) -> str:
@@ -140,14 +194,19 @@ def _cause(error: BaseException, path: Path) -> str:
 def _errno_of(error: BaseException | None) -> int | None:
     """Find the error number, which torch and safetensors hide.
 
-    torch raises a ``RuntimeError`` while it handles the ``OSError``; safetensors has
-    the number only in its text.
+    torch raises a ``RuntimeError`` while it handles the ``OSError``; both torch and
+    safetensors may have the number only in their text.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return errno.ENOMEM
         if found := re.search(r"\(os error (\d+)\)", str(error)):
             return int(found[1])
+        for number in errno.errorcode:
+            if f"{os.strerror(number)} ({number})" in str(error):
+                return number
         error = error.__cause__ or error.__context__
     return None
 

@@ -13,9 +13,11 @@ import torch
 
 from pytorch_accelerated.checkpoint._disk import (
     absolute,
+    raise_if_out_of_resources,
     replacing,
     write_errors_explained,
 )
+from pytorch_accelerated.checkpoint._guards import check_archive, check_nesting
 from pytorch_accelerated.checkpoint._storable import to_storable
 from pytorch_accelerated.errors import CheckpointError
 
@@ -60,20 +62,31 @@ def write_storable(storable: Any, path: Path) -> None:
         torch.save(storable, file)
 
 
-def load_file(path: str | os.PathLike[str]) -> Any:
+def load_file(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
     """Load what :func:`save_file` (or ``torch.save``) wrote, to the CPU.
 
     Nothing in the file can run code: only tensors, plain values and numpy arrays are
-    built; anything else is refused.
+    built; anything else is refused. So is what would take more memory than the size of
+    the file: compressed entries, which ``torch.save`` does not write.
+
+    Args:
+        path: The file.
+        mmap: Map the file into memory, so that only what is used of it is read.
 
     Raises:
         CheckpointNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, or needs code to be loaded.
+        CheckpointError: If the file is damaged, needs code to be loaded, or if there is
+            not enough memory for it.
     """
     path = absolute(path)
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        check_nesting(content, path)
+        return content
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(
             f"There is no file {path}. Check the path, or save a checkpoint first."
@@ -81,6 +94,7 @@ def load_file(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from error
     except Exception as error:
+        raise_if_out_of_resources(error, path)
         # A damaged file can make the reader fail in any way it likes.
         raise CheckpointError(
             f"Could not read {path}: it is damaged, incomplete, or not a file of "

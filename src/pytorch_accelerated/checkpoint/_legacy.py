@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytorch_accelerated.checkpoint._disk import absolute
+from pytorch_accelerated.checkpoint._disk import (
+    absolute,
+    list_folder,
+    raise_if_out_of_resources,
+)
 from pytorch_accelerated.checkpoint._files import CheckpointNotFoundError, load_file
+from pytorch_accelerated.checkpoint._guards import check_archive
 from pytorch_accelerated.checkpoint._manifest import MANIFEST_NAME
 from pytorch_accelerated.checkpoint._storable import to_storable
 from pytorch_accelerated.checkpoint._weights import (
@@ -56,7 +61,7 @@ def is_legacy_training_state(folder: str | os.PathLike[str]) -> bool:
     for one.
     """
     folder = absolute(folder)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in list_folder(folder)}
     return (
         MANIFEST_NAME not in names
         and not names.isdisjoint({SAFETENSORS_NAME, TORCH_NAME})
@@ -152,8 +157,10 @@ class _Reader:
 
 def _unpickle(path: Path) -> Any:
     try:
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
+        raise_if_out_of_resources(error, path)
         raise CheckpointError(f"Could not read {path}: {error}.") from error
 
 

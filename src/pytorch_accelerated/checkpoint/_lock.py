@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,11 +71,10 @@ class DirectoryLock:
             # that outlives its killed parent does not keep it.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = os.pread(descriptor, 300, 0).decode(errors="replace")
             if error.errno in _NO_LOCKS:
                 return False
+            host, _, pid = _read_owner(descriptor).rpartition(" ")
             os.close(descriptor)
-            host, _, pid = owner.rpartition(" ")
             raise CheckpointError(
                 f"Another run writes to {self.path.parent}: process {pid or '?'} on "
                 f"{host or 'a machine that is not known'}. Wait until it has ended, or "
@@ -90,6 +90,15 @@ class DirectoryLock:
                     self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _read_owner(descriptor: int) -> str:
+    """Return what the owner of a lock has written, which may have got it just now."""
+    for _ in range(50):
+        if owner := os.pread(descriptor, 300, 0).decode(errors="replace"):
+            return owner
+        time.sleep(0.01)
+    return ""
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from pytorch_accelerated.checkpoint._disk import flush
+from pytorch_accelerated.checkpoint._disk import flush, raise_if_out_of_resources
 from pytorch_accelerated.checkpoint._files import CheckpointNotFoundError
+from pytorch_accelerated.checkpoint._guards import check_plain_file, kind_if_not_plain
 from pytorch_accelerated.checkpoint._storable import to_storable
 from pytorch_accelerated.errors import CheckpointError
 
@@ -26,7 +27,8 @@ FORMAT_VERSION = 1
 Checksum = Literal["crc32", "sha256"]
 
 _CHUNK_BYTES = 1 << 20
-_LARGEST_MANIFEST_BYTES = 1 << 26
+# Enough for 50,000 files. Python takes up to 24 times as much memory to read it.
+_LARGEST_MANIFEST_BYTES = 1 << 23
 
 
 class ForeignManifestError(CheckpointError):
@@ -70,9 +72,20 @@ def create_manifest(
 
 
 def write_manifest(manifest: Mapping[str, Any], folder: Path) -> None:
-    """Write the manifest and flush it to disk; the last file of a checkpoint."""
+    """Write the manifest and flush it to disk; the last file of a checkpoint.
+
+    Raises:
+        CheckpointError: If it is larger than what would be read.
+    """
+    text = json.dumps(manifest, indent=1)
+    if len(text) > _LARGEST_MANIFEST_BYTES:
+        raise CheckpointError(
+            f"The manifest of {folder} would have {len(text):,} bytes, and "
+            f"{_LARGEST_MANIFEST_BYTES:,} are allowed. Write large things to a file of "
+            "the checkpoint instead of its progress, and fewer files."
+        )
     with open(folder / MANIFEST_NAME, "x", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
+        file.write(text)
         flush(file)
 
 
@@ -96,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} was written by a newer version (format {version}, this version "
             f"reads up to {FORMAT_VERSION}). Update pytorch-accelerated to load it."
         )
-    if manifest.get("checksum") != _own_checksum(manifest):
+    if not _matches_its_checksum(manifest):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum.")
     if not _is_well_formed(manifest):
         raise CheckpointError(f"{path} is damaged: it lacks what a manifest holds.")
@@ -106,6 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
+        check_plain_file(path)
         if path.stat().st_size > _LARGEST_MANIFEST_BYTES:
             raise CheckpointError(f"{path} is damaged: it is too large to be true.")
         manifest = json.loads(path.read_bytes())
@@ -118,7 +132,8 @@ def _parse(path: Path) -> dict[str, Any]:
             f"{path.parent} is not a complete checkpoint: it has no {MANIFEST_NAME}, "
             "which is written last (version 0.1.61 wrote none)."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise_if_out_of_resources(error, path)
         raise CheckpointError(
             f"{path} is damaged and cannot be read ({type(error).__name__}: {error})."
         ) from error
@@ -130,9 +145,18 @@ def _parse(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _matches_its_checksum(manifest: Mapping[str, Any]) -> bool:
+    try:
+        return bool(manifest.get("checksum") == _own_checksum(manifest))
+    except RecursionError:  # it is too deep to have been written
+        return False
+
+
 def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
     return (
         isinstance(manifest.get("progress"), dict)
+        and isinstance(manifest.get("library_version"), str)
+        and isinstance(manifest.get("saved_at"), str)
         and isinstance(manifest.get("world_size"), int)
         and isinstance(manifest.get("files"), dict)
         and all(
@@ -147,12 +171,24 @@ def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
 def _check_names(path: Path, names: Iterable[str]) -> None:
     """Refuse names that lead out of the folder: they can only be an attack."""
     for name in names:
+        if "\0" in name or not _is_encodable(name):
+            raise CheckpointError(
+                f"{path} names the file {name!r}, and no file can have that name."
+            )
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or "\\" in name or ":" in name or name[0] == "/":
             raise CheckpointError(
                 f"{path} names the file {name!r}, which leads out of the checkpoint. "
                 "Do not load anything from this folder."
             )
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find_damage(
@@ -172,6 +208,8 @@ def _damage_of(
     try:
         if _has_link(folder, name):
             return "is a link, which a checkpoint never holds"
+        if (kind := kind_if_not_plain(path)) is not None:
+            return f"is {kind}"
         size = path.stat().st_size
         if size != entry["size"]:
             return f"has {size:,} bytes instead of {entry['size']:,}"
@@ -180,7 +218,8 @@ def _damage_of(
             return f"does not match its {kind} checksum"
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        raise_if_out_of_resources(error, path)
         return f"cannot be read ({error})"
     return None
 

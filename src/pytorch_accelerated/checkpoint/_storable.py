@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pytorch_accelerated.checkpoint._guards import DEEPEST_NESTING
+
 _PLAIN = (
     type(None),
     bool,
@@ -98,6 +100,11 @@ class _Converter:
             return value
         if id(value) in self._open:
             raise TypeError(f"{what} contains itself, so it cannot be stored.")
+        if len(self._open) > DEEPEST_NESTING:
+            raise TypeError(
+                f"{what[:200]}... is nested more than {DEEPEST_NESTING} levels deep, "
+                "which would be refused when it is loaded. Store something flatter."
+            )
         self._open.add(id(value))
         try:
             return self._convert_other(value, what)

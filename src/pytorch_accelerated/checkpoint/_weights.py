@@ -17,6 +17,7 @@ from torch import nn
 
 from pytorch_accelerated.checkpoint._disk import (
     absolute,
+    raise_if_out_of_resources,
     replacing,
     write_errors_explained,
 )
@@ -27,6 +28,8 @@ from pytorch_accelerated.checkpoint._files import (
 )
 from pytorch_accelerated.checkpoint._storable import to_storable
 from pytorch_accelerated.errors import CheckpointError
+
+_BUFFER_BYTES = 1 << 23
 
 SAFETENSORS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
@@ -61,7 +64,8 @@ def save_weights(state_dict: Mapping[str, Any], folder: str | os.PathLike[str]) 
     Tied weights are stored once and are tied again by :func:`load_weights`. What the
     safetensors format cannot hold exactly (values that are not tensors, such as the
     extra state of a module; partly overlapping tensors; rare dtypes) goes into
-    ``pytorch_model.bin`` instead, in torch's format, which is loaded as safely.
+    ``pytorch_model.bin`` instead, in torch's format, which is loaded as safely. So does
+    everything in a folder whose name is not UTF-8, which safetensors cannot open.
 
     Args:
         state_dict: What ``model.state_dict()`` returns.
@@ -76,7 +80,7 @@ def save_weights(state_dict: Mapping[str, Any], folder: str | os.PathLike[str]) 
     """
     folder = absolute(folder)
     state = to_storable(state_dict, "state_dict")
-    content = _as_safetensors(state)
+    content = _as_safetensors(state) if _is_text(folder) else None
     name, other = SAFETENSORS_NAME, TORCH_NAME
     if content is None:
         name, other = other, name
@@ -117,9 +121,23 @@ def load_weights(folder: str | os.PathLike[str]) -> OrderedDict[str, Any]:
             f"There are no weights in {folder}: expected {SAFETENSORS_NAME} or "
             f"{TORCH_NAME}."
         )
-    if path.suffix != ".safetensors":
-        return OrderedDict(load_file(path))
-    return _read_safetensors(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    state = load_file(path)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__} instead of a state dict. Load "
+            "another checkpoint."
+        )
+    return OrderedDict(state)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_safetensors(
@@ -181,6 +199,8 @@ def _span(tensor: torch.Tensor) -> int:
 def _write_safetensors(
     tensors: dict[str, torch.Tensor], header: dict[str, str], path: Path
 ) -> None:
+    # Without memory for its buffer, safetensors would end the process.
+    bytearray(_BUFFER_BYTES)
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(tensors, path, metadata=header)
@@ -197,14 +217,22 @@ def _read_safetensors(path: Path) -> OrderedDict[str, Any]:
             if name not in _RESERVED_NAMES and first_name in state:
                 state[name] = state[first_name]
         if _VERSIONS_KEY in header:
-            state._metadata = OrderedDict(json.loads(header[_VERSIONS_KEY]))  # type: ignore[attr-defined]
+            state._metadata = _read_versions(header[_VERSIONS_KEY])  # type: ignore[attr-defined]
     except Exception as error:
+        raise_if_out_of_resources(error, path)
         # A damaged file can make the reader fail in any way it likes.
         raise CheckpointError(
             f"Could not read {path}: it is damaged, incomplete, or not a safetensors "
             f"file ({type(error).__name__}: {error}). Load another checkpoint."
         ) from error
     return state
+
+
+def _read_versions(text: str) -> OrderedDict[str, dict[str, Any]]:
+    versions = OrderedDict(json.loads(text))
+    if not all(isinstance(each, dict) for each in versions.values()):
+        raise ValueError("the versions of the modules in it are none")
+    return versions
 
 
 def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

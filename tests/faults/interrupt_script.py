@@ -1,0 +1,35 @@
+"""A training script to press Ctrl-C in: ``python interrupt_script.py FOLDER SECONDS``.
+
+A training state is written in the background for that long.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from scenario import Scenario
+
+from pytorch_accelerated.callbacks import TrainerCallback
+
+
+class WriteForLong(TrainerCallback):
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_update_end(self, trainer, **kwargs):
+        trainer._background_writer.start(self._write)
+        print("writing", flush=True)  # noqa: T201 (for the test to read)
+        time.sleep(1000)
+
+    def _write(self):
+        time.sleep(self.seconds)
+        print("written", flush=True)  # noqa: T201
+
+    def on_exception(self, trainer, **kwargs):
+        print("cleaning up", flush=True)  # noqa: T201
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+    Scenario(callbacks=(WriteForLong(seconds),)).run(folder)

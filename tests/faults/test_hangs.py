@@ -1,0 +1,270 @@
+"""Workers that hang, and processes of which one does not do its part."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import InitProcessGroupKwargs
+from processes import Job
+from scenario import Augmented, Scenario
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated import Trainer, workers
+from pytorch_accelerated.callbacks import PreemptionCallback, TrainerCallback
+
+HERE = Path(__file__).parent
+LONG = 1000
+
+of_notes = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="errors have notes from Python 3.11"
+)
+
+
+# ---------------------------------------------------------------------- workers
+
+
+class StuckInWorker(Augmented):
+    """Takes long for a certain sample, in a worker."""
+
+    def __init__(self, num_samples, seconds):
+        super().__init__(num_samples)
+        self.main, self.seconds = os.getpid(), seconds
+
+    def __getitem__(self, index):
+        if index == 5 and os.getpid() != self.main:
+            time.sleep(self.seconds)
+        return super().__getitem__(index)
+
+
+class Stuck(Scenario):
+    seconds = LONG
+
+    def train_dataset(self):
+        return StuckInWorker(self.num_samples, self.seconds)
+
+
+def end_by_timeout(scenario, folder):
+    trainer = scenario.create_trainer(folder)
+    with pytest.raises(RuntimeError, match="timed out after 2 seconds") as caught:
+        scenario.run(folder, trainer=trainer)
+    # The error, which is still here, does not keep the workers.
+    assert multiprocessing.active_children() == []
+    assert type(trainer.model) is nn.Sequential
+    if sys.version_info >= (3, 11):
+        notes = "\n".join(caught.value.__notes__)
+        assert "The run ended in epoch 1 (training), after " in notes
+        assert "it has printed its stack" in notes
+
+
+@pytest.mark.fault("a loader's worker hangs")
+def test_a_worker_that_hangs_says_where_and_the_timeout_ends_the_run(tmp_path, trials):
+    jobs = []
+    for num_workers, persistent in [(1, True), (2, True), (2, False)]:
+        folder = tmp_path / f"{num_workers} {persistent}"
+        scenario = Stuck(
+            num_workers=num_workers,
+            loader_kwargs=(("timeout", 2), ("persistent_workers", persistent)),
+            # Its handlers are those of the workers too.
+            callbacks=(PreemptionCallback,),
+        )
+        run = partial(end_by_timeout, scenario, folder)
+        jobs.append(Job(run, folder / "log", own_group=True))
+    for job in jobs:
+        text = job.wait_or_explain(60) or job.wait_for_group()
+        printed = job.log.read_text()
+        if text is None and ("Timeout (0:00:01.6" not in printed):
+            text = f"no word of the worker: {printed}"
+        if text is None and "in __getitem__" not in printed.split("Timeout (")[1]:
+            text = f"no stack: {printed}"
+        trials.add(text)
+
+
+@pytest.mark.fault("a loader's worker hangs")
+def test_without_a_timeout_a_worker_says_where_it_is_and_the_run_goes_on(
+    tmp_path, trials, monkeypatch
+):
+    monkeypatch.setattr(workers, "_STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(Stuck, "seconds", 1.5)
+    scenario = Stuck(num_workers=2, num_epochs=1, save_every_n_steps=None)
+    job = Job(partial(scenario.run, tmp_path), tmp_path / "log")
+    text = job.wait_or_explain(60)
+    printed = job.log.read_text()
+    if text is None and (
+        printed.count("Timeout (") != 1 or "in __getitem__" not in printed
+    ):
+        text = f"not one word of the worker: {printed}"
+    trials.add(text)
+
+
+# -------------------------------------------------------- one of several processes
+
+TIMEOUT_SECONDS = 6
+
+
+class Act(TrainerCallback):
+    """Does something in one process, at an event of the second epoch."""
+
+    def __init__(self, process, event, action):
+        self.process, self.event, self.action = process, event, action
+
+    def _act(self, trainer, event):
+        is_here = trainer._accelerator.process_index == self.process
+        is_due = trainer.num_updates == 7 or event == "on_eval_step_start"
+        if is_here and is_due and event == self.event:
+            self.action()
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self._act(trainer, "on_train_step_start")
+
+    def on_eval_step_start(self, trainer, **kwargs):
+        self._act(trainer, "on_eval_step_start")
+
+
+class RaisesInStep(Trainer):
+    """Raises an error in one process, which the others wait for."""
+
+    process = None
+
+    def calculate_train_batch_loss(self, batch):
+        if self._accelerator.process_index == self.process and self.num_updates == 7:
+            raise ValueError("bad batch")
+        return super().calculate_train_batch_loss(batch)
+
+
+class Uneven:
+    """A loader of the user's that yields more batches on one process."""
+
+    def __init__(self, process):
+        self.num_batches = 5 + 2 * (int(os.environ["RANK"]) == process)
+
+    def __iter__(self):
+        yield from [(torch.ones(2, 6), torch.ones(2, 1))] * self.num_batches
+
+
+def train_together(process, event=None, action=None, raises=False, uneven=False):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    trainer = RaisesInStep(
+        model,
+        nn.MSELoss(),
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        callbacks=[Act(process, event, action)],
+        seed=0,
+        accelerator_kwargs={"cpu": True, "kwargs_handlers": [timeout]},
+    )
+    trainer.process = process if raises else None
+    samples = TensorDataset(torch.randn(30, 6), torch.randn(30, 1))
+    num_processes = trainer._accelerator.num_processes
+    trainer.train(
+        Uneven(process) if uneven else samples,
+        num_epochs=2,
+        eval_dataset=samples,
+        per_device_batch_size=6 // num_processes,
+    )
+
+
+def sleep():
+    time.sleep(LONG)
+
+
+IN_STEP, IN_EVALUATION = "on_train_step_start", "on_eval_step_start"
+NOTHING = "has said nothing: it hangs, was killed, or ended outside of a run."
+IN_SECOND_EPOCH = "in epoch 2 (training), after 2 of its batches and 7 updates."
+# What one process does, of how many, which one, and what the others say of it.
+TOGETHER = {
+    "it hangs": (2, 1, {"event": IN_STEP, "action": sleep}, [f"Process 1 {NOTHING}"]),
+    "the first hangs": (
+        *(2, 0, {"event": IN_STEP, "action": sleep}),
+        [f"Process 0 {NOTHING}"],
+    ),
+    "one of three hangs": (
+        *(3, 2, {"event": IN_STEP, "action": sleep}),
+        [f"Process 2 {NOTHING}", f"lost contact {IN_SECOND_EPOCH}"],
+    ),
+    "it hangs in an evaluation": (
+        *(2, 1, {"event": IN_EVALUATION, "action": sleep}),
+        [f"Process 1 {NOTHING}", "The run ended in epoch 1 (evaluation)"],
+    ),
+    "it raises in a step": (
+        *(2, 1, {"raises": True}),
+        [f"Process 1 raised ValueError('bad batch') {IN_SECOND_EPOCH}"],
+    ),
+    "the first raises in a step": (
+        *(2, 0, {"raises": True}),
+        ["Process 0 has ended: see what it printed."],
+    ),
+    "it leaves": (
+        *(2, 1, {"event": IN_STEP, "action": partial(sys.exit, 3)}),
+        [f"Process 1 raised SystemExit(3) {IN_SECOND_EPOCH}"],
+    ),
+    "it has more batches": (
+        *(2, 1, {"uneven": True}),
+        ["do their loaders have different lengths", "Process 0 lost contact"],
+    ),
+}
+
+
+@of_notes
+@pytest.mark.fault("one of several processes hangs, raises or leaves alone")
+def test_the_others_end_within_the_timeout_and_say_who_is_missing(tmp_path, trials):
+    started = [
+        (name, process, texts, together(process, kwargs, tmp_path / name, number))
+        for name, (number, process, kwargs, texts) in TOGETHER.items()
+    ]
+    for name, process, texts, job in started:
+        if failure := what_is_wrong(job, process, texts, "hangs" in name):
+            failure = f"{name}: {failure}"
+        trials.add(failure)
+
+
+def together(process, kwargs, folder, num_processes):
+    run = partial(train_together, process, **kwargs)
+    return Job(run, folder / "log", num_processes)
+
+
+def what_is_wrong(job, process, texts, hangs):
+    """Say what is wrong with how the processes end, all but one that hangs."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS + 30
+    due = {pid for rank, pid in enumerate(job.pids) if not (hangs and rank == process)}
+    while not (job.poll() or due <= job.codes.keys()):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    codes = dict(job.codes)
+    job.kill(9)
+    job.wait()
+    printed = job.log.read_text()
+    if codes.keys() != due or not all(codes.values()):
+        return f"of {job.pids} ended {codes}: {printed[-3000:]}"
+    missing = [text for text in texts if text not in printed]
+    return f"not said: {missing}: {printed[-3000:]}" if missing else None
+
+
+@of_notes
+@pytest.mark.fault("one of several processes hangs, raises or leaves alone")
+def test_a_launcher_ends_a_job_of_which_one_process_hangs(tmp_path, trials):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", HERE / "hang_script.py"),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{HERE.parents[1] / 'src'}{os.pathsep}{HERE}",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS + 60,
+    )
+    is_told = f"Process 0 {NOTHING}" in done.stderr and done.returncode == 1
+    trials.add(None if is_told else f"{done.returncode}: {done.stderr[-3000:]}")

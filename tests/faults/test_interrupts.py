@@ -1,0 +1,189 @@
+"""Ctrl-C at any instant: the run ends at once, in order, and can be gone on with."""
+
+import io
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Job
+from runs import finish, result_of, undisturbed
+from scenario import Scenario, difference
+
+from pytorch_accelerated import checkpoint
+from pytorch_accelerated.callbacks import (
+    PreemptionCallback,
+    ProgressBarCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.checkpoint import _files
+from pytorch_accelerated.errors import CheckpointError
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src"
+
+SCENARIO = Scenario(save_every_n_steps=1, max_checkpoints=2)
+ASYNCHRONOUS = (("asynchronous", True),)
+
+
+class Listen(TrainerCallback):
+    def __init__(self):
+        self.heard = []
+
+    def on_training_run_end(self, trainer, **kwargs):
+        self.heard.append("end")
+
+    def on_exception(self, trainer, exception, **kwargs):
+        self.heard.append(type(exception))
+
+
+def run_until_interrupted(scenario, folder):
+    """Run; if Ctrl-C ends it, check that everything is left in order."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    bars, listen = ProgressBarCallback(), Listen()
+    scenario = scenario.with_(callbacks=(PreemptionCallback, bars, listen))
+    trainer = scenario.create_trainer(folder)
+    try:
+        scenario.run(folder, trainer=trainer)
+    except KeyboardInterrupt:
+        # Within the last event of a run, some have heard of it.
+        assert listen.heard[:1] in ([KeyboardInterrupt], ["end"])
+        assert bars.pbar is None
+        assert bars.eval_pbar is None
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert type(trainer.model) is torch.nn.Sequential
+        assert not (folder / "states" / ".lock").exists()
+    else:
+        return
+    assert multiprocessing.active_children() == []
+    raise KeyboardInterrupt
+
+
+@pytest.mark.fault("Ctrl-C at a random instant")
+@pytest.mark.parametrize(
+    ("scenario", "number"),
+    [
+        pytest.param(SCENARIO, 8, id="saving at once"),
+        pytest.param(
+            SCENARIO.with_(save_kwargs=ASYNCHRONOUS), 6, id="saving in the background"
+        ),
+        pytest.param(SCENARIO.with_(num_workers=2), 6, id="with workers"),
+    ],
+)
+def test_ctrl_c_at_random_instants(scenario, number, tmp_path, trials):
+    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed")
+    for trial in range(trials.count(number)):
+        folder = tmp_path / f"trial {trial}"
+        run = partial(run_until_interrupted, scenario, folder)
+        job = Job(run, folder / "log", own_group=True)
+        while not (folder / "states" / ".lock").exists():
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.9 * seconds))
+        job.interrupt()
+        trials.add(what_is_wrong(job, scenario, folder, expected))
+
+
+def what_is_wrong(job, scenario, folder, expected):
+    (code,) = job.wait(30)
+    printed = job.log.read_text()
+    if code not in (0, 130) or "AssertionError" in printed:
+        return f"exit code {code}: {printed[-3000:]}"
+    if text := job.wait_for_group():
+        return text
+    again = Job(finish(scenario, folder), folder / "log")
+    return again.wait_or_explain() or difference(expected, result_of(folder))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), RuntimeError("DataLoader worker (pid 7) is killed")],
+    ids=repr,
+)
+def test_ctrl_c_amid_a_write_is_not_taken_for_an_error_of_it(
+    error, tmp_path, monkeypatch
+):
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            if self.tell() > 0:
+                raise error
+            return super().write(data)
+
+    monkeypatch.setattr(_files, "open", Interrupted, raising=False)
+    with pytest.raises(type(error)) as caught:
+        checkpoint.save_file({"a": 1}, tmp_path / "file.pt")
+    assert caught.value is error
+
+
+def test_an_error_of_a_write_after_ctrl_c_is_one(tmp_path):
+    def save():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            checkpoint.save_file({"a": 1}, tmp_path)
+
+    with pytest.raises(CheckpointError, match="Could not write"):
+        save()
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Start a script that writes for some time, and end it after the test."""
+    started = []
+
+    def start(seconds):
+        started.append(
+            subprocess.Popen(
+                [sys.executable, HERE / "interrupt_script.py", tmp_path, str(seconds)],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE}",
+                    "OMP_NUM_THREADS": "1",
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[0]
+
+    yield start
+    started[0].kill()
+    started[0].communicate()
+
+
+def interrupt_after(line, process, delay=0):
+    for printed in process.stdout:
+        if printed == f"{line}\n":
+            break
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.fault("Ctrl-C, and its exit code")
+def test_ctrl_c_waits_for_a_state_that_is_being_written(script, trials):
+    process = script(seconds=1)
+    interrupt_after("writing", process)
+    printed, errors = process.communicate(timeout=30)
+    assert printed == "cleaning up\nwritten\n"
+    assert errors.endswith("\nKeyboardInterrupt\n")
+    # What a shell makes 130 of.
+    trials.add(process.returncode != -signal.SIGINT and f"{process.returncode}")
+
+
+@pytest.mark.fault("Ctrl-C, and its exit code")
+@pytest.mark.parametrize("delay", [0, 1])  # while a callback cleans up, and after it
+def test_a_second_ctrl_c_waits_for_nothing(delay, script, trials):
+    process = script(seconds=1000)
+    interrupt_after("writing", process)
+    interrupt_after("cleaning up", process, delay)
+    _, errors = process.communicate(timeout=30)
+    assert errors.endswith("\nKeyboardInterrupt\n")
+    trials.add(process.returncode != -signal.SIGINT and f"{process.returncode}")

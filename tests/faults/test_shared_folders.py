@@ -1,0 +1,272 @@
+"""Several runs in one folder, and files in it that belong to others."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+import warnings
+
+import pytest
+from processes import Job
+from scenario import Scenario, difference, fingerprint
+
+from pytorch_accelerated import checkpoint
+from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.training_state import TrainingState
+
+SEVERAL_RUNS = "several runs in one folder, locks of dead processes"
+FOREIGN_FILES = "foreign files in the folder"
+SMALL = Scenario(
+    num_epochs=1,
+    num_samples=24,
+    save_best=False,
+    max_checkpoints=1,
+    ends_schedule=False,
+)
+
+
+class WaitForOthers(TrainerCallback):
+    """Keeps the one run that may write alive until the others have been refused."""
+
+    def __init__(self, folder, num_others):
+        self.folder, self.num_others = folder, num_others
+
+    def on_train_epoch_start(self, trainer, **kwargs):
+        deadline = time.monotonic() + 20
+        while len(list(self.folder.glob("refused *"))) < self.num_others:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+
+def start_together(folder, num_runs):
+    """Start runs at one moment; say what is wrong with what they leave."""
+
+    def run(number):
+        while time.monotonic() < start:
+            time.sleep(0.001)
+        scenario = SMALL.with_(
+            seed=number, callbacks=(WaitForOthers(folder, num_runs - 1),)
+        )
+        try:
+            scenario.run(folder)
+        except CheckpointError as error:
+            (folder / f"refused {number}").write_text(str(error))
+            raise SystemExit(7) from None
+
+    start = time.monotonic() + 0.03
+    jobs = [Job(lambda n=n: run(n), folder / f"log {n}") for n in range(num_runs)]
+    codes = [job.wait()[0] for job in jobs]
+    if sorted(codes) != [0] + [7] * (num_runs - 1):
+        return f"exit codes {codes}"
+    winner = codes.index(0)
+    if not all(
+        f"Another run writes to {folder}/states: process {jobs[winner].pids[0]} on"
+        in refused.read_text()
+        for refused in folder.glob("refused *")
+    ):
+        return "a refusal names another process"
+    alone = folder / "alone"
+    SMALL.with_(seed=winner).run(alone)
+    names = [each.path.name for each in checkpoint.list_checkpoints(alone / "states")]
+    left = sorted(path.name for path in (folder / "states").iterdir())
+    if left != sorted(names):
+        return f"{left} are left instead of {names}"
+    return next(filter(None, (compare(alone, folder, name) for name in names)), None)
+
+
+def compare(one, other, name):
+    states = [TrainingState.read(each / "states" / name) for each in (one, other)]
+    return difference(states[0].model, states[1].model)
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+def test_of_runs_that_start_together_one_writes_and_the_others_are_refused(
+    tmp_path, trials
+):
+    for number in range(trials.count(21)):
+        trials.add(start_together(tmp_path / f"{number}", 2 + number % 7))
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+@pytest.mark.parametrize("named", ["dead", "alive", "on another machine"])
+def test_the_lock_of_a_killed_run_stops_nobody(named, tmp_path, trials):
+    """Whatever process it names: its number may have been given to another since."""
+
+    class Die(TrainerCallback):
+        called_last = ("on_train_step_end",)
+
+        def on_train_step_end(self, trainer, **kwargs):
+            if trainer.num_updates == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    dying = SMALL.with_(callbacks=(Die,))
+    job = Job(lambda: dying.run(tmp_path) and None, tmp_path / "log")
+    assert job.wait() == [-signal.SIGKILL]
+    lock = tmp_path / "states" / ".lock"
+    assert lock.read_text() == f"{os.uname().nodename} {job.pids[0]}"
+    if named == "alive":
+        lock.write_text(f"{os.uname().nodename} {os.getpid()}")
+    elif named == "on another machine":
+        lock.write_text("elsewhere 1")
+    expected = fingerprint(SMALL.run(tmp_path / "undisturbed"))
+    resumed = SMALL.run(tmp_path, resume_from="auto")
+    trials.add(difference(expected, fingerprint(resumed)))
+    assert not lock.exists()
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+def test_states_that_others_keep_in_the_folder_are_not_deleted(tmp_path, trials):
+    """Only what the callback itself names is counted and deleted."""
+    other = tmp_path / "other"
+    SMALL.with_(max_checkpoints=None).run(other)
+    states = tmp_path / "states"
+    for name in ("mine", "step_1 of another run", "run_2/step_1", "step_x"):
+        shutil.copytree(other / "states" / "step_1", states / name)
+    before = contents(states)
+    SMALL.run(tmp_path)
+    SMALL.run(tmp_path)
+    after = contents(states)
+    lost = [path for path in before if after.get(path) != before[path]]
+    trials.add(lost and f"{lost} are lost")
+    assert {"epoch_1", "final"} < {path.name for path in states.iterdir()}
+
+
+# ---------------------------------------------------------------------- foreign files
+
+
+def a_file(path):
+    path.write_text("mine")
+
+
+def a_folder(path):
+    path.mkdir()
+    (path / "file").write_text("mine")
+
+
+def a_json_of_another_program(path):
+    path.mkdir()
+    (path / "manifest.json").write_text('{"name": "an extension"}')
+
+
+def a_link_to_a_folder(path):
+    (path.parents[1] / "target").mkdir()
+    (path.parents[1] / "target" / "file").write_text("mine")
+    path.symlink_to(path.parents[1] / "target")
+
+
+def a_link_to_itself(path):
+    path.symlink_to(path)
+
+
+def a_link_to_nothing(path):
+    path.symlink_to("nothing")
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_socket(path):
+    os.chdir(path.parent)  # its path may not be long
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path.name)
+    listener.close()
+
+
+FOREIGN = [
+    (a_file, "notes.txt"),
+    (a_file, "epoch_1.tmp"),
+    (a_file, "step_2"),
+    (a_file, ".trash"),
+    (a_folder, "step_2.tmp-mine"),
+    (a_folder, ".trash-mine"),
+    (a_folder, "model.safetensors"),
+    (a_json_of_another_program, "extension"),
+    (a_link_to_a_folder, "epoch_7"),
+    (a_link_to_a_folder, "latest"),
+    (a_link_to_itself, "loop"),
+    (a_link_to_nothing, "step_9"),
+    (a_pipe, "pipe"),
+    (a_socket, "socket"),
+]
+
+
+def contents(folder):
+    """Return what is in a folder, by path, without following links."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        elif path.is_file():
+            found[str(path)] = path.read_bytes()
+        else:
+            found[str(path)] = path.lstat().st_mode
+    return found
+
+
+@pytest.mark.fault(FOREIGN_FILES)
+@pytest.mark.parametrize(
+    ("create", "name"), FOREIGN, ids=lambda each: getattr(each, "__name__", each)
+)
+def test_what_belongs_to_others_is_left_alone(create, name, tmp_path, trials):
+    """It is not opened either: a run that opened a pipe would wait for ever."""
+    states = tmp_path / "states"
+    states.mkdir()
+
+    def train():
+        warnings.simplefilter("ignore")  # that a file is in the way
+        create(states / name)
+        before = contents(states)
+        opened = []
+        sys.addaudithook(
+            lambda event, args: event == "open" and opened.append(str(args[0]))
+        )
+        SMALL.run(tmp_path, resume_from="auto")
+        SMALL.with_(num_epochs=2).run(tmp_path, resume_from="auto")
+        place = str(states / name)
+        parsed = [path for path in opened if f"{path}/".startswith(f"{place}/")]
+        # Of a folder it has to be found out what it is.
+        assert set(parsed) <= {f"{place}/manifest.json"}
+        assert before.items() <= contents(states).items()
+        assert (states / "final").is_dir()
+
+    job = Job(train, tmp_path / "log")
+    trials.add(job.wait_or_explain())
+
+
+@pytest.mark.fault(FOREIGN_FILES)
+@pytest.mark.parametrize("name", ["step_7", "latest"])
+def test_a_link_to_a_state_of_another_run_is_not_followed(name, tmp_path, trials):
+    """Not to go on from it, nor to count or delete it."""
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    SMALL.with_(num_epochs=3).run(other)
+    (mine / "states").mkdir(parents=True)
+    (mine / "states" / name).symlink_to(other / "states" / "final")
+    before = contents(tmp_path)
+    expected = fingerprint(SMALL.run(tmp_path / "alone"))
+    trials.add(difference(expected, fingerprint(SMALL.run(mine, resume_from="auto"))))
+    lost = before.items() - contents(tmp_path).items()
+    trials.add(lost and f"{lost} are lost")
+
+
+@pytest.mark.fault(FOREIGN_FILES)
+def test_all_of_them_at_once_are_left_alone(tmp_path, trials):
+    states = tmp_path / "states"
+    states.mkdir()
+
+    def train():
+        warnings.simplefilter("ignore")
+        for create, name in random.sample(FOREIGN, len(FOREIGN)):
+            if create is not a_link_to_a_folder or name == "latest":
+                create(states / name)
+        before = contents(states)
+        SMALL.run(tmp_path, resume_from="auto")
+        assert before.items() <= contents(states).items()
+        assert checkpoint.newest(states).path.name == "final"
+
+    job = Job(train, tmp_path / "log")
+    trials.add(job.wait_or_explain())
