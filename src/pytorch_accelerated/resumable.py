@@ -55,6 +55,8 @@ class ResumableRun:
     _train_dataloader: Any
     _eval_dataloader: Any
     _num_runs: int
+    _run_number: int
+    _update_limit: int | None
     _data_seed: int
     _loaded_state: dict[str, Any]
     _resume_state: dict[str, Any]
@@ -191,6 +193,7 @@ class ResumableRun:
             "num_updates": self._progress.num_updates,
             "epoch": epoch,
             "metrics": self._latest_metrics(),
+            "run_number": self._run_number,
         }
         with self._on_all_processes_or_none():
             state = self._training_state(metadata)
@@ -376,13 +379,7 @@ class ResumableRun:
             if self._progress.step != progress.step:
                 # What was begun of a window is done again.
                 state.pop("gradients", None)
-            if then != now and now.num_samples is not None:
-                left = count_updates_left(
-                    self._progress, now, self.run_config.num_epochs
-                )
-                check_schedule_is_long_enough(
-                    self.scheduler, progress.num_updates + left
-                )
+            self._check_schedule_is_long_enough(now)
             if "random_states" not in state:
                 # Other processes saved theirs.
                 data.seed_everything(
@@ -413,6 +410,18 @@ class ResumableRun:
                 f"{resume_from} was saved by a run {was} a scheduler, but train() was "
                 f"called {now} one. Give the create_scheduler_fn of that run."
             )
+
+    def _check_schedule_is_long_enough(self, layout: BatchLayout) -> None:
+        plan = getattr(self._train_dataloader, "plan", None)
+        if plan is None or plan.drop_last or len(self._train_dataloader) != len(plan):
+            return  # how many updates are left is not known
+        num_epochs = self.run_config.num_epochs
+        updates = self._progress.num_updates + count_updates_left(
+            self._progress, layout, num_epochs
+        )
+        if self._update_limit is not None:
+            updates = min(updates, self._update_limit)
+        check_schedule_is_long_enough(self.scheduler, updates)
 
     def _follow_data_seed(self, data_seed: int) -> None:
         self._data_seed = data_seed

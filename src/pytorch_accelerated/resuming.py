@@ -136,9 +136,9 @@ def check_schedule_is_long_enough(scheduler: Any, num_updates: int) -> None:
     if isinstance(total_steps, int) and num_updates > total_steps:
         raise CheckpointError(
             f"The {type(scheduler).__name__} of the saved run ends after {total_steps} "
-            f"updates, and with the batches that the run has now it would make "
-            f"{num_updates}. Resume with batches of the same size, or use a schedule "
-            "that stays at its last value, such as those of this library."
+            f"updates, and with the epochs and batches that the run has now it would "
+            f"make {num_updates}. Resume with the same, or use a schedule that stays "
+            "at its last value, such as those of this library."
         )
 
 

@@ -198,6 +198,7 @@ class Trainer(ResumableRun):
 
         # How the runs of this trainer go on from each other.
         self._num_runs = 0
+        self._run_number = 0
         self._data_seed = 0
         self._progress = RunProgress()
         self._plateau_metric = "eval_loss_epoch"
@@ -1025,6 +1026,7 @@ class Trainer(ResumableRun):
         if not is_training:
             return
         self._progress = RunProgress()
+        self._run_number = 0
         self._publish_progress()
         self.gradient_norm = None
         self._seed_run()

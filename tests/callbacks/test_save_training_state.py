@@ -10,7 +10,7 @@ from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,
     TrainerCallback,
 )
-from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints
+from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints, newest
 
 
 def names_in(folder):
@@ -141,6 +141,25 @@ def test_states_of_an_earlier_run_count(create_trainer, samples, tmp_path):
     assert run(3, resume_from="auto") == ["epoch_2", "epoch_3"]
     # A fresh run goes back to lower numbers, yet what it writes is the newest.
     assert run(1) == ["epoch_1", "epoch_3"]
+
+
+def test_auto_goes_on_with_the_run_that_started_last(create_trainer, samples, tmp_path):
+    """A longer run in the same folder, with more updates, is not newer."""
+
+    def run(num_epochs, **kwargs):
+        saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+        trainer = create_trainer([saving])
+        trainer.train(samples(1), num_epochs=num_epochs, **kwargs)
+        return trainer.num_updates
+
+    run(4)
+    (tmp_path / "final").rename(tmp_path / "kept")
+    run(2)
+    assert newest(tmp_path).path.name == "final"
+    assert run(3, resume_from="auto") == 3
+    assert [each.path.name for each in list_checkpoints(tmp_path)] == [
+        *("epoch_4", "kept", "epoch_1", "epoch_2", "epoch_3", "final")
+    ]
 
 
 def test_a_second_run_does_not_delete_what_it_has_just_written(

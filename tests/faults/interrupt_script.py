@@ -32,4 +32,7 @@ class WriteForLong(TrainerCallback):
 
 if __name__ == "__main__":
     folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
-    Scenario(callbacks=(WriteForLong(seconds),)).run(folder)
+    try:
+        Scenario(callbacks=(WriteForLong(seconds),)).run(folder)
+    finally:
+        print("train() has ended", flush=True)  # noqa: T201

@@ -269,6 +269,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._being_written = None
         if trainer._accelerator.is_main_process:
             self._take_over_folder()
+            # What a longer run left here before is not newer than what comes now.
+            numbers = [each.run_number for each in list_checkpoints(self.save_dir)]
+            trainer._run_number = max([trainer._run_number, *(n + 1 for n in numbers)])
         known = {path.absolute() for path in self._saved_checkpoints}
         earlier = [path for path in _find_saved(self.save_dir) if path not in known]
         self._saved_checkpoints = [*earlier, *self._saved_checkpoints]

@@ -17,7 +17,8 @@ class BackgroundWriter:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        # A join that is interrupted takes a thread for ended: the event tells.
+        self._write: tuple[threading.Event, threading.Thread] | None = None
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[], object]) -> None:
@@ -30,23 +31,26 @@ class BackgroundWriter:
             Exception: What the write before has raised; then this one is not started.
         """
         self.wait()
+        ended = threading.Event()
         thread = threading.Thread(
-            target=self._run, args=(write,), name="checkpoint writer", daemon=True
+            target=self._run, args=(write, ended), name="checkpoint writer", daemon=True
         )
         try:
             bytearray(_MEMORY_OF_A_THREAD)  # start() may wait for ever without
             thread.start()
         except (MemoryError, RuntimeError):  # too little or too many: the caller waits
-            self._run(write)
+            self._run(write, ended)
         else:
-            self._thread = thread
+            self._write = ended, thread
             atexit.register(self.wait)
 
-    def _run(self, write: Callable[[], object]) -> None:
+    def _run(self, write: Callable[[], object], ended: threading.Event) -> None:
         try:
             write()
         except BaseException as error:
             self._error = error
+        finally:
+            ended.set()
 
     def wait(self) -> None:
         """Wait for the write to end, if there is one.
@@ -54,8 +58,10 @@ class BackgroundWriter:
         Raises:
             Exception: What it has raised.
         """
-        if self._thread is not None:
-            self._thread.join()
+        if self._write is not None:
+            ended, thread = self._write
+            ended.wait()
+            thread.join()
             self.abandon()
         error, self._error = self._error, None
         if error is not None:
@@ -63,5 +69,5 @@ class BackgroundWriter:
 
     def abandon(self) -> None:
         """Wait for the write no more; the exit of Python may cut it short."""
-        self._thread = None
+        self._write = None
         atexit.unregister(self.wait)

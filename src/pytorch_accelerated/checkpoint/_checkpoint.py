@@ -80,6 +80,16 @@ class Checkpoint:
         return number if isinstance(number, int) else -1
 
     @property
+    def run_number(self) -> int:
+        """Number of the run that wrote it, among those that wrote to its directory.
+
+        A run that was started, or resumed, later has a greater one; 0 if that was not
+        recorded.
+        """
+        number = self.progress.get("run_number")
+        return number if isinstance(number, int) else 0
+
+    @property
     def metrics(self) -> Mapping[str, float]:
         """The metrics at the time, as given to ``CheckpointWriter.commit``.
 
@@ -231,14 +241,15 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in (SAFETENSORS_NAME, TORCH_NAME))
 
 
-def _order(checkpoint: Checkpoint) -> tuple[int, float, str]:
+def _order(checkpoint: Checkpoint) -> tuple[int, int, float, str]:
     epoch = checkpoint.progress.get("epoch")
     epoch = epoch if isinstance(epoch, int | float) else -1
-    return checkpoint.num_updates, epoch, checkpoint.path.name
+    name = checkpoint.path.name
+    return checkpoint.run_number, checkpoint.num_updates, epoch, name
 
 
 def list_checkpoints(directory: str | os.PathLike[str]) -> list[Checkpoint]:
-    """List the checkpoints of a directory, in order of ``num_updates``.
+    """List the checkpoints of a directory, in order of run and ``num_updates``.
 
     Only those whose manifest can be read; their files are not verified. The time when
     a file was written plays no part: clocks jump and copies get new times.
@@ -252,6 +263,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[Checkpoint]:
 def newest(directory: str | os.PathLike[str]) -> Checkpoint | None:
     """Return the whole checkpoint with the most updates; None if there is none.
 
+    If several runs wrote to the directory, it is one of the run that started last.
     For every broken one that might be newer a warning names the file and the reason.
     """
     checkpoints, unreadable = scan(directory)
