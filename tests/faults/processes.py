@@ -6,6 +6,7 @@ Importing torch takes longer than a trial; forking takes a few milliseconds.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -91,8 +92,10 @@ class Job:
         deadline = time.monotonic() + seconds
         while not self.poll():
             if time.monotonic() > deadline:
+                self.kill(signal.SIGABRT)  # they print where they are
+                time.sleep(1)
                 self.kill(signal.SIGKILL)
-                text = self.log.read_text(errors="replace")[-2000:]
+                text = self.log.read_text(errors="replace")[-4000:]
                 raise TimeoutError(f"Processes hang after {seconds} s: {text}")
             time.sleep(0.005)
         return [self.codes[pid] for pid in self.pids]
@@ -136,6 +139,7 @@ def _run_in_child(
         os.dup2(output, 2)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (for good)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        faulthandler.enable(2)
         if num_processes > 1:
             os.environ.update(
                 RANK=str(rank),

@@ -316,6 +316,6 @@ def test_nothing_leaks_over_200_short_runs(tmp_path, trials):
         (tmp_path / "found").write_text(json.dumps(found))
 
     job = Job(run, tmp_path / "log")
-    assert job.wait_or_explain() is None
+    assert job.wait_or_explain(seconds=400) is None
     for failure in json.loads((tmp_path / "found").read_text()):
         trials.add(failure)
