@@ -210,7 +210,7 @@ def fail_in_worker(scenario, folder, spoil, error, texts):
 
 
 def is_noted(text, error):
-    """Say whether a note of an error has a text; errors have none before Python 3.11."""
+    """Say whether a note of an error has a text; there are none before Python 3.11."""
     return sys.version_info < (3, 11) or text in "\n".join(error.__notes__)
 
 
