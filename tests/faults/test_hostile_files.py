@@ -369,7 +369,7 @@ def what_happens(states, hostile, expected, marker):
         else:
             assert trainer.num_updates == 1
             told.append(" ".join(str(each.message) for each in caught))
-    checkpoint.best(states, "eval_loss_epoch")
+        checkpoint.best(states, "eval_loss_epoch")
     for text in told:
         assert hostile.name in text, text
         assert re.search(expected, text), text
