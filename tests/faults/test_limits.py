@@ -299,7 +299,7 @@ def test_nothing_leaks_over_200_short_runs(tmp_path, trials):
     num_runs, num_warm = trials.count(200), 15
 
     def run():
-        # A short path: workers bind sockets below it, and these may have 107 characters.
+        # Short, because workers bind sockets below it, whose paths have a limit.
         tempfile.tempdir = os.environ["TMPDIR"] = short
         found = []
         for number in range(num_warm + num_runs):
