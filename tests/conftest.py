@@ -5,12 +5,21 @@ twice the weight. A learning rate of 0.25 then halves the weight at each update:
 updates from 1 it is 0.5 ** k, and the loss 0.25 ** k.
 """
 
+import signal
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from pytorch_accelerated.trainer import Trainer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard():
+    """Also by a suite in the background of a shell, which lets it be ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class OneByOne(Dataset):

@@ -19,7 +19,7 @@ class WriteForLong(TrainerCallback):
     def on_train_update_end(self, trainer, **kwargs):
         trainer._background_writer.start(self._write)
         print("writing", flush=True)  # noqa: T201 (for the test to read)
-        time.sleep(1000)
+        time.sleep(60)
 
     def _write(self):
         time.sleep(self.seconds)

@@ -182,7 +182,7 @@ def test_ctrl_c_waits_for_a_state_that_is_being_written(script, trials):
 @pytest.mark.fault("Ctrl-C, and its exit code")
 @pytest.mark.parametrize("delay", [0, 1])  # while a callback cleans up, and after it
 def test_a_second_ctrl_c_waits_for_nothing(delay, script, trials):
-    process = script(seconds=1000)
+    process = script(seconds=60)
     interrupt_after("writing", process)
     interrupt_after("cleaning up", process, delay)
     _, errors = process.communicate(timeout=30)
