@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import tracemalloc
 import warnings
 import zlib
 from collections import Counter, OrderedDict, namedtuple
@@ -1112,3 +1113,16 @@ def test_the_module_runs_as_a_program(tmp_path):
     )
     assert done.returncode == 1
     assert "BROKEN" in done.stdout
+
+
+def test_starting_a_background_write_allocates_next_to_nothing():
+    """It did, 32 MB to see whether a thread would fit, which took as long as a save."""
+    writer = ckpt.BackgroundWriter()
+    tracemalloc.start()
+    try:
+        writer.start(lambda: None)
+        writer.wait()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000

@@ -1,6 +1,7 @@
 import os
 import random
 import time
+import warnings
 from dataclasses import replace
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     default_collate,
 )
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pytorch_accelerated import data
 from pytorch_accelerated.data import BatchPlan, PlannedLoader, derive_seed, epoch_order
@@ -521,6 +523,104 @@ def test_indices_of_a_batch_keep_their_seed_on_the_way_to_a_worker():
 
     assert indices == [3, 1]
     assert indices.seed == 9
+
+
+MEMBERS = {
+    "tensor": lambda number: torch.full((2, 3), number + 0.5),
+    "label": torch.tensor,
+    "bfloat16": lambda number: torch.ones(2, dtype=torch.bfloat16) * number,
+    "parameter": lambda number: torch.nn.Parameter(torch.ones(2) * number),
+    "array": lambda number: np.full(2, number),
+    "int": int,
+    "float": float,
+    "text": str,
+    "pair": lambda number: (torch.ones(2) * number, number),
+    "list": lambda number: [torch.ones(1) * number],
+    "mapping": lambda number: {"x": torch.ones(1) * number},
+}
+SAMPLES = {
+    "tuple": tuple,
+    "list": list,
+    "mapping": lambda members: dict(enumerate(members)),
+    "alone": lambda members: members[0],
+}
+
+
+class Made(Dataset):
+    """Makes samples of some kind, whose members are of some kinds."""
+
+    def __init__(self, length, sample, members):
+        self.length = length
+        self.sample, self.members = SAMPLES[sample], [MEMBERS[name] for name in members]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return self.sample([make(index) for make in self.members])
+
+
+def equal(one, other):
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return equal(list(one.items()), list(other.items()))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@given(
+    st.integers(1, 5),
+    st.sampled_from(sorted(SAMPLES)),
+    st.lists(st.sampled_from(sorted(MEMBERS)), min_size=1, max_size=3),
+)
+def test_batches_are_those_of_torch_whatever_the_samples_are(length, sample, members):
+    dataset = Made(length, sample, members)
+    (expected,) = DataLoader(dataset, batch_size=length)
+    (batch,) = planned(dataset, batch_size=length, shuffle=False)
+    assert equal(batch, expected)
+
+
+def nested():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor([torch.ones(1)])
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [(torch.ones(1), 1), (torch.ones(1),)],
+        [(torch.ones(2), 1), (torch.ones(3), 1)],
+        [(torch.ones(1), 1), (1, 1)],
+        [(torch.ones(1), 1), None],
+        [(object(), 1), (object(), 1)],
+        [(torch.ones(1).to_sparse(), 1)] * 2,
+        [(nested(), 1)] * 2,
+    ],
+)
+def test_samples_that_do_not_fit_together_are_refused_as_by_torch(samples):
+    with pytest.raises((RuntimeError, TypeError)) as expected:
+        list(DataLoader(samples, batch_size=2))
+    with pytest.raises(expected.type) as raised:
+        list(planned(samples, batch_size=2, shuffle=False))
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.Tensor])
+def test_what_the_user_has_told_torch_to_do_with_samples_is_done(monkeypatch, kind):
+    def as_they_are(samples, *, collate_fn_map):
+        return ("as they are", list(samples))
+
+    monkeypatch.setitem(default_collate_fn_map, kind, as_they_are)
+    dataset = Made(2, "tuple", ["tensor", "int"])
+    (expected,) = DataLoader(dataset, batch_size=2)
+    (batch,) = planned(dataset, batch_size=2, shuffle=False)
+    assert "as they are" in str(batch)
+    assert equal(batch, expected)
 
 
 def test_the_default_collate_function_is_torch_s():

@@ -40,6 +40,7 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from pytorch_accelerated import workers
 
@@ -337,6 +338,7 @@ class _BatchDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate_fn: Any, timeout: float = 0) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
+        self._collate_here = _collate_here if _is_as_usual(collate_fn) else collate_fn
         self._report = workers.report_before(timeout)
         self.is_first = True
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
@@ -347,17 +349,20 @@ class _BatchDataset(Dataset[Any]):
             return self.fetch_here(indices)
         seed_everything(indices.seed)
         with self._report:
-            return self._fetch(indices)
+            return self.collate_fn(self._fetch(indices))
 
     def fetch_here(self, indices: SeededIndices) -> Any:
         """Fetch in the main process, whose random state stays as it is."""
         is_first, self.is_first = self.is_first, False
-        return self._random_state.fetch(self._fetch, indices, is_first=is_first)
+        return self._random_state.fetch(self._batch, indices, is_first=is_first)
+
+    def _batch(self, indices: list[int]) -> Any:
+        return self._collate_here(self._fetch(indices))
 
     def _fetch(self, indices: list[int]) -> Any:
         dataset = self.dataset
         if self._fetches_whole_batches:
-            return self.collate_fn(dataset.__getitems__(list(indices)))
+            return dataset.__getitems__(list(indices))
         samples: list[Any] = []
         try:
             for index in indices:
@@ -366,7 +371,40 @@ class _BatchDataset(Dataset[Any]):
             if hasattr(error, "add_note"):  # from Python 3.11
                 error.add_note(f"Raised by sample {indices[len(samples)]}.")
             raise
-        return self.collate_fn(samples)
+        return samples
+
+
+def _is_as_usual(collate_fn: Any) -> bool:
+    """Say whether this is torch's default, unchanged for tuples and for tensors."""
+    return (
+        collate_fn is default_collate
+        and tuple not in default_collate_fn_map
+        and default_collate_fn_map.get(Tensor) is collate_tensor_fn
+    )
+
+
+def _collate_here(samples: Any) -> Any:
+    """Do what ``default_collate`` does in the main process.
+
+    It takes a tuple of tensors, the most frequent sample, for one of the rarest, and
+    spends several microseconds on finding out.
+    """
+    if type(samples[0]) is not tuple:
+        return default_collate(samples)
+    try:
+        columns = list(zip(*samples, strict=True))
+    except (TypeError, ValueError):
+        return default_collate(samples)  # which says what is wrong
+    return [
+        torch.stack(column) if _is_dense(column[0]) else default_collate(column)
+        for column in columns
+    ]
+
+
+def _is_dense(value: Any) -> bool:
+    return (
+        type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+    )
 
 
 def seed_everything(seed: int) -> None:

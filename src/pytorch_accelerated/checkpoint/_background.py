@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import mmap
 import threading
 from collections.abc import Callable
 
@@ -36,9 +37,10 @@ class BackgroundWriter:
             target=self._run, args=(write, ended), name="checkpoint writer", daemon=True
         )
         try:
-            bytearray(_MEMORY_OF_A_THREAD)  # start() may wait for ever without
+            # Without this much, start() may wait for ever.
+            mmap.mmap(-1, _MEMORY_OF_A_THREAD).close()
             thread.start()
-        except (MemoryError, RuntimeError):  # too little or too many: the caller waits
+        except (MemoryError, OSError, RuntimeError):  # the caller waits
             self._run(write, ended)
         else:
             self._write = ended, thread
