@@ -392,7 +392,7 @@ def _collate_here(samples: Any) -> Any:
     if type(samples[0]) is not tuple:
         return default_collate(samples)
     try:
-        columns = list(zip(*samples, strict=True))
+        columns: list[Any] = list(zip(*samples, strict=True))
     except (TypeError, ValueError):
         return default_collate(samples)  # which says what is wrong
     return [
