@@ -218,6 +218,8 @@ def objects_of_all(value: Result) -> list[Result]:
 
     It may hold tensors of all kinds: pickle alone cannot restore unsigned integers.
     """
+    if PartialState().num_processes == 1:
+        return [value]
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return [
