@@ -274,9 +274,9 @@ def _tiny_gpt2_job(size: int) -> Job:
 # How to create the job of each workload, and that of a quick try. The arguments are
 # numbers of steps.
 JOBS: dict[str, tuple[Callable[[], Job], Callable[[], Job]]] = {
-    "a": (lambda: _mlp_job(1000), lambda: _mlp_job(20)),
+    "a": (lambda: _mlp_job(1875), lambda: _mlp_job(20)),  # 60,000 samples, as in MNIST
     "b": (
-        lambda: _mlp_job(1000, one_by_one=True),
+        lambda: _mlp_job(1875, one_by_one=True),
         lambda: _mlp_job(20, one_by_one=True),
     ),
     "c": (lambda: _with_bars(200), lambda: _with_bars(20)),
