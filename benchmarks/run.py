@@ -1,7 +1,7 @@
 """Measure this library against the loop written by hand and against its peers.
 
     make bench                          all workloads and contenders, minutes
-    make bench BENCH_ARGS=--quick       little work, to see that everything runs
+    make bench BENCH_ARGS=--quick       little work, without the peers, half a minute
     python benchmarks/run.py --contender lightning --workload a --workload d
     python benchmarks/run.py --device cuda
 
@@ -255,7 +255,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="little work, no table in the docs"
+        "--quick",
+        action="store_true",
+        help="little work, no table in the docs, and no peers but those of --contender",
     )
     parser.add_argument(
         "--contender",
@@ -292,7 +294,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         for workload, plan in WORKLOADS.items()
         if options.device != "cpu" or not plan.needs_gpu
     ]
-    chosen = options.contender or CONTENDERS
+    chosen = options.contender or ([] if options.quick else CONTENDERS)
     options.contender = [
         name for name in CONTENDERS if name in chosen or name in (BASELINE, OURS)
     ]

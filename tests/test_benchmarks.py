@@ -12,7 +12,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from environment import Environment, read_requirements, reason_of  # noqa: E402
-from plan import CONTENDERS, PEERS, WORKLOADS, Workload  # noqa: E402
+from plan import BASELINE, CONTENDERS, OURS, PEERS, WORKLOADS, Workload  # noqa: E402
 from process import answer, create_job  # noqa: E402
 from run import parse_arguments  # noqa: E402
 from tables import (  # noqa: E402
@@ -231,6 +231,13 @@ def test_the_loop_by_hand_and_ours_are_always_measured():
 )
 def test_only_a_run_of_everything_is_for_the_documentation(arguments, is_whole):
     assert parse_arguments(arguments).is_whole is is_whole
+
+
+def test_a_quick_try_leaves_out_the_peers_unless_they_are_asked_for():
+    assert parse_arguments(["--quick"]).contender == [BASELINE, OURS]
+    asked_for = parse_arguments(["--quick", "--contender", "ignite"]).contender
+    assert asked_for == [BASELINE, OURS, "ignite"]
+    assert parse_arguments([]).contender == CONTENDERS
 
 
 def test_what_needs_a_gpu_is_left_out_on_a_cpu_unless_tried_at_a_tiny_size(capsys):
