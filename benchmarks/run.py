@@ -1,7 +1,7 @@
 """Measure this library against the loop written by hand and against its peers.
 
     make bench                          all workloads and contenders, minutes
-    make bench BENCH_ARGS=--quick       little work, without the peers, half a minute
+    make bench BENCH_ARGS=--quick       little work, without the peers, a minute
     python benchmarks/run.py --contender lightning --workload a --workload d
     python benchmarks/run.py --device cuda
 
