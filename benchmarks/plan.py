@@ -73,8 +73,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "a": Workload("perceptron, in memory", rounds=9, rounds_of_a_peer=5),
-    "b": Workload("perceptron, sample by sample", rounds=9, rounds_of_a_peer=5),
+    "a": Workload("perceptron, in memory", rounds_of_a_peer=5),
+    "b": Workload("perceptron, sample by sample", rounds_of_a_peer=5),
     "c": Workload("with bars, logs, evaluation", rounds=7, rounds_of_a_peer=4),
     "d": Workload("residual network", rounds=7, rounds_of_a_peer=4),
     "e": Workload("GPT, clipping, accumulation", rounds=7, rounds_of_a_peer=4),

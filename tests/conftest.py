@@ -7,12 +7,17 @@ updates from 1 it is 0.5 ** k, and the loss 0.25 ** k.
 
 import signal
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from pytorch_accelerated.trainer import Trainer
+
+# Machines are shared: how long an example takes says nothing.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

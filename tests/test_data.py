@@ -611,15 +611,22 @@ def test_samples_that_do_not_fit_together_are_refused_as_by_torch(samples):
 
 
 @pytest.mark.parametrize("kind", [tuple, torch.Tensor])
-def test_what_the_user_has_told_torch_to_do_with_samples_is_done(monkeypatch, kind):
+@pytest.mark.parametrize(
+    "dataset",
+    [Made(2, "tuple", ["tensor", "int"]), TensorDataset(torch.ones(2), torch.ones(2))],
+)
+def test_what_the_user_has_told_torch_to_do_with_samples_is_done(
+    monkeypatch, kind, dataset
+):
     def as_they_are(samples, *, collate_fn_map):
         return ("as they are", list(samples))
 
     monkeypatch.setitem(default_collate_fn_map, kind, as_they_are)
-    dataset = Made(2, "tuple", ["tensor", "int"])
     (expected,) = DataLoader(dataset, batch_size=2)
-    (batch,) = planned(dataset, batch_size=2, shuffle=False)
+    loader = planned(dataset, batch_size=2, shuffle=False)
+    (batch,) = loader
     assert "as they are" in str(batch)
+    assert not loader.is_exact
     assert equal(batch, expected)
 
 

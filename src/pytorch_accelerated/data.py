@@ -443,10 +443,7 @@ class InMemoryDataset:
             subset = torch.as_tensor(dataset.indices, dtype=torch.int64)
             index = subset if index is None else subset[index]
             dataset = dataset.dataset
-        if (
-            type(dataset) is not TensorDataset
-            or loader.collate_fn is not default_collate
-        ):
+        if type(dataset) is not TensorDataset or not _is_as_usual(loader.collate_fn):
             return None
         if any(type(tensor) is not Tensor for tensor in dataset.tensors):
             return None
@@ -598,7 +595,7 @@ class PlannedLoader:
     @property
     def is_exact(self) -> bool:
         """Whether no collate function can make a batch smaller than planned."""
-        return self.loader.collate_fn is default_collate
+        return _is_as_usual(self.loader.collate_fn)
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch of this process."""

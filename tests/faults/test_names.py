@@ -45,7 +45,6 @@ def test_a_checkpoint_may_have_any_name_and_be_in_a_folder_of_any_name(
 ):
     @settings(
         max_examples=trials.count(200),
-        deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

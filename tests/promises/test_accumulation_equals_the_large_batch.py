@@ -196,7 +196,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(cases)
 @example(Case(5, 1, 2))
 @example(Case(5, 2, 2, items="tokens"))
