@@ -10,7 +10,6 @@ weighted with ``num_processes`` times that.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pytorch_accelerated.data import BatchPlan
+from pytorch_accelerated.errors import warn
 from pytorch_accelerated.step_output import NumItems
 
 
@@ -248,11 +248,10 @@ class AccumulationWindow:
         )
         if self._items != planned and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"The batches up to step {step} had {self._items} samples where the "
                 f"sampler gave {planned}; they are weighted as if they had all. Return "
-                "num_items_in_batch for every batch to have the true number counted.",
-                stacklevel=2,
+                "num_items_in_batch for every batch to have the true number counted."
             )
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import warnings
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
+from pytorch_accelerated.errors import warn
 from pytorch_accelerated.precision import precision_of_its_own
 
 
@@ -174,18 +174,16 @@ def _check_settings(accelerator: Accelerator) -> None:
         and accelerator.device.type == "cpu"
         and accelerator.scaler is None
     ):
-        warnings.warn(
+        warn(
             "mixed_precision='fp16' has no effect on a CPU: Accelerate trains in fp32 "
-            "there. Use 'bf16', which a CPU supports.",
-            stacklevel=4,
+            "there. Use 'bf16', which a CPU supports."
         )
     if accelerator.gradient_accumulation_steps != 1:
         # The trainer owns the accumulation window: Accelerate would divide once more.
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            warnings.warn(
+            warn(
                 "Accelerate is configured with gradient_accumulation_steps="
                 f"{accelerator.gradient_accumulation_steps}, which the trainer does "
-                "not use; give gradient_accumulation_steps to train() instead.",
-                stacklevel=4,
+                "not use; give gradient_accumulation_steps to train() instead."
             )
         accelerator.gradient_accumulation_steps = 1

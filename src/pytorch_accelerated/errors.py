@@ -4,14 +4,21 @@
 
     Exception
     ├── StopTrainingError                  ends a run in order
-    │   └── NonFiniteLossError             the loss became NaN or infinite
+    │   ├── NonFiniteLossError             the loss became NaN or infinite
+    │   └── TrainingInterruptedError       a signal asked the process to stop
     ├── CheckpointError                    a checkpoint could not be written or read
-    └── CallbackMethodNotImplementedError  kept for scripts that catch it, never raised
+    ├── CallbackMethodNotImplementedError  kept for scripts that catch it, never raised
+    └── UserWarning
+        └── TrainingWarning                what is probably a mistake; the run goes on
 
 Wrong arguments raise the built-in ``ValueError``, ``TypeError`` and ``KeyError``.
 """
 
 from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
 
 
 class StopTrainingError(Exception):
@@ -55,3 +62,30 @@ class CallbackMethodNotImplementedError(Exception):
     A callback without a method for an event is skipped, and an attribute that is
     missing inside a callback raises Python's own ``AttributeError``.
     """
+
+
+class TrainingWarning(UserWarning):
+    """Something that is probably a mistake, or that was asked for and is not done.
+
+    All warnings of the library are of this category, so that one line silences them or
+    makes them errors::
+
+        warnings.simplefilter("error", TrainingWarning)
+    """
+
+
+# Whose lines a user cannot change.
+_BETWEEN = {"pytorch_accelerated", "accelerate", "contextlib", "functools", "torch"}
+
+
+def warn(message: str) -> None:
+    """Give a :class:`TrainingWarning` at the line of the user's that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _package_of(frame) in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, TrainingWarning, stacklevel=level)
+
+
+def _package_of(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

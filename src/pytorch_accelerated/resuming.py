@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.progress import RunProgress
 
 
@@ -108,12 +107,11 @@ def find_place(
             "batches come from a loader or sampler of yours: its place cannot be "
             "found. Resume with the same, or from a state saved at the end of an epoch."
         )
-    warnings.warn(
+    warn(
         f"The run goes on with {differences}. It keeps its place in the data, and each "
         "sample is seen once in an epoch; but batches, random numbers and the number "
         "of updates in an epoch, which a schedule may count on, are not those of the "
-        "run that was saved.",
-        stacklevel=5,
+        "run that was saved."
     )
     if not is_amid_epoch:
         return progress
@@ -161,7 +159,7 @@ def skip_batches(batches: Iterator[Any], number: int, loader: Any) -> None:
     if number == 0:
         return
     is_stream = isinstance(getattr(loader, "dataset", None), IterableDataset)
-    warnings.warn(
+    warn(
         f"To find its place, the run loads {number} batches again that it has trained "
         "on. "
         + (
@@ -170,8 +168,7 @@ def skip_batches(batches: Iterator[Any], number: int, loader: Any) -> None:
             if is_stream
             else "The loader or sampler is yours: whether they are the same batches "
             "depends on its order being the same in each run."
-        ),
-        stacklevel=6,
+        )
     )
     for _ in range(number):
         next(batches, None)

@@ -6,7 +6,6 @@ import math
 import operator
 import re
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from pytorch_accelerated.checkpoint import (
     list_checkpoints,
 )
 from pytorch_accelerated.checkpoint._disk import absolute, remove_folder
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, warn
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -137,10 +136,9 @@ class SaveBestModelCallback(TrainerCallback):
         if self.best_metric_epoch is None:
             trainer.print("No model was saved in this run; keeping the last weights")
         elif not Path(self.save_path).exists():
-            warnings.warn(
+            warn(
                 f"The best model, of epoch {self.best_metric_epoch}, is no longer at "
-                f"{self.save_path}; the trainer keeps the last weights.",
-                stacklevel=2,
+                f"{self.save_path}; the trainer keeps the last weights."
             )
         else:
             trainer.print(
@@ -373,10 +371,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         except CheckpointError as error:
             if self.on_save_error == "raise":
                 raise
-            warnings.warn(
-                f"The training state was not saved; the run goes on. {error}",
-                stacklevel=3,
-            )
+            warn(f"The training state was not saved; the run goes on. {error}")
 
     def _finish(self, trainer: Trainer) -> None:
         """Wait for a state that is being written."""
@@ -464,7 +459,4 @@ def _delete(path: Path) -> None:
     try:
         remove_folder(path)
     except OSError as error:
-        warnings.warn(
-            f"The old training state {path} could not be deleted ({error}).",
-            stacklevel=2,
-        )
+        warn(f"The old training state {path} could not be deleted ({error}).")

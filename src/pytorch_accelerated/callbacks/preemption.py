@@ -6,13 +6,12 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.errors import TrainingInterruptedError
+from pytorch_accelerated.errors import TrainingInterruptedError, warn
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -70,10 +69,9 @@ class PreemptionCallback(TrainerCallback):
         self._received = None
         self._num_updates = trainer.num_updates
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn(
+            warn(
                 "The run is not on the main thread, which is the only one that Python "
-                "lets handle signals: PreemptionCallback does nothing.",
-                stacklevel=2,
+                "lets handle signals: PreemptionCallback does nothing."
             )
             return
         for number in self.signals:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -31,7 +30,7 @@ from pytorch_accelerated.checkpoint._weights import (
     TORCH_NAME,
     load_weights,
 )
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, warn
 
 
 class Checkpoint:
@@ -316,9 +315,7 @@ def _first_whole(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
 
 
 def _warn_passed_over(folder: Path, reason: str) -> None:
-    warnings.warn(
-        f"The checkpoint {folder} is passed over: {reason.rstrip('.')}.", stacklevel=4
-    )
+    warn(f"The checkpoint {folder} is passed over: {reason.rstrip('.')}.")
 
 
 def prune(
@@ -387,10 +384,9 @@ def _one_is_whole(checkpoints: list[Checkpoint]) -> bool:
         if reason is None:
             return True
         reasons.append(reason)
-    warnings.warn(
+    warn(
         "No old checkpoint was deleted, because none of those that should stay is "
-        f"whole: {'; '.join(reasons)}.",
-        stacklevel=3,
+        f"whole: {'; '.join(reasons)}."
     )
     return False
 
@@ -399,9 +395,6 @@ def _delete(checkpoint: Checkpoint) -> bool:
     try:
         remove_folder(checkpoint.path)
     except OSError as error:
-        warnings.warn(
-            f"The old checkpoint {checkpoint.path} could not be deleted ({error}).",
-            stacklevel=4,
-        )
+        warn(f"The old checkpoint {checkpoint.path} could not be deleted ({error}).")
         return False
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from pytorch_accelerated.checkpoint._weights import (
     TORCH_NAME,
     load_weights,
 )
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, warn
 
 _OPTIMIZER = "optimizer.bin"
 _SCALER = "scaler.pt"
@@ -147,10 +146,9 @@ class _Reader:
             return convert(self._load(self._folder / name))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             self.skipped[name] = str(error)
-            warnings.warn(
+            warn(
                 f"{self._folder / name} was skipped: {error} "
-                "If you wrote the file yourself, allow_pickle=True reads it.",
-                stacklevel=4,
+                "If you wrote the file yourself, allow_pickle=True reads it."
             )
             return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from pytorch_accelerated.checkpoint._storable import to_storable
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, warn
 
 
 def get_random_states() -> dict[str, Any]:
@@ -127,8 +126,7 @@ def _restore_devices(saved: Mapping[str, Any] | None) -> None:
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(
+    warn(
         f"The random states of the accelerators {reason}. Training goes on, but random "
-        "numbers drawn on the accelerator differ from those of the saved run.",
-        stacklevel=4,
+        "numbers drawn on the accelerator differ from those of the saved run."
     )

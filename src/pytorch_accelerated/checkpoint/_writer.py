@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +36,7 @@ from pytorch_accelerated.checkpoint._manifest import (
 )
 from pytorch_accelerated.checkpoint._storable import to_storable
 from pytorch_accelerated.checkpoint._weights import save_weights
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, warn
 
 
 class CheckpointWriter:
@@ -272,10 +271,9 @@ def _retire(old: Path, new: Path) -> None:
                 os.rename(entry, new / entry.name)
         remove_folder(old)
     except OSError as error:
-        warnings.warn(
+        warn(
             f"{new} is complete, but what it replaces could not be removed from {old} "
-            f"({error}).",
-            stacklevel=4,
+            f"({error})."
         )
 
 

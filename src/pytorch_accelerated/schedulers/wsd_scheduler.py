@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
+from pytorch_accelerated.errors import warn
 from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
@@ -211,11 +211,10 @@ class WSDLrScheduler(StatefulSchedulerBase):
             self.restart()
             return
         if "num_updates" not in state_dict:
-            warnings.warn(
+            warn(
                 "This state of a WSDLrScheduler does not say how many updates were "
                 "done (version 0.1.61 did not save it), so the schedule goes on from "
-                f"update {max(self._num_updates, 0)}.",
-                stacklevel=2,
+                f"update {max(self._num_updates, 0)}."
             )
         super().load_state_dict(state_dict)
         self._plan_checkpoints()
