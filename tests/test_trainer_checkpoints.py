@@ -260,6 +260,31 @@ def test_auto_takes_the_newest_state_or_starts_afresh(
     assert train(5) == (0.5**5, 6)
 
 
+def test_auto_takes_the_newest_state_of_all_callbacks_found_84(
+    create_trainer, samples, tmp_path, capsys
+):
+    """found 84: it looked into the folder of the first alone."""
+
+    def train(num_epochs, first_saves=False):
+        never, always = (
+            SaveTrainingStateCallback(
+                tmp_path / name, save_every_n_epochs=every, save_at_end=False
+            )
+            for name, every in (("first", 2 if first_saves else 100), ("second", 1))
+        )
+        trainer = create_trainer([never, always])
+        trainer.train(samples(1), num_epochs, resume_from="auto")
+        return trainer.model.weight.item()
+
+    assert train(3) == 0.5**3
+    out = capsys.readouterr().out
+    assert f"No training state in {tmp_path}/first, {tmp_path}/second" in out
+    assert train(5, first_saves=True) == 0.5**5
+    assert f"Resuming from {tmp_path}/second/epoch_3" in capsys.readouterr().out
+    assert train(5) == 0.5**5
+    assert f"Resuming from {tmp_path}/second/epoch_5" in capsys.readouterr().out
+
+
 def test_auto_needs_to_know_where_to_look(create_trainer, samples):
     with pytest.raises(ValueError, match=r"has no such callback\. Add one, or give"):
         create_trainer().train(samples(2), 1, resume_from="auto")

@@ -17,6 +17,7 @@ from torch import nn
 from pytorch_accelerated import checkpoint, data, distributed
 from pytorch_accelerated.accumulation import AccumulationWindow
 from pytorch_accelerated.callbacks import CallbackHandler, SaveTrainingStateCallback
+from pytorch_accelerated.callbacks.checkpointing import savers_of
 from pytorch_accelerated.engines import Engine
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.progress import RunProgress, Stage
@@ -56,6 +57,8 @@ class ResumableRun:
     _eval_dataloader: Any
     _num_runs: int
     _run_number: int
+    _run_id: str | None
+    _asked_to_resume_from: str | os.PathLike[str] | None
     _update_limit: int | None
     _data_seed: int
     _loaded_state: dict[str, Any]
@@ -194,6 +197,10 @@ class ResumableRun:
             "epoch": epoch,
             "metrics": self._latest_metrics(),
             "run_number": self._run_number,
+            "run_id": self._run_id,
+            "saved_by": [
+                saver.identity for saver in savers_of(Path(path), self.callback_handler)
+            ],
         }
         with self._on_all_processes_or_none():
             state = self._training_state(metadata)
@@ -232,6 +239,7 @@ class ResumableRun:
             "layout": self._batch_layout().to_dict() if self.run_config else None,
             "data_seed": self._data_seed,
             "num_runs": self._num_runs,
+            "run_id": self._run_id,
             "callbacks": self._engine.whole(self.callback_handler.state_dict(), keep),
         }
         if hasattr(self.run_history, "state_dict"):
@@ -343,11 +351,13 @@ class ResumableRun:
     ) -> str | os.PathLike[str] | None:
         if resume_from != "auto":
             return resume_from
-        folders = [
-            callback.save_dir
-            for callback in self.callback_handler
-            if isinstance(callback, SaveTrainingStateCallback)
-        ]
+        folders = list(
+            dict.fromkeys(
+                callback.save_dir
+                for callback in self.callback_handler
+                if isinstance(callback, SaveTrainingStateCallback)
+            )
+        )
         if not folders:
             raise ValueError(
                 "resume_from='auto' looks for the newest training state that a "
@@ -356,12 +366,20 @@ class ResumableRun:
             )
         found: str | None = None
         if self._accelerator.is_main_process:
-            newest = checkpoint.newest(folders[0])
+            newest = checkpoint.newest(*folders)
             found = None if newest is None else str(newest.path)
         found = distributed.object_from_main_process(found)
         if found is None:
-            self.print(f"No training state in {folders[0]}: starting afresh")
+            names = ", ".join(map(str, folders))
+            self.print(f"No training state in {names}: starting afresh")
         return found
+
+    def _goes_on_in(self, folder: Path) -> bool:
+        """Say whether the run was told to go on from a training state in a folder."""
+        asked = self._asked_to_resume_from
+        if asked is None or asked == "auto":
+            return asked is not None
+        return Path(os.path.realpath(os.path.expanduser(asked))).parent == folder
 
     def _resume(self, resume_from: str | os.PathLike[str]) -> None:
         """Put the run where a training state says that it stood."""
@@ -390,6 +408,7 @@ class ResumableRun:
                     )
                 )
             self._num_runs = state["num_runs"]
+            self._run_id = state.get("run_id") or self._run_id
             self._follow_data_seed(state["data_seed"])
             if "run_history" in state and hasattr(self.run_history, "load_state_dict"):
                 self.run_history.load_state_dict(state["run_history"])

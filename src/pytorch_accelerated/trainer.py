@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -199,6 +200,8 @@ class Trainer(ResumableRun):
         # How the runs of this trainer go on from each other.
         self._num_runs = 0
         self._run_number = 0
+        self._run_id: str | None = None
+        self._asked_to_resume_from: str | os.PathLike[str] | None = None
         self._data_seed = 0
         self._progress = RunProgress()
         self._plateau_metric = "eval_loss_epoch"
@@ -311,6 +314,7 @@ class Trainer(ResumableRun):
         self.collate_fn = collate_fn
         self._plateau_metric = plateau_metric
         self._update_limit = max_num_train_steps
+        self._asked_to_resume_from = resume_from
         resume_from = self._resolve_resume_from(resume_from)
         if reset_run_history and resume_from is None:
             self.run_history.reset()
@@ -1027,6 +1031,8 @@ class Trainer(ResumableRun):
             return
         self._progress = RunProgress()
         self._run_number = 0
+        # Further runs go on with the weights of the first.
+        self._run_id = self._run_id or secrets.token_hex(8)
         self._publish_progress()
         self.gradient_norm = None
         self._seed_run()

@@ -1,3 +1,4 @@
+import shutil
 import warnings
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -11,6 +12,7 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints, newest
+from pytorch_accelerated.errors import CheckpointError
 
 
 def names_in(folder):
@@ -139,22 +141,24 @@ def test_states_of_an_earlier_run_count(create_trainer, samples, tmp_path):
 
     assert run(2) == ["epoch_1", "epoch_2"]
     assert run(3, resume_from="auto") == ["epoch_2", "epoch_3"]
-    # A fresh run goes back to lower numbers, yet what it writes is the newest.
-    assert run(1) == ["epoch_1", "epoch_3"]
+    # With a resume from an older one, what it writes then is the newest.
+    assert run(3, resume_from=tmp_path / "epoch_2") == ["epoch_2", "epoch_3"]
 
 
 def test_auto_goes_on_with_the_run_that_started_last(create_trainer, samples, tmp_path):
     """A longer run in the same folder, with more updates, is not newer."""
 
-    def run(num_epochs, **kwargs):
-        saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    def run(num_epochs, overwrite=False, **kwargs):
+        saving = SaveTrainingStateCallback(
+            tmp_path, save_every_n_epochs=1, overwrite=overwrite
+        )
         trainer = create_trainer([saving])
         trainer.train(samples(1), num_epochs=num_epochs, **kwargs)
         return trainer.num_updates
 
     run(4)
     (tmp_path / "final").rename(tmp_path / "kept")
-    run(2)
+    run(2, overwrite=True)
     assert newest(tmp_path).path.name == "final"
     assert run(3, resume_from="auto") == 3
     assert [each.path.name for each in list_checkpoints(tmp_path)] == [
@@ -238,21 +242,6 @@ def test_what_it_has_not_written_is_never_deleted(create_trainer, samples, tmp_p
         "epoch_best",
         "notes.txt",
     ]
-
-
-def test_only_the_main_process_deletes(create_trainer, samples, tmp_path):
-    """Defect 41: all processes deleted the same directory at once."""
-    saving = SaveTrainingStateCallback(tmp_path, max_checkpoints=1)
-    for name in ("epoch_1", "epoch_2"):
-        (tmp_path / name).mkdir()
-        saving._saved_checkpoints.append(tmp_path / name)
-    trainer = MagicMock()
-    trainer._accelerator.is_main_process = False
-    saving._save(trainer, "epoch_3")
-    assert names_in(tmp_path) == ["epoch_1", "epoch_2"]
-    trainer._accelerator.is_main_process = True
-    saving._save(trainer, "epoch_4")
-    assert names_in(tmp_path) == []
 
 
 def test_a_state_that_cannot_be_deleted_is_a_warning(
@@ -364,3 +353,226 @@ def test_nothing_is_written_when_it_is_created(tmp_path):
         SaveTrainingStateCallback(tmp_path / "states")
     assert names_in(tmp_path) == []
     assert list_checkpoints(tmp_path / "states") == []
+
+
+# ------------------------------------------------------- whose states are in a folder
+
+
+def test_a_fresh_run_does_not_start_among_the_states_of_another_found_83(
+    create_trainer, samples, tmp_path
+):
+    """found 83: it counted, replaced and deleted them."""
+    create_trainer([SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)]).train(
+        samples(1), num_epochs=5
+    )
+    before = {name: Checkpoint(tmp_path / name).run_id for name in names_in(tmp_path)}
+
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, max_checkpoints=1
+    )
+    trainer = create_trainer([saving])
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds training states of another run \(epoch_4, epoch_5, final\).*"
+        r"resume_from='auto'.*another folder.*overwrite=True",
+    ):
+        trainer.train(samples(1), num_epochs=2)
+
+    assert trainer.model.weight.item() == 1.0
+    assert {n: Checkpoint(tmp_path / n).run_id for n in names_in(tmp_path)} == before
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_may_overwrite_deletes_nothing_of_another_found_83(
+    create_trainer, samples, tmp_path
+):
+    def run(num_epochs, **kwargs):
+        saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, **kwargs)
+        create_trainer([saving]).train(samples(1), num_epochs=num_epochs)
+        return Checkpoint(tmp_path / "final").run_id
+
+    first = run(5)
+    second = run(2, max_checkpoints=1, overwrite=True)
+
+    ids = {name: Checkpoint(tmp_path / name).run_id for name in names_in(tmp_path)}
+    assert ids == {
+        **dict.fromkeys(("epoch_3", "epoch_4", "epoch_5"), first),
+        **dict.fromkeys(("epoch_2", "final"), second),
+    }
+
+
+def test_further_runs_of_a_trainer_go_on_in_its_folder_found_83(
+    create_trainer, samples, tmp_path
+):
+    """As with images that grow from run to run."""
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, max_checkpoints=1
+    )
+    trainer = create_trainer([saving])
+    trainer.train(samples(1), num_epochs=2)
+    trainer.train(samples(2), num_epochs=1, reset_run_history=False)
+    assert names_in(tmp_path) == ["epoch_3", "final"]
+
+
+def test_a_resumed_run_is_the_one_that_it_goes_on_from_found_83(
+    create_trainer, samples, tmp_path
+):
+    def run(num_epochs, resume_from=None):
+        saving = SaveTrainingStateCallback(
+            tmp_path / "states", save_every_n_epochs=1, max_checkpoints=2
+        )
+        trainer = create_trainer([saving])
+        trainer.train(samples(1), num_epochs=num_epochs, resume_from=resume_from)
+        return trainer
+
+    run(2)
+    shutil.copytree(tmp_path / "states" / "final", tmp_path / "backup")
+    trainer = run(3, tmp_path / "backup")  # of this very run: nothing to refuse
+    assert names_in(tmp_path / "states") == ["epoch_2", "epoch_3", "final"]
+    trainer.train(samples(1), num_epochs=1)
+    assert names_in(tmp_path / "states") == ["epoch_1", "epoch_3", "final"]
+
+
+def test_going_on_from_elsewhere_is_no_leave_to_replace_states_found_83(
+    create_trainer, samples, tmp_path
+):
+    for name in ("mine", "theirs"):
+        create_trainer([SaveTrainingStateCallback(tmp_path / name)]).train(
+            samples(1), num_epochs=1
+        )
+    saving = SaveTrainingStateCallback(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="of another run"):
+        create_trainer([saving]).train(
+            samples(1), num_epochs=2, resume_from=tmp_path / "mine" / "final"
+        )
+
+
+def test_auto_starts_afresh_where_nothing_is_whole_found_83(
+    create_trainer, samples, tmp_path
+):
+    create_trainer([SaveTrainingStateCallback(tmp_path)]).train(samples(1), 1)
+    (tmp_path / "final" / "run.pt").write_bytes(b"")
+    trainer = create_trainer([SaveTrainingStateCallback(tmp_path)])
+    with pytest.warns(UserWarning, match="passed over"):
+        trainer.train(samples(1), num_epochs=1, resume_from="auto")
+    assert Checkpoint(tmp_path / "final").is_whole()
+
+
+def test_states_of_the_published_version_are_another_run_s_found_83(
+    create_trainer, samples, tmp_path
+):
+    legacy = tmp_path / "epoch_1"
+    legacy.mkdir()
+    for name in ("model.safetensors", "random_states_0.pkl"):
+        (legacy / name).write_bytes(b"theirs")
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    with pytest.raises(CheckpointError, match=r"another run \(epoch_1\)"):
+        create_trainer([saving]).train(samples(1), num_epochs=1)
+    assert (legacy / "model.safetensors").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("keeper_is_first", [True, False])
+def test_of_two_callbacks_in_a_folder_one_may_keep_all_found_83(
+    create_trainer, samples, tmp_path, keeper_is_first
+):
+    """found 83: after a resume, those of the one that keeps all were deleted."""
+
+    def run(num_epochs, is_reversed=False):
+        callbacks = [
+            SaveTrainingStateCallback(tmp_path, save_every_n_epochs=2),
+            SaveTrainingStateCallback(
+                tmp_path, save_every_n_epochs=1, max_checkpoints=1
+            ),
+        ]
+        if keeper_is_first == is_reversed:
+            callbacks.reverse()
+        create_trainer(callbacks).train(
+            samples(1), num_epochs=num_epochs, resume_from="auto"
+        )
+        return names_in(tmp_path)
+
+    assert run(5) == ["epoch_2", "epoch_4", "epoch_5", "final"]
+    assert run(7, is_reversed=True) == [
+        *("epoch_2", "epoch_4", "epoch_6", "epoch_7", "final")
+    ]
+
+
+def test_two_callbacks_that_delete_keep_what_the_other_one_needs_found_83(
+    create_trainer, samples, tmp_path
+):
+    def run(num_epochs):
+        often, seldom = (
+            SaveTrainingStateCallback(
+                tmp_path, save_every_n_epochs=every, max_checkpoints=2
+            )
+            for every in (1, 3)
+        )
+        create_trainer([often, seldom]).train(
+            samples(1), num_epochs=num_epochs, resume_from="auto"
+        )
+        return names_in(tmp_path)
+
+    assert run(5) == ["epoch_3", "epoch_4", "epoch_5", "final"]
+    assert run(10) == ["epoch_10", "epoch_6", "epoch_9", "final"]
+
+
+def test_a_failed_write_in_the_background_is_no_state_of_another_callback(
+    create_trainer, samples, tmp_path
+):
+    """Each callback hears of the write that it began, and none lists what is not."""
+    first, second = (
+        SaveTrainingStateCallback(
+            tmp_path / name, save_every_n_steps=1, save_at_end=False, asynchronous=True
+        )
+        for name in ("first", "second")
+    )
+
+    class InTheWay(TrainerCallback):
+        def on_training_run_start(self, trainer, **kwargs):
+            (tmp_path / "first" / "step_1").write_text("mine")
+
+    with pytest.warns(UserWarning, match="step_1 is a file") as caught:
+        create_trainer([first, second, InTheWay()]).train(samples(1), num_epochs=2)
+    assert len(caught) == 1
+    assert names_in(tmp_path / "second") == ["step_1", "step_2"]
+    assert first._saved_checkpoints == [tmp_path / "first" / "step_2"]
+
+
+# ------------------------------------------------------------------ saves that fail
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_does_not_prevent_the_final_state_found_88(
+    create_trainer, samples, tmp_path, asynchronous
+):
+    """found 88: in the background it did."""
+
+    class InTheWay(TrainerCallback):
+        def on_training_run_start(self, trainer, **kwargs):
+            (tmp_path / "epoch_2").write_text("mine")
+
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, asynchronous=asynchronous
+    )
+    with pytest.warns(UserWarning, match="not saved; the run goes on.*is a file"):
+        create_trainer([saving, InTheWay()]).train(samples(1), num_epochs=2)
+    assert names_in(tmp_path) == ["epoch_1", "epoch_2", "final"]
+    assert Checkpoint(tmp_path / "final").is_whole()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_ends_the_run_where_it_is_to(
+    create_trainer, samples, tmp_path, asynchronous
+):
+    class InTheWay(TrainerCallback):
+        def on_training_run_start(self, trainer, **kwargs):
+            (tmp_path / "epoch_1").write_text("mine")
+
+    saving = SaveTrainingStateCallback(
+        tmp_path,
+        save_every_n_epochs=1,
+        asynchronous=asynchronous,
+        on_save_error="raise",
+    )
+    with pytest.raises(CheckpointError, match="epoch_1 is a file"):
+        create_trainer([saving, InTheWay()]).train(samples(1), num_epochs=1)

@@ -1,5 +1,6 @@
 """Several runs in one folder, and files in it that belong to others."""
 
+import json
 import os
 import random
 import shutil
@@ -10,11 +11,13 @@ import time
 import warnings
 
 import pytest
+import torch
 from processes import Job
 from scenario import Scenario, difference, fingerprint
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.checkpoint import _manifest as manifests
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.training_state import TrainingState
 
@@ -119,20 +122,125 @@ def test_the_lock_of_a_killed_run_stops_nobody(named, tmp_path, trials):
 
 
 @pytest.mark.fault(SEVERAL_RUNS)
-def test_states_that_others_keep_in_the_folder_are_not_deleted(tmp_path, trials):
-    """Only what the callback itself names is counted and deleted."""
+@pytest.mark.parametrize("kind", ["ours", "before there were identities"])
+def test_states_that_others_keep_in_the_folder_are_not_deleted(kind, tmp_path, trials):
+    """found 83: whatever their names, and whoever has written them."""
     other = tmp_path / "other"
     SMALL.with_(max_checkpoints=None).run(other)
+    source = other / "states" / "step_1"
+    if kind != "ours":
+        change_progress(source, without=("run_id", "saved_by"))
     states = tmp_path / "states"
-    for name in ("mine", "step_1 of another run", "run_2/step_1", "step_x"):
-        shutil.copytree(other / "states" / "step_1", states / name)
+    names = ("mine", "step_1 of another run", "run_2/step_1", "step_x", "step_9")
+    for name in names:
+        shutil.copytree(source, states / name)
     before = contents(states)
-    SMALL.run(tmp_path)
-    SMALL.run(tmp_path)
+    overwriting = SMALL.with_(save_kwargs=(("overwrite", True),))
+    overwriting.run(tmp_path)
+    overwriting.run(tmp_path)
+    SMALL.with_(num_epochs=2).run(tmp_path, resume_from=states / "final")
     after = contents(states)
     lost = [path for path in before if after.get(path) != before[path]]
     trials.add(lost and f"{lost} are lost")
-    assert {"epoch_1", "final"} < {path.name for path in states.iterdir()}
+    with pytest.raises(CheckpointError, match="states of another run"):
+        SMALL.run(tmp_path)
+    assert contents(states) == after
+
+
+def change_progress(state, without):
+    """Write the manifest of a state anew, with less in it."""
+    path = state / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in without:
+        del manifest["progress"][key]
+    manifest["checksum"] = manifests._own_checksum(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+def test_only_the_main_process_deletes(tmp_path, trials):
+    """Defect 41: all processes deleted the same directory at once."""
+
+    def train():
+        removed = []
+        sys.addaudithook(
+            lambda event, args: event == "shutil.rmtree" and removed.append(args[0])
+        )
+        trainer = SMALL.with_(num_epochs=3).run(tmp_path)
+        is_main = trainer._accelerator.is_main_process
+        assert bool(removed) == is_main, removed
+        left = {path.name for path in (tmp_path / "states").iterdir()}
+        assert left == {"epoch_3", "final"}
+
+    trials.add(Job(train, tmp_path / "log", 2).wait_or_explain())
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+def test_the_folder_is_free_again_after_a_run_that_failed(tmp_path, trials):
+    """On two processes, where no event of the end follows the error."""
+
+    class Fail(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            raise RuntimeError("broken")
+
+    def train():
+        with pytest.raises(RuntimeError, match="broken"):
+            SMALL.with_(callbacks=(Fail,)).run(tmp_path)
+        torch.distributed.barrier()
+        assert not (tmp_path / "states" / ".lock").exists()
+
+    trials.add(Job(train, tmp_path / "log", 2).wait_or_explain())
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+@pytest.mark.parametrize("owner", [None, "one"])
+def test_two_locks_of_a_process_share_it_only_where_they_are_to_found_94(
+    owner, tmp_path, trials
+):
+    """found 94: both succeeded, and releasing one freed the other."""
+    one, other = (checkpoint.DirectoryLock(tmp_path, owner) for _ in range(2))
+
+    def is_free():
+        return Job(checkpoint.DirectoryLock(tmp_path, owner).acquire, log).wait() == [0]
+
+    log = tmp_path / "log"
+    one.acquire()
+    one.acquire()
+    if owner is None:
+        with pytest.raises(CheckpointError, match=rf"writes to.*process {os.getpid()}"):
+            other.acquire()
+    else:
+        other.acquire()
+        with pytest.raises(CheckpointError, match="Another run writes to"):
+            checkpoint.DirectoryLock(tmp_path, "another").acquire()
+        one.release()
+        assert not is_free()
+        assert other.is_held
+    assert not is_free()
+    other.release()
+    one.release()
+    trials.add(None if is_free() else "it is kept")
+
+
+@pytest.mark.fault(SEVERAL_RUNS)
+def test_a_lock_on_a_file_that_its_last_owner_has_removed_is_none(tmp_path, trials):
+    """It would keep nobody out: others would lock the file that is there now."""
+
+    class Late(checkpoint.DirectoryLock):
+        num_tries = 0
+
+        def _lock(self, descriptor):
+            self.num_tries += 1
+            if self.num_tries == 1:  # the last owner ends between open and lock
+                self.path.unlink()
+            return super()._lock(descriptor)
+
+    lock = Late(tmp_path)
+    lock.acquire()
+    assert lock.num_tries == 2
+    job = Job(checkpoint.DirectoryLock(tmp_path).acquire, tmp_path / "log")
+    trials.add(None if job.wait() == [1] else "another process has it too")
+    lock.release()
 
 
 # ---------------------------------------------------------------------- foreign files

@@ -49,6 +49,8 @@ MODES = "test_modes_and_gradients.py::"
 SEEDS = "test_seeds_and_data_order.py::"
 AGREEMENT = "test_agreement.py::"
 MEMORY = "test_smaller_batches_when_memory_runs_out.py::"
+FOLDERS = "../faults/test_shared_folders.py::"
+STATES = "../callbacks/test_save_training_state.py::"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ accumulation
@@ -450,6 +452,72 @@ MUTATIONS = [
         "            distributed.same_on_all_processes(self._model.buffers())\n",
         "",
         MEMORY + "test_nothing_else_changes_for_two_processes_with_enough_memory",
+    ),
+    # -------------------------------------------------------------------- checkpoints
+    Mutation(
+        "states: on fewer processes the sums of the last one count",
+        "training_state.py",
+        "                    so_far[key] = so_far.get(key, 0.0) + value\n",
+        "                    so_far[key] = value\n",
+        "../test_training_state.py::"
+        "test_on_fewer_processes_the_sums_of_all_are_added_up",
+    ),
+    Mutation(
+        "states: a lock on a file that is gone is taken for one",
+        "checkpoint/_lock.py",
+        "            if _is_at(descriptor, self.path):\n                self._desc",
+        "            if True:\n                self._desc",
+        FOLDERS + "test_a_lock_on_a_file_that_its_last_owner_has_removed_is_none",
+    ),
+    Mutation(
+        "states: the lock is kept after a run that failed",
+        "callbacks/checkpointing.py",
+        "        self._has_failed = True\n        self._release_lock()\n",
+        "        self._has_failed = True\n",
+        FOLDERS + "test_the_folder_is_free_again_after_a_run_that_failed",
+    ),
+    Mutation(
+        "states: two locks of a process do not know of each other",
+        "checkpoint/_lock.py",
+        "if self.owner is None or self.owner != held[0].owner:",
+        "if False:",
+        FOLDERS
+        + "test_two_locks_of_a_process_share_it_only_where_they_are_to_found_94",
+    ),
+    Mutation(
+        "states: those of other runs count as one's own",
+        "callbacks/checkpointing.py",
+        "            and each.run_id == trainer._run_id\n",
+        "",
+        FOLDERS + "test_states_that_others_keep_in_the_folder_are_not_deleted",
+    ),
+    Mutation(
+        "states: a fresh run starts among those of another",
+        "callbacks/checkpointing.py",
+        "        if not self.overwrite and not",
+        "        if False and not",
+        STATES + "test_a_fresh_run_does_not_start_among_the_states_of_another_found_83",
+    ),
+    Mutation(
+        "states: those of another callback count as one's own",
+        "callbacks/checkpointing.py",
+        "            and self.identity in each.saved_by\n",
+        "",
+        STATES + "test_of_two_callbacks_in_a_folder_one_may_keep_all_found_83",
+    ),
+    Mutation(
+        "states: what another callback keeps is deleted",
+        "callbacks/checkpointing.py",
+        "            if not savers_of(path, trainer.callback_handler):\n",
+        "            if True:\n",
+        STATES + "test_of_two_callbacks_in_a_folder_one_may_keep_all_found_83",
+    ),
+    Mutation(
+        "states: all processes delete",
+        "callbacks/checkpointing.py",
+        "        if trainer._accelerator.is_main_process:\n            self._delete",
+        "        if True:\n            self._delete",
+        FOLDERS + "test_only_the_main_process_deletes",
     ),
 ]
 

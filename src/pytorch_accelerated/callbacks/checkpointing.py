@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from pytorch_accelerated.checkpoint import (
     Checkpoint,
     DirectoryLock,
     clean_leftovers,
+    is_legacy_training_state,
     list_checkpoints,
 )
 from pytorch_accelerated.checkpoint._disk import absolute, remove_folder
@@ -29,6 +30,9 @@ from pytorch_accelerated.errors import CheckpointError, warn
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
+
+
+_NAME = re.compile(r"(epoch|step)_\d+|final")
 
 
 def fixed_path(path: str | Path) -> str | Path:
@@ -174,8 +178,9 @@ class SaveTrainingStateCallback(TrainerCallback):
     that their states fit.
 
     Old folders are deleted only after a new one is complete, by the main process, and
-    only if this callback has written them: in this run, or in an earlier one with the
-    same ``save_dir``.
+    only if this callback has written them: in this run, or in the one that it goes on
+    from. Another callback of the run that shares ``save_dir`` keeps its own. A
+    callback is known by how often it saves.
 
     Args:
         save_dir: The folder that holds them.
@@ -197,10 +202,14 @@ class SaveTrainingStateCallback(TrainerCallback):
         on_save_error: What to do if a state cannot be saved, for instance because the
             disk is full: "warn" goes on training and tries again when the next one is
             due, "raise" ends the run. At the end of a run the error is always raised.
+        overwrite: Whether a run may start, and replace states as it comes to their
+            names, although ``save_dir`` holds states of another run. Those that it does
+            not come to stay. By default such a run is refused, unless it was told by
+            ``resume_from`` to go on from there. Further runs of one trainer are one.
 
     Raises:
         CheckpointError: At the start of a run, if another one writes to ``save_dir`` or
-            if it cannot be written to.
+            has left its states there, or if it cannot be written to.
     """
 
     may_stop_alone = False
@@ -221,6 +230,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         greater_is_better: bool = False,
         asynchronous: bool = False,
         on_save_error: Literal["warn", "raise"] = "warn",
+        overwrite: bool = False,
     ) -> None:
         _check_at_least_one(
             save_every_n_epochs=save_every_n_epochs,
@@ -251,7 +261,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.greater_is_better = greater_is_better
         self.asynchronous = asynchronous
         self.on_save_error = on_save_error
+        self.overwrite = overwrite
         self._lock: DirectoryLock | None = None
+        self._saving: Path | None = None
         self._being_written: Path | None = None
         self._saved_checkpoints: list[Path] = []  # oldest first
         self._global_step = 0
@@ -266,13 +278,18 @@ class SaveTrainingStateCallback(TrainerCallback):
             check_watch_metric(trainer, self.watch_metric)
         self._being_written = None
         if trainer._accelerator.is_main_process:
-            self._take_over_folder()
+            self._take_over_folder(trainer)
             # What a longer run left here before is not newer than what comes now.
             numbers = [each.run_number for each in list_checkpoints(self.save_dir)]
             trainer._run_number = max([trainer._run_number, *(n + 1 for n in numbers)])
-        known = {path.absolute() for path in self._saved_checkpoints}
-        earlier = [path for path in _find_saved(self.save_dir) if path not in known]
-        self._saved_checkpoints = [*earlier, *self._saved_checkpoints]
+        self._saved_checkpoints = [
+            self.save_dir / each.path.name
+            for each in list_checkpoints(self.save_dir)
+            if _NAME.fullmatch(each.path.name)
+            and each.path.name != "final"
+            and each.run_id == trainer._run_id
+            and self.identity in each.saved_by
+        ]
         if isinstance(trainer.num_updates, int):
             self._global_step = trainer.num_updates
         elif not self._is_resumed:
@@ -281,12 +298,42 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._is_resumed = False
         self._has_failed = False
 
-    def _take_over_folder(self) -> None:
+    @property
+    def identity(self) -> str:
+        """How often it saves: what tells its states from those of other callbacks."""
+        return (
+            f"{self.save_every_n_epochs} epochs, {self.save_every_n_steps} steps, "
+            f"{self.save_every_n_minutes} minutes"
+        )
+
+    def _take_over_folder(self, trainer: Trainer) -> None:
         self._release_lock()
-        self._lock = DirectoryLock(self.save_dir)
+        self._lock = DirectoryLock(self.save_dir, owner=trainer._run_id)
         self._lock.acquire()
         # Nobody else writes here then, so what any machine left is dead.
         clean_leftovers(self.save_dir, other_machines=self._lock.is_held)
+        if not self.overwrite and not trainer._goes_on_in(self.save_dir):
+            self._refuse_states_of_other_runs(trainer)
+
+    def _refuse_states_of_other_runs(self, trainer: Trainer) -> None:
+        of_others = [
+            each.path.name
+            for each in list_checkpoints(self.save_dir)
+            if each.run_id != trainer._run_id
+        ]
+        names = [name for name in of_others if _NAME.fullmatch(name)] + [
+            path.name
+            for path in self.save_dir.iterdir()
+            if _NAME.fullmatch(path.name) and is_legacy_training_state(path)
+        ]
+        if names:
+            raise CheckpointError(
+                f"{self.save_dir} holds training states of another run "
+                f"({', '.join(names[-3:])}), which this run might replace. To go on "
+                "from them, pass resume_from='auto' to train(); to keep them, save to "
+                "another folder; to have them replaced, create the callback with "
+                "overwrite=True."
+            )
 
     def _release_lock(self) -> None:
         if self._lock is not None:
@@ -339,7 +386,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._release_lock()
 
     def _save_at_end(self, trainer: Trainer) -> None:
-        self._finish(trainer)
+        self._finish_all(trainer)
         if trainer.interrupted is True:
             path = self.save_dir / f"step_{self._global_step}"
             self._save_state(trainer, path)
@@ -354,8 +401,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _save(self, trainer: Trainer, name: str) -> None:
         """Save when it is due; an error is what ``on_save_error`` says."""
-        with self._errors_warned_of():
-            self._finish(trainer)
+        self._finish_all(trainer)
         path = self.save_dir / name
         with self._errors_warned_of():
             self._save_state(trainer, path, asynchronous=self.asynchronous)
@@ -373,8 +419,14 @@ class SaveTrainingStateCallback(TrainerCallback):
                 raise
             warn(f"The training state was not saved; the run goes on. {error}")
 
+    def _finish_all(self, trainer: Trainer) -> None:
+        """Wait for what is being written; of several callbacks one at a time is."""
+        for callback in trainer.callback_handler:
+            if isinstance(callback, SaveTrainingStateCallback):
+                with callback._errors_warned_of():
+                    callback._finish(trainer)
+
     def _finish(self, trainer: Trainer) -> None:
-        """Wait for a state that is being written."""
         path, self._being_written = self._being_written, None
         if path is not None:
             trainer.finish_saving()
@@ -385,26 +437,31 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._saved_checkpoints.remove(path)
         self._saved_checkpoints.append(path)
         if trainer._accelerator.is_main_process:
-            self._delete_old_ones()
+            self._delete_old_ones(trainer)
 
     def _save_state(
         self, trainer: Trainer, path: Path, *, asynchronous: bool = False
     ) -> None:
         # An override from before it was there is not given the argument.
         when = {"asynchronous": True} if asynchronous else {}
-        trainer.save_training_state(
-            path, checkpoint_kwargs={"global_step": self._global_step}, **when
-        )
+        self._saving = path
+        try:
+            trainer.save_training_state(
+                path, checkpoint_kwargs={"global_step": self._global_step}, **when
+            )
+        finally:
+            self._saving = None
         self._last_save = time.monotonic()
 
-    def _delete_old_ones(self) -> None:
+    def _delete_old_ones(self, trainer: Trainer) -> None:
         if self.max_checkpoints is None:
             return
         newest = self._saved_checkpoints[-self.max_checkpoints :]
         kept = {*newest, *self._best_ones()}
         for path in [path for path in self._saved_checkpoints if path not in kept]:
             self._saved_checkpoints.remove(path)
-            _delete(path)
+            if not savers_of(path, trainer.callback_handler):
+                _delete(path)
 
     def _best_ones(self) -> list[Path]:
         if not self.keep_best:
@@ -435,6 +492,16 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._is_resumed = True
 
 
+def savers_of(path: Path, callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
+    """Return the callbacks that are saving a training state, or count it as theirs."""
+    return [
+        callback
+        for callback in callbacks
+        if isinstance(callback, SaveTrainingStateCallback)
+        and path in (callback._saving, *callback._saved_checkpoints)
+    ]
+
+
 def _check_at_least_one(**arguments: int | None) -> None:
     for name, value in arguments.items():
         if value is not None and value < 1:
@@ -442,15 +509,6 @@ def _check_at_least_one(**arguments: int | None) -> None:
                 f"{name} must be at least 1, got {value}. Leave it out to switch it "
                 "off."
             )
-
-
-def _find_saved(save_dir: Path) -> list[Path]:
-    """Return the complete training states that this callback named, oldest first."""
-    return [
-        save_dir / checkpoint.path.name
-        for checkpoint in list_checkpoints(save_dir)
-        if re.fullmatch(r"(epoch|step)_\d+", checkpoint.path.name)
-    ]
 
 
 def _delete(path: Path) -> None:

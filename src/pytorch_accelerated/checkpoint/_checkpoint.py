@@ -89,6 +89,21 @@ class Checkpoint:
         return number if isinstance(number, int) else 0
 
     @property
+    def run_id(self) -> str | None:
+        """What tells the run that wrote it from others; None if not recorded.
+
+        A run that is resumed, and further runs of one trainer, have the same.
+        """
+        run_id = self.progress.get("run_id")
+        return run_id if isinstance(run_id, str) else None
+
+    @property
+    def saved_by(self) -> list[str]:
+        """The identities of the callbacks of its run that saved it, if any did."""
+        saved_by = self.progress.get("saved_by")
+        return saved_by if isinstance(saved_by, list) else []
+
+    @property
     def metrics(self) -> Mapping[str, float]:
         """The metrics at the time, as given to ``CheckpointWriter.commit``.
 
@@ -259,16 +274,25 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[Checkpoint]:
     return scan(directory)[0]
 
 
-def newest(directory: str | os.PathLike[str]) -> Checkpoint | None:
+def newest(
+    directory: str | os.PathLike[str], *more: str | os.PathLike[str]
+) -> Checkpoint | None:
     """Return the whole checkpoint with the most updates; None if there is none.
 
     If several runs wrote to the directory, it is one of the run that started last.
     For every broken one that might be newer a warning names the file and the reason.
+
+    Args:
+        directory: Where checkpoints are kept.
+        more: Other such directories; the newest of all is returned.
     """
-    checkpoints, unreadable = scan(directory)
-    for folder, reason in unreadable:
-        _warn_passed_over(folder, reason)
-    return _first_whole(reversed(checkpoints))
+    found: list[Checkpoint] = []
+    for each in (directory, *more):
+        checkpoints, unreadable = scan(each)
+        found += checkpoints
+        for folder, reason in unreadable:
+            _warn_passed_over(folder, reason)
+    return _first_whole(sorted(found, key=_order, reverse=True))
 
 
 def best(

@@ -23,6 +23,9 @@ except ImportError:  # Windows has no such locks
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
+# By process, since those that are forked get no share, and file.
+_HELD: dict[tuple[int, Path], list[DirectoryLock]] = {}
+
 
 class DirectoryLock:
     """Says of a directory that a process writes to it, as long as the process lives.
@@ -33,10 +36,15 @@ class DirectoryLock:
 
     Args:
         directory: Created if it is missing.
+        owner: Locks of one process that name the same owner share the lock: the last
+            that is released frees it. Any other lock is refused.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], owner: str | None = None
+    ) -> None:
         self.path: Path = absolute(directory) / ".lock"
+        self.owner = owner
         self._descriptor: int | None = None
 
     @property
@@ -48,9 +56,17 @@ class DirectoryLock:
         """Take the lock.
 
         Raises:
-            CheckpointError: If another process has it, or if the directory cannot be
+            CheckpointError: If another owner has it, or if the directory cannot be
                 written to.
         """
+        # The system would give a process the lock that it has already.
+        if held := _HELD.get((os.getpid(), self.path)):
+            if self in held:
+                return
+            if self.owner is None or self.owner != held[0].owner:
+                raise self._refusal(f"{platform.node()} {os.getpid()}")
+            self._descriptor = held[0]._descriptor
+            held.append(self)
         while fcntl is not None and not self.is_held:
             with write_errors_explained(self.path):
                 make_folder(self.path.parent)
@@ -60,6 +76,7 @@ class DirectoryLock:
                 return
             if _is_at(descriptor, self.path):
                 self._descriptor = descriptor
+                _HELD[os.getpid(), self.path] = [self]
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{platform.node()} {os.getpid()}".encode())
             else:  # its last owner has removed it in the meantime
@@ -73,23 +90,32 @@ class DirectoryLock:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return False
-            host, _, pid = _read_owner(descriptor).rpartition(" ")
+            process = _read_owner(descriptor)
             os.close(descriptor)
-            raise CheckpointError(
-                f"Another run writes to {self.path.parent}: process {pid or '?'} on "
-                f"{host or 'a machine that is not known'}. Wait until it has ended, or "
-                "save to another folder."
-            ) from error
+            raise self._refusal(process) from error
         return True
+
+    def _refusal(self, process: str) -> CheckpointError:
+        host, _, pid = process.rpartition(" ")
+        return CheckpointError(
+            f"Another run writes to {self.path.parent}: process {pid or '?'} on "
+            f"{host or 'a machine that is not known'}. Wait until it has ended, or "
+            "save to another folder."
+        )
 
     def release(self) -> None:
         """Let others take the lock; does nothing if it is not held."""
-        if self._descriptor is not None:
-            with suppress(OSError):  # an empty file that stays does no harm
-                if _is_at(self._descriptor, self.path):
-                    self.path.unlink()
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        held = _HELD.get((os.getpid(), self.path), [])
+        if self in held:
+            held.remove(self)
+        if descriptor is None or held:
+            return
+        _HELD.pop((os.getpid(), self.path), None)
+        with suppress(OSError):  # an empty file that stays does no harm
+            if _is_at(descriptor, self.path):
+                self.path.unlink()
+        os.close(descriptor)
 
 
 def _read_owner(descriptor: int) -> str:
