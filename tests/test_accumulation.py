@@ -135,12 +135,12 @@ def test_processes_share_a_window():
     for index, process in enumerate(processes):
         process.window.start_epoch(plan, 2)
         for step in (0, 1):
-            num_items = 0 if process.window.is_filler(step) else plan.size(step, index)
+            num_items = plan.size(step, index)
             process.back_propagate(gradients[index][step], step, num_items)
 
     mean = sum(process.close(1) for process in processes) / 2
 
-    assert processes[1].window.is_filler(1)
+    assert plan.size(1, 1) == 0
     assert mean == pytest.approx((1 * 2 + 2 * 2 + 5 * 1) / 5)
 
 
@@ -174,16 +174,6 @@ def test_batches_smaller_than_planned_are_warned_of_with_several_processes():
 
     with pytest.warns(UserWarning, match="had 7 samples where the sampler gave 8"):
         process.close(1)
-
-
-def test_the_number_of_samples_in_a_step_is_that_of_all_processes():
-    window = AccumulationWindow(1, num_processes=2)
-    window.start_epoch(BatchPlan(7, 2, num_processes=2), 2)
-    assert [window.num_samples(step, 2) for step in (0, 1)] == [4, 3]
-
-    window.start_epoch(None, None)
-    assert window.num_samples(0, 5) == 10
-    assert AccumulationWindow(1).num_samples(0, 5) == 5
 
 
 def test_losses_that_an_override_has_weighted_itself_are_left_alone():

@@ -103,28 +103,6 @@ class AccumulationWindow:
         """Say whether the batch with this number (from 0) ends a window."""
         return is_last or (step + 1) % self.num_steps == 0
 
-    def is_filler(self, step: int) -> bool:
-        """Say whether this process has a batch only to keep the others company."""
-        return (
-            self.num_processes > 1
-            and self._plan is not None
-            and self._plan.is_filler(step, self.process_index)
-        )
-
-    def num_samples(self, step: int, batch_size: int) -> int:
-        """Return how many samples all processes have in a step.
-
-        Args:
-            step: Number of the batch in the epoch, from 0.
-            batch_size: Samples that this process has; where no plan is known, the other
-                processes are taken to have as many.
-        """
-        if self.num_processes == 1:
-            return batch_size
-        if self._plan is None:
-            return batch_size * self.num_processes
-        return self._plan.window_size(step, step)
-
     def weigh(
         self, loss: Tensor, step: int, num_items: NumItems, *, are_samples: bool
     ) -> Tensor:

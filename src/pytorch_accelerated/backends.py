@@ -178,6 +178,7 @@ def _check_settings(accelerator: Accelerator) -> None:
             "mixed_precision='fp16' has no effect on a CPU: Accelerate trains in fp32 "
             "there. Use 'bf16', which a CPU supports."
         )
+    _refuse_other_ways_to_share(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         # The trainer owns the accumulation window: Accelerate would divide once more.
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -187,3 +188,15 @@ def _check_settings(accelerator: Accelerator) -> None:
                 "not use; give gradient_accumulation_steps to train() instead."
             )
         accelerator.gradient_accumulation_steps = 1
+
+
+def _refuse_other_ways_to_share(accelerator: Accelerator) -> None:
+    config = accelerator.dataloader_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(config, name) and accelerator.num_processes > 1:
+            raise ValueError(
+                f"DataLoaderConfiguration({name}=True) is not what the trainer does: "
+                "batch sizes are those of one process, and each process loads its own "
+                "batches. Leave it out, and for the same updates divide the batch size "
+                f"by the number of processes, {accelerator.num_processes}."
+            )

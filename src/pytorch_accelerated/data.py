@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -95,6 +95,18 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
     return torch.randperm(length, generator=generator)
+
+
+class Share(NamedTuple):
+    """What a process has of a step.
+
+    Args:
+        total: Samples of all processes in the step.
+        is_filler: Whether this process has a batch only to keep the others company.
+    """
+
+    total: int
+    is_filler: bool
 
 
 @dataclass(frozen=True)
@@ -171,12 +183,12 @@ class BatchPlan:
         if self._is_spread:
             total = len(self) * self._step_size if self.drop_last else self.length
             slots, slot = len(self) * self.num_processes, step * self.num_processes
-            return _share(total, slots, slot + process)
+            return share_bounds(total, slots, slot + process)
         start = self.first + step * self._step_size
         size = min(self._step_size, self._end - start)
         if self.num_processes == 1:
             return start, start + size
-        first, last = _share(size, self.num_processes, process)
+        first, last = share_bounds(size, self.num_processes, process)
         return start + first, start + last
 
     def size(self, step: int, process: int) -> int:
@@ -200,8 +212,11 @@ class BatchPlan:
         return self.size(step, process) == 0
 
 
-def _share(total: int, parts: int, part: int) -> tuple[int, int]:
-    """Bounds of one of ``parts`` neighbouring shares that differ by at most one."""
+def share_bounds(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Return ``(first, past_last)`` of one of ``parts`` neighbouring, even shares.
+
+    Their sizes differ by at most one, and the first ones are the larger ones.
+    """
     size, larger = divmod(total, parts)
     first = part * size + min(part, larger)
     return first, first + size + (part < larger)
@@ -503,15 +518,11 @@ def is_plain(loader: Any) -> bool:
 def generators_of(loader: Any) -> list[torch.Generator]:
     """Return the random generators of its own that a loader takes its order from.
 
-    They are those of the user, and one that Accelerate makes for several processes.
+    They are those of the user.
     """
-    sampler = getattr(loader, "batch_sampler", None)
-    parts = (loader, getattr(loader, "sampler", None), sampler)
-    found = [
-        getattr(part, name, None)
-        for part in parts
-        for name in ("generator", "synchronized_generator")
-    ]
+    names = ("sampler", "batch_sampler")
+    parts = (loader, *(getattr(loader, name, None) for name in names))
+    found = [getattr(part, "generator", None) for part in parts]
     unique = {id(each): each for each in found if isinstance(each, torch.Generator)}
     return list(unique.values())
 
@@ -614,6 +625,17 @@ class PlannedLoader:
         self.batch_sampler.epoch = epoch
         self.batch_sampler.first_step = first_step
 
+    def share_of(self, step: int) -> Share:
+        """Return what this process has of a step."""
+        return Share(
+            self.plan.window_size(step, step),
+            self.plan.is_filler(step, self.batch_sampler.process_index),
+        )
+
+    def use_data_seed(self, seed: int) -> None:
+        """Let the order and the random numbers follow from another seed."""
+        self.batch_sampler.seed = seed
+
     def use_batch_size(self, batch_size: int) -> None:
         """Make batches of another size of the same samples, from the next iteration."""
         self.stop_workers()
@@ -668,7 +690,7 @@ class DeviceLoader:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
-        self.loader = loader
+        self.loader = self._iterable = loader
         self.device = device
         # A loader such as torchdata's, or a dataset that is read in this process.
         dataset = getattr(loader, "dataset", None)
@@ -716,10 +738,10 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
-        batches = self._iteration.of(self.loader)
-        if self._keeps_place is not None:
-            batches = self._noting_places(batches)
-        return to_device(batches, self.device)
+        return to_device(self._fetched(self._iteration.of(self._iterable)), self.device)
+
+    def _fetched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return batches if self._keeps_place is None else self._noting_places(batches)
 
     def stop_workers(self) -> None:
         """End worker processes that an error keeps, unless they are for all epochs."""

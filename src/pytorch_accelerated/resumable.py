@@ -446,8 +446,8 @@ class ResumableRun:
         self._data_seed = data_seed
         self.run_config = replace(self.run_config, data_seed=data_seed)
         for loader in (self._train_dataloader, self._eval_dataloader):
-            if isinstance(getattr(loader, "plan", None), data.BatchPlan):
-                loader.batch_sampler.seed = data_seed
+            if hasattr(loader, "use_data_seed"):
+                loader.use_data_seed(data_seed)
 
     def _random_states(self) -> dict[str, Any]:
         generators = data.generators_of(self._train_dataloader)

@@ -54,6 +54,7 @@ from pytorch_accelerated import (
     distributed,
     engines,
     precision,
+    sharing,
     step_output,
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
@@ -894,6 +895,9 @@ class Trainer(ResumableRun):
         is_ours = is_evaluation or any(loader is made for made in self._loaders_made)
         if loader is None:
             return None
+        is_alone = accelerator.num_processes == 1
+        if not is_alone and sharing.is_split_by_process(loader):
+            return data.DeviceLoader(loader, self.device)
         if is_ours and data.is_plain(loader):
             kwargs = self._eval_dl_kwargs if is_evaluation else self._train_dl_kwargs
             return data.PlannedLoader(
@@ -905,12 +909,16 @@ class Trainer(ResumableRun):
                 even=is_evaluation,
                 persistent_workers=(kwargs or {}).get("persistent_workers", True),
             )
-        if accelerator.num_processes == 1 or not data.is_loader(loader):
+        if is_alone:
             return data.DeviceLoader(loader, self.device)
-        prepared = accelerator.prepare_data_loader(loader)
-        if is_evaluation and hasattr(prepared.batch_sampler, "even_batches"):
-            prepared.batch_sampler.even_batches = self._pad_uneven_eval_batches
-        return prepared
+        return sharing.share(
+            loader,
+            self.device,
+            self._data_seed,
+            accelerator.num_processes,
+            accelerator.process_index,
+            is_evaluation=is_evaluation,
+        )
 
     def _create_dataloader(
         self, dataset: Any, kwargs: dict[str, Any]
@@ -1194,8 +1202,12 @@ class Trainer(ResumableRun):
         progress = self._progress
         progress.step = step + 1
         progress.num_steps += 1
-        progress.num_samples_seen += self._window.num_samples(
-            step, (batch_output or {}).get("batch_size", 0)
+        share = self._share_of(step)
+        # Where nothing is known of the other processes, they have as many.
+        progress.num_samples_seen += (
+            (batch_output or {}).get("batch_size", 0) * self._window.num_processes
+            if share is None
+            else share.total
         )
         self.num_steps = progress.num_steps
         self.num_samples_seen = progress.num_samples_seen
@@ -1214,12 +1226,20 @@ class Trainer(ResumableRun):
         self, batch_output: Mapping[str, Any], step: int
     ) -> tuple[NumItems, bool]:
         """Return how many items a batch has, and whether these are samples."""
-        if self._window.is_filler(step):
+        share = self._share_of(step)
+        if share is not None and share.is_filler:
             return 0, True
         num_items = batch_output.get("num_items_in_batch")
         if num_items is None:
             return batch_output["batch_size"], True
         return num_items, False
+
+    def _share_of(self, step: int) -> data.Share | None:
+        """Return what this process has of a step, if it shares the data with others."""
+        if self._window.num_processes == 1:
+            return None
+        share_of = getattr(self._train_dataloader, "share_of", None)
+        return None if share_of is None else share_of(step)
 
     def _reset_trackers(self) -> None:
         self._loss_tracker.reset()

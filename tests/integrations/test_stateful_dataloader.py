@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_without_loading_a_batch_again(
 
 
 @pytest.mark.filterwarnings("ignore:To find its place")
-def test_two_processes_load_batches_again_and_end_the_same(run, tmp_path):
+def test_two_processes_end_the_same(run, tmp_path):
     run("whole", num_processes=2)
     code, _ = run("killed", kill_at=8, num_processes=2)
     assert code == -signal.SIGKILL

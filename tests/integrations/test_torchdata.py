@@ -9,11 +9,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.errors import StopTrainingError
+from pytorch_accelerated.sharing import is_split_by_process
 
 
 def create_model():
@@ -329,3 +330,30 @@ def test_metrics_of_scikit_learn_are_computed_from_all_predictions():
         metrics.f1_score(labels, predictions, average="macro")
     )
     assert trainer.run_history.get_latest_metric("f1") > 0.9
+
+
+# ------------------------------------------------------------- split over processes
+
+
+def test_what_other_libraries_have_split_is_recognised():
+    datasets = pytest.importorskip("datasets")
+    from datasets.distributed import split_dataset_by_node
+
+    stream = datasets.Dataset.from_dict({"number": [1, 2]}).to_iterable_dataset()
+    split = split_dataset_by_node(stream, rank=0, world_size=2)
+
+    assert is_split_by_process(DataLoader(split, batch_size=1))
+    assert not is_split_by_process(DataLoader(stream, batch_size=1))
+
+
+def test_what_webdataset_has_split_is_recognised(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]
+
+    def create(nodesplitter):
+        kwargs = {"nodesplitter": nodesplitter, "shardshuffle": False}
+        stream = webdataset.WebDataset(urls, **kwargs)
+        return DataLoader(stream, batch_size=1), webdataset.WebLoader(stream)
+
+    assert all(is_split_by_process(each) for each in create(webdataset.split_by_node))
+    assert not any(is_split_by_process(each) for each in create(None))

@@ -51,6 +51,7 @@ AGREEMENT = "test_agreement.py::"
 MEMORY = "test_smaller_batches_when_memory_runs_out.py::"
 FOLDERS = "../faults/test_shared_folders.py::"
 STATES = "../callbacks/test_save_training_state.py::"
+SHARED = "test_processes_share_the_data.py::"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ accumulation
@@ -85,7 +86,8 @@ MUTATIONS = [
     Mutation(
         "window: a filler batch counts",
         "trainer.py",
-        "        if self._window.is_filler(step):\n            return 0, True\n",
+        "        if share is not None and share.is_filler:\n"
+        "            return 0, True\n",
         "",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
@@ -518,6 +520,35 @@ MUTATIONS = [
         "        if trainer._accelerator.is_main_process:\n            self._delete",
         "        if True:\n            self._delete",
         FOLDERS + "test_only_the_main_process_deletes",
+    ),
+    # ------------------------------------------------------ data of other makes, shared
+    Mutation(
+        "sharing: each process draws the order of a sampler itself",
+        "sharing.py",
+        "        return distributed.object_from_main_process(batches)\n",
+        "        return [self._checked(batch) for batch in self._batches]\n",
+        SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
+    ),
+    Mutation(
+        "sharing: a stream draws from generators that differ between processes",
+        "sharing.py",
+        "            with _seeded(derive_seed(*place, step)):\n                samples",
+        "            if True:\n                samples",
+        SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
+    ),
+    Mutation(
+        "sharing: a process without a sample evaluates that of another",
+        "sharing.py",
+        "                batch = emptied(batch)\n",
+        "                pass\n",
+        SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
+    ),
+    Mutation(
+        "sharing: what is split by a sampler is shared once more",
+        "sharing.py",
+        "        or any(_is_distributed(sampler) for sampler in samplers)\n",
+        "",
+        SHARED + "test_what_is_split_already_is_used_as_it_is_found_63",
     ),
 ]
 

@@ -1,0 +1,427 @@
+"""Data that several processes share, where the batches are not the trainer's own.
+
+From map-style data the trainer makes batches by a plan (see
+:class:`~pytorch_accelerated.data.BatchPlan`). Here are the other kinds: a sampler or a
+batch sampler of the user's, a ready loader, and a stream. A step takes as many
+neighbouring batches as there are processes, the first process the first of them, and
+what is left at the end is shared as evenly as it goes. So every sample counts once.
+
+A process without a sample in the last step has one that another process has too, so
+that it takes part in what the processes compute together. In training that batch has no
+weight; in evaluation it is emptied.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
+from torch.utils.data.datapipes.datapipe import IterDataPipe
+from torch.utils.data.graph import traverse_dps
+
+from pytorch_accelerated import distributed
+from pytorch_accelerated.data import DeviceLoader, Share, derive_seed, share_bounds
+
+# Stages of webdataset's pipelines after which each process has what is its own.
+_SPLITTING_STAGES = {"split_by_node", "ResampledShards"}
+
+
+def is_split_by_process(loader: Any) -> bool:
+    """Say whether what a loader yields belongs to this process alone.
+
+    It does where a sampler has ``num_replicas`` and ``rank``, as torch's
+    ``DistributedSampler``; where a stream is split as torch's data pipes, ``datasets``
+    and webdataset do it; and where the loader, its sampler or its dataset has an
+    attribute ``is_split_by_process`` that is true.
+
+    Args:
+        loader: A ``DataLoader`` or another iterable of batches.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    dataset = getattr(loader, "dataset", None)
+    samplers = (
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    return (
+        any(
+            getattr(part, "is_split_by_process", False) is True
+            for part in (loader, dataset, *samplers)
+        )
+        or any(_is_distributed(sampler) for sampler in samplers)
+        or _is_split_stream(dataset)
+        or _is_split_stream(loader)
+    )
+
+
+def _is_distributed(sampler: Any) -> bool:
+    return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
+
+
+def _is_split_stream(dataset: Any) -> bool:
+    if isinstance(dataset, IterDataPipe):
+        return any(_is_sharding_pipe(pipe) for pipe in _pipes_of(traverse_dps(dataset)))
+    stages = getattr(dataset, "pipeline", None)
+    if isinstance(stages, list) and any(_is_splitting_stage(each) for each in stages):
+        return True
+    # Set by datasets.distributed.split_dataset_by_node().
+    return getattr(dataset, "_distributed", None) is not None
+
+
+def _is_splitting_stage(stage: Any) -> bool:
+    name = getattr(stage, "__name__", type(stage).__name__)
+    if name in _SPLITTING_STAGES:
+        return True
+    # The first stage of a WebLoader is a DataLoader.
+    return _is_split_stream(getattr(stage, "dataset", None))
+
+
+def _pipes_of(graph: Mapping[int, Any]) -> Iterator[Any]:
+    for pipe, sources in graph.values():
+        yield pipe
+        yield from _pipes_of(sources)
+
+
+def _is_sharding_pipe(pipe: Any) -> bool:
+    return callable(getattr(pipe, "apply_sharding", None))
+
+
+def share(
+    loader: Any,
+    device: torch.device,
+    seed: int,
+    num_processes: int,
+    process_index: int,
+    *,
+    is_evaluation: bool = False,
+) -> SharedLoader:
+    """Return a loader that yields this process's share of the batches of another one.
+
+    Args:
+        loader: A ``DataLoader`` that is the same on all processes.
+        device: Where the batches go.
+        seed: The data seed of the run.
+        num_processes: Number of processes.
+        process_index: Which of them this is.
+        is_evaluation: Whether a batch that only keeps company is emptied.
+
+    Raises:
+        ValueError: If the batches come ready, so that the last ones cannot be shared.
+    """
+    comes_ready = not isinstance(loader, DataLoader) or (
+        loader.batch_size is None and isinstance(loader.dataset, IterableDataset)
+    )
+    if comes_ready:
+        raise ValueError(
+            f"Batches that come ready, from a {_kind_of(loader)}, cannot be shared by "
+            f"{num_processes} processes. Pass a dataset of samples, or a DataLoader "
+            "that makes the batches. If what each process is given belongs to it "
+            "alone, and all have the same number of batches, say so: set the attribute "
+            "is_split_by_process = True on it or on its dataset."
+        )
+    source: _SharedStream | _SharedBatches
+    if isinstance(loader.dataset, IterableDataset):
+        source = _SharedStream(loader, seed, num_processes, process_index)
+    else:
+        source = _SharedBatches(loader, num_processes, process_index)
+    return SharedLoader(loader, device, source, is_evaluation)
+
+
+def _kind_of(loader: Any) -> str:
+    if isinstance(loader, DataLoader):
+        return f"{type(loader.dataset).__name__} with batch_size=None"
+    return type(loader).__name__
+
+
+class SharedLoader(DeviceLoader):
+    """Yields a process's share of the batches of a loader, on the device.
+
+    Args:
+        loader: The loader, which is the same on all processes.
+        device: Where the batches go.
+        source: What makes the shares.
+        is_evaluation: Whether a batch that only keeps company is emptied.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        device: torch.device,
+        source: _SharedStream | _SharedBatches,
+        is_evaluation: bool,
+    ) -> None:
+        super().__init__(loader, device)
+        self._source = source
+        self._is_evaluation = is_evaluation
+        # The loader as it is, but for what it loads.
+        self._iterable = copy.copy(loader)
+        vars(self._iterable).update(source.parts_of_loader(), _iterator=None)
+        if self._keeps_place is loader:
+            self._keeps_place = self._iterable
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process; TypeError if it is unknown."""
+        return len(self._iterable)  # type: ignore[arg-type]
+
+    def share_of(self, step: int) -> Share:
+        """Return what this process has of a step that has been loaded."""
+        return self._source.share_of(step)
+
+    def use_data_seed(self, seed: int) -> None:
+        """Let random numbers of a stream follow from another seed."""
+        self._source.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the number of the epoch, from 1, to what wants to know it."""
+        super().set_epoch(epoch)
+        self._source.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of this process, on the device."""
+        self._source.start(self._num_fetched)
+        return super().__iter__()
+
+    def _fetched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        first_step = self._num_fetched
+        return super()._fetched(self._unpacked(batches, first_step))
+
+    def _unpacked(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
+        for step, batch in enumerate(batches, first_step):
+            if isinstance(batch, _LastBatch):
+                self._source.shares[step] = batch.share
+                batch = batch.batch
+            if self._is_evaluation and self.share_of(step).is_filler:
+                batch = emptied(batch)
+            yield batch
+
+
+class _SharedBatches(Sampler[Any]):
+    """The share of one process in the batches that a sampler of the user's makes.
+
+    The main process takes them from the sampler, all of an epoch at its start, and
+    tells the others: a sampler may draw from a generator that differs between them.
+    """
+
+    seed = epoch = 0  # of no use here: the order is the sampler's
+
+    def __init__(
+        self, loader: DataLoader[Any], num_processes: int, process_index: int
+    ) -> None:
+        self._makes_batches = loader.batch_sampler is not None
+        self._batches: Any = (
+            loader.batch_sampler if self._makes_batches else loader.sampler
+        )
+        self._num_processes = num_processes
+        self._process_index = process_index
+        self._drop_last = bool(getattr(self._batches, "drop_last", False))
+        self._own: list[list[Any]] = []
+        self.shares: dict[int, Share] = {}
+
+    def parts_of_loader(self) -> dict[str, Any]:
+        return {"batch_sampler" if self._makes_batches else "sampler": self}
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._batches), self._num_processes)
+        return whole if self._drop_last or rest == 0 else whole + 1
+
+    def start(self, first_step: int) -> None:
+        self._own, self.shares = [], {}
+        batches, each = self._draw(), self._num_processes
+        for step, first in enumerate(range(0, len(batches), each)):
+            group = batches[first : first + each]
+            if len(group) < each:
+                if self._drop_last:
+                    break
+                group = self._spread([index for batch in group for index in batch])
+            own = group[self._process_index]
+            total = sum(len(batch) for batch in group)
+            self.shares[step] = Share(total, is_filler=not own)
+            self._own.append(own or next(batch for batch in group if batch)[-1:])
+
+    def _draw(self) -> list[list[Any]]:
+        batches: list[Any] = []
+        error: Exception | None = None
+        if self._process_index == 0:
+            try:
+                batches = [self._checked(batch) for batch in self._batches]
+            except Exception as raised:
+                error = raised
+        distributed.raise_on_all(error)
+        return distributed.object_from_main_process(batches)
+
+    def _checked(self, batch: Any) -> list[Any]:
+        if not isinstance(batch, (list, tuple)):
+            raise ValueError(
+                "A DataLoader with batch_size=None cannot be shared by "
+                f"{self._num_processes} processes unless its sampler yields lists of "
+                f"indices, got {batch!r}. Pass a batch_sampler, or a batch_size."
+            )
+        return list(batch)
+
+    def _spread(self, indices: list[Any]) -> list[list[Any]]:
+        bounds = (
+            share_bounds(len(indices), self._num_processes, process)
+            for process in range(self._num_processes)
+        )
+        return [indices[first:last] for first, last in bounds]
+
+    def share_of(self, step: int) -> Share:
+        return self.shares[step]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self._own)
+
+
+class _OfLastStep(NamedTuple):
+    """A sample of a step that is not full, on its way to the collate function."""
+
+    sample: Any
+    share: Share
+
+
+class _LastBatch(NamedTuple):
+    """A batch of a step that is not full, on its way from where it was loaded."""
+
+    batch: Any
+    share: Share
+
+
+class _SharedStream(IterableDataset[Any]):
+    """The share of one process in the samples of a stream, which it reads whole.
+
+    All processes have to read the same: the random numbers that the stream draws from
+    the global generators follow from the seed, the epoch and the step, and the
+    generators are left as they were.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        seed: int,
+        num_processes: int,
+        process_index: int,
+    ) -> None:
+        assert loader.batch_size is not None
+        self._stream = loader.dataset
+        self._collate = loader.collate_fn
+        self._step_size = loader.batch_size * num_processes
+        self._drop_last = loader.drop_last
+        self._num_processes = num_processes
+        self._process_index = process_index
+        self._first_step = 0
+        self.seed = seed
+        self.epoch = 1
+        self.shares: dict[int, Share] = {}
+
+    def parts_of_loader(self) -> dict[str, Any]:
+        return {"dataset": self, "collate_fn": _MarkingCollate(self._collate)}
+
+    def __len__(self) -> int:
+        """Return the number of samples of this process; TypeError if it is unknown."""
+        whole, rest = divmod(len(self._stream), self._step_size)  # type: ignore[arg-type]
+        first, last = self._bounds(self._step_size)
+        own = whole * (last - first)
+        if self._drop_last:
+            return own
+        first, last = self._bounds(rest)
+        return own + (max(last - first, 1) if rest else 0)
+
+    def start(self, first_step: int) -> None:
+        self._first_step = first_step
+        self.shares = {}
+
+    def share_of(self, step: int) -> Share:
+        return self.shares.get(step, Share(self._step_size, is_filler=False))
+
+    def _bounds(self, num_samples: int) -> tuple[int, int]:
+        return share_bounds(num_samples, self._num_processes, self._process_index)
+
+    def __iter__(self) -> Iterator[Any]:
+        for samples in self._steps():
+            first, last = self._bounds(len(samples))
+            if len(samples) == self._step_size:
+                yield from samples[first:last]
+            elif not self._drop_last:
+                share = Share(len(samples), is_filler=first == last)
+                own = samples[first:last] or samples[-1:]
+                yield from (_OfLastStep(sample, share) for sample in own)
+
+    def _steps(self) -> Iterator[list[Any]]:
+        worker = get_worker_info()
+        place = (self.seed, self.epoch, 0 if worker is None else worker.id)
+        step = self._first_step
+        with _seeded(derive_seed(*place, step)):
+            stream = iter(self._stream)
+        while True:
+            with _seeded(derive_seed(*place, step)):
+                samples = list(islice(stream, self._step_size))
+            if samples:
+                yield samples
+            if len(samples) < self._step_size:
+                return
+            step += 1
+
+
+class _MarkingCollate:
+    """Collates the samples of a step that is not full to a batch that says so."""
+
+    def __init__(self, collate_fn: Any) -> None:
+        self._collate_fn = collate_fn
+
+    def __call__(self, samples: Any) -> Any:
+        first = samples[0]
+        if not isinstance(first, _OfLastStep):
+            return self._collate_fn(samples)
+        batch = self._collate_fn([each.sample for each in samples])
+        return _LastBatch(batch, first.share)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of the host in the block, and put them back after."""
+    generator = torch.default_generator
+    before = generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+    finally:
+        generator.set_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
+def emptied(batch: Any) -> Any:
+    """Return a batch of one sample without that sample.
+
+    Args:
+        batch: A nested structure of tensors, and of lists with a member for the sample.
+    """
+    if isinstance(batch, Tensor):
+        return batch[:0] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {name: emptied(member) for name, member in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        members = [] if _is_the_sample(batch) else [emptied(each) for each in batch]
+        is_named = hasattr(batch, "_make")
+        return type(batch)(*members) if is_named else type(batch)(members)
+    return batch
+
+
+def _is_the_sample(members: Any) -> bool:
+    """Say whether a list has a member for each sample, and not one for each column."""
+    if len(members) != 1:
+        return False
+    (member,) = members
+    is_column = isinstance(member, Tensor) and member.shape[:1] == (1,)
+    return not is_column and not isinstance(member, (list, tuple))

@@ -1,0 +1,505 @@
+"""R9, R25: with samplers, loaders and streams of the user's, each sample counts once.
+
+Each sample is its own number, so what was seen is what the steps were given.
+"""
+
+import random
+from functools import partial
+from itertools import chain
+
+import pytest
+import torch
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    get_worker_info,
+)
+from torch.utils.data.datapipes.iter import IterableWrapper
+
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.sharing import emptied
+from pytorch_accelerated.trainer import Trainer
+
+
+class Numbers(Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index)])
+
+
+class Stream(IterableDataset):
+    """Numbers one after the other; with workers, each reads its part."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in range(first, self.count, step):
+            yield torch.tensor([float(number)])
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return self.count
+
+
+class ShuffledStream(Stream):
+    """Shuffles with the global generators, as most streams do."""
+
+    def __iter__(self):
+        numbers = list(range(self.count))
+        random.shuffle(numbers)
+        offset = int(torch.randint(self.count, ()))
+        yield from (torch.tensor([float((n + offset) % self.count)]) for n in numbers)
+
+
+class StreamWithPlace(Stream):
+    def __init__(self, count):
+        super().__init__(count)
+        self.num_read = 0
+
+    def __iter__(self):
+        first, self.num_read = self.num_read, 0
+        for number in range(first, self.count):
+            self.num_read = number + 1
+            yield torch.tensor([float(number)])
+        self.num_read = 0
+
+    def state_dict(self):
+        return {"num_read": self.num_read}
+
+    def load_state_dict(self, state):
+        self.num_read = state["num_read"]
+
+
+class GlobalOrder(Sampler):
+    """Draws its order from torch's global generator."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        yield from torch.randperm(self.count).tolist()
+
+
+class Batches:
+    """An iterable of ready batches."""
+
+    def __init__(self, numbers, batch_size):
+        self.numbers = numbers
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        for first in range(0, len(self.numbers), self.batch_size):
+            numbers = self.numbers[first : first + self.batch_size]
+            yield torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1)
+
+
+class Seen(Trainer):
+    """Its model is one weight, and the loss of a number is the weight times it."""
+
+    def __init__(self, callbacks=(), **kwargs):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        super().__init__(model, None, optimizer, callbacks, **kwargs)
+        self.trained, self.evaluated = [], []
+
+    def _loss(self, batch, seen):
+        numbers = batch.flatten().tolist()
+        seen.append([int(number) for number in numbers])
+        loss = self.model(batch.float()).mean()
+        return {"loss": loss, "batch_size": len(batch)}
+
+    def calculate_train_batch_loss(self, batch):
+        return self._loss(batch, self.trained)
+
+    def calculate_eval_batch_loss(self, batch):
+        return self._loss(batch, self.evaluated)
+
+
+def use(create, num_epochs=1, seed=5, **train_kwargs):
+    """Train, evaluate and predict, and return what was seen."""
+    trainer = Seen(seed=seed)
+    data, kwargs = create()
+    trainer.train(
+        data,
+        num_epochs,
+        per_device_batch_size=2,
+        train_dataloader_kwargs=kwargs,
+        **train_kwargs,
+    )
+    weight = trainer.model.weight.item()
+    seen = {
+        "trained": trainer.trained,
+        "num_samples_seen": trainer.num_samples_seen,
+        "loss": trainer.run_history.get_latest_metric("train_loss_epoch"),
+        "weight": weight,
+    }
+    data, kwargs = create()
+    kwargs = {"per_device_batch_size": 2, "dataloader_kwargs": kwargs}
+    metrics = trainer.evaluate(data, **kwargs)
+    seen["evaluation_loss"] = metrics["evaluation_loss"] / weight
+    seen["evaluated"] = trainer.evaluated
+    data, kwargs["dataloader_kwargs"] = create()
+    predictions = trainer.predict(data, **kwargs) / weight
+    seen["predicted"] = predictions.flatten().round().int().tolist()
+    return seen
+
+
+def sampler(count):
+    return Numbers(count), {"sampler": GlobalOrder(count)}
+
+
+def batch_sampler(count):
+    batches = BatchSampler(GlobalOrder(count), 2, drop_last=False)
+    return Numbers(count), {"batch_sampler": batches}
+
+
+def ready_loader(count):
+    return DataLoader(Numbers(count), batch_size=2, shuffle=True), None
+
+
+def lists_of_indices(count):
+    batches = BatchSampler(GlobalOrder(count), 2, drop_last=False)
+    return DataLoader(ByLists(count), batch_size=None, sampler=batches), None
+
+
+class ByLists(Numbers):
+    def __getitem__(self, indices):
+        return torch.tensor(indices, dtype=torch.float32).reshape(-1, 1)
+
+
+def stream(count):
+    return Stream(count), None
+
+
+def sized_stream(count):
+    return SizedStream(count), None
+
+
+def shuffled_stream(count):
+    return ShuffledStream(count), None
+
+
+def stream_with_worker(count):
+    return Stream(count), {"num_workers": 1}
+
+
+def stream_with_workers(count):
+    return DataLoader(Stream(count), batch_size=2, num_workers=2), None
+
+
+def data_pipe(count):
+    return IterableWrapper([torch.tensor([float(n)]) for n in range(count)]), None
+
+
+KINDS = [
+    sampler,
+    batch_sampler,
+    ready_loader,
+    lists_of_indices,
+    stream,
+    sized_stream,
+    shuffled_stream,
+    stream_with_worker,
+    stream_with_workers,
+    data_pipe,
+]
+IN_ORDER = (stream, sized_stream, stream_with_worker, data_pipe)
+
+# A whole number of steps on two processes; a last step that is not full; one with a
+# single sample, of which the second process has none.
+COUNTS = [8, 11, 5]
+
+
+def use_all(kind):
+    return {count: use(partial(kind, count), num_epochs=2) for count in COUNTS}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_two_processes_see_each_sample_once_found_64_65_66(kind, on_processes):
+    first, second = on_processes(2, use_all, kind)
+    for count in COUNTS:
+        pairs = zip(first[count]["trained"], second[count]["trained"], strict=True)
+        of_all = [of_first + of_second for of_first, of_second in pairs]
+        num_steps = len(of_all) // 2
+        numbers = sorted(range(count))
+        for epoch in (of_all[:num_steps], of_all[num_steps:]):
+            seen = sorted(number for step in epoch for number in step)
+            # At most one is seen twice: where it only kept the others company.
+            assert sorted(set(seen)) == numbers
+            assert len(seen) <= count + 1
+        assert first[count]["num_samples_seen"] == 2 * count
+        evaluated = first[count]["evaluated"] + second[count]["evaluated"]
+        assert sorted(chain(*evaluated)) == numbers
+        for process in (first[count], second[count]):
+            mean = sum(numbers) / count
+            assert process["evaluation_loss"] == pytest.approx(mean)
+            assert sorted(process["predicted"]) == numbers
+            if kind in IN_ORDER:
+                assert process["predicted"] == numbers
+
+
+@pytest.mark.parametrize(
+    "kind", [stream, sized_stream, stream_with_worker], ids=lambda kind: kind.__name__
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_what_one_does_on_a_stream_found_65(
+    kind, accumulation, on_processes
+):
+    create = partial(kind, 11)
+    kwargs = {"gradient_accumulation_steps": accumulation}
+    of_two = on_processes(2, use_with, create, kwargs)
+    data, loader_kwargs = create()
+    trainer = Seen(seed=5)
+    trainer.train(
+        data,
+        1,
+        per_device_batch_size=4,
+        train_dataloader_kwargs=loader_kwargs,
+        **kwargs,
+    )
+    for process in of_two:
+        assert process["weight"] == pytest.approx(trainer.model.weight.item(), rel=1e-6)
+        loss = trainer.run_history.get_latest_metric("train_loss_epoch")
+        assert process["loss"] == pytest.approx(loss, rel=1e-6)
+        assert process["num_samples_seen"] == trainer.num_samples_seen
+
+
+def use_with(create, kwargs):
+    return use(create, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [sampler, stream], ids=lambda kind: kind.__name__)
+def test_a_last_step_that_is_not_full_can_be_left_out(kind, on_processes):
+    def leave_out():
+        data, kwargs = kind(11)
+        trainer = Seen(seed=5)
+        kwargs = {**(kwargs or {}), "drop_last": True}
+        trainer.train(data, 1, per_device_batch_size=2, train_dataloader_kwargs=kwargs)
+        return trainer.trained
+
+    first, second = on_processes(2, leave_out)
+    assert [len(batch) for batch in first + second] == [2] * 4
+    assert len(set(chain(*first, *second))) == 8
+
+
+# ---------------------------------------------------------------------- split already
+
+
+def distributed_sampler():
+    numbers = Numbers(16)
+    return DataLoader(numbers, batch_size=2, sampler=DistributedSampler(numbers)), None
+
+
+class OwnPart(IterableDataset):
+    """Reads what belongs to its process, and says so."""
+
+    is_split_by_process = True
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank()
+        yield from (torch.tensor([float(n)]) for n in range(rank, 16, 2))
+
+
+def marked_stream():
+    return OwnPart(), None
+
+
+def marked_batches():
+    batches = Batches(list(range(torch.distributed.get_rank(), 16, 2)), 2)
+    batches.is_split_by_process = True
+    return batches, None
+
+
+def sharded_pipe():
+    numbers = [torch.tensor([float(n)]) for n in range(16)]
+    return IterableWrapper(numbers).sharding_filter(), None
+
+
+SPLIT = [distributed_sampler, marked_stream, marked_batches, sharded_pipe]
+
+
+@pytest.mark.parametrize("create", SPLIT, ids=lambda create: create.__name__)
+def test_what_is_split_already_is_used_as_it_is_found_63(create, on_processes):
+    first, second = on_processes(2, use, create)
+    for name in ("trained", "evaluated"):
+        assert [len(batch) for batch in first[name] + second[name]] == [2] * 8
+        assert sorted(chain(*first[name], *second[name])) == list(range(16))
+    assert sorted(first["predicted"]) == list(range(16))
+    assert first["num_samples_seen"] == 16
+
+
+# --------------------------------------------------------------------------- refused
+
+
+def error_of(create, **trainer_kwargs):
+    calls = []
+    for call in ("train", "evaluate", "predict"):
+        data, kwargs = create()
+        try:
+            trainer = Seen(**trainer_kwargs)
+            if call == "train":
+                trainer.train(data, 1, train_dataloader_kwargs=kwargs)
+            else:
+                getattr(trainer, call)(data, dataloader_kwargs=kwargs)
+            calls.append(None)
+        except (ValueError, RuntimeError) as error:
+            calls.append(str(error))
+    return calls
+
+
+def ready_batches():
+    return Batches(list(range(8)), 2), None
+
+
+class StreamOfBatches(IterableDataset):
+    def __iter__(self):
+        return iter(Batches(list(range(8)), 2))
+
+
+def stream_of_batches():
+    return DataLoader(StreamOfBatches(), batch_size=None), None
+
+
+def ready_samples():
+    return DataLoader(Numbers(8), batch_size=None), None
+
+
+@pytest.mark.parametrize(
+    ("create", "advice"),
+    [
+        (ready_batches, "is_split_by_process = True"),
+        (stream_of_batches, "is_split_by_process = True"),
+        (ready_samples, "Pass a batch_sampler"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_batches_that_come_ready_are_refused_on_two_processes_found_65_66(
+    create, advice, on_processes
+):
+    for errors in on_processes(2, error_of, create):
+        assert all(error is not None and advice in error for error in errors)
+
+
+@pytest.mark.parametrize("name", ["split_batches", "dispatch_batches"])
+def test_other_ways_to_share_are_refused_and_not_ignored_found_66(name, on_processes):
+    def construct():
+        config = DataLoaderConfiguration(**{name: True})
+        try:
+            Seen(accelerator_kwargs={"dataloader_config": config})
+        except ValueError as error:
+            return str(error)
+
+    for message in on_processes(2, construct):
+        assert f"{name}=True" in message
+        assert "divide the batch size by the number of processes, 2" in message
+
+
+class FailsOnMainProcess(GlobalOrder):
+    def __iter__(self):
+        raise LookupError("no order today")
+
+
+def test_a_sampler_that_fails_ends_the_run_on_all_processes(on_processes):
+    def train():
+        kwargs = {"sampler": FailsOnMainProcess(8)}
+        with pytest.raises(Exception, match="no order today") as raised:
+            Seen().train(Numbers(8), 1, train_dataloader_kwargs=kwargs)
+        return type(raised.value).__name__
+
+    assert on_processes(2, train) == ["LookupError", "RuntimeError"]
+
+
+# ------------------------------------------------------------------- in between, after
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, num_updates):
+        self.num_updates = num_updates
+
+    def on_train_step_start(self, trainer, **kwargs):
+        if trainer.num_updates == self.num_updates:
+            raise KeyboardInterrupt
+
+
+def stop_and_resume(create, folder, stop_at):
+    def trainer(*callbacks):
+        save = SaveTrainingStateCallback(folder, save_every_n_steps=1)
+        return Seen([*callbacks, save], seed=3)
+
+    kwargs = {"num_epochs": 2, "per_device_batch_size": 2}
+    data, kwargs["train_dataloader_kwargs"] = create()
+    first = trainer(StopAt(stop_at))
+    with pytest.raises(KeyboardInterrupt):
+        first.train(data, **kwargs)
+    data, kwargs["train_dataloader_kwargs"] = create()
+    second = trainer()
+    second.train(data, resume_from="auto", **kwargs)
+    whole = Seen(seed=3)
+    data, kwargs["train_dataloader_kwargs"] = create()
+    whole.train(data, **kwargs)
+    return {
+        "stopped": first.trained,
+        "resumed": second.trained,
+        "whole": whole.trained,
+        "are_equal": torch.equal(second.model.weight, whole.model.weight),
+    }
+
+
+def stream_with_place(count):
+    return StreamWithPlace(count), None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [sampler, batch_sampler, stream, shuffled_stream, stream_with_place],
+    ids=lambda kind: kind.__name__,
+)
+@pytest.mark.filterwarnings("ignore:To find its place")
+@pytest.mark.parametrize("stop_at", [1, 2, 4])
+def test_a_stopped_run_goes_on_with_the_samples_that_are_left(
+    kind, stop_at, tmp_path, on_processes
+):
+    processes = on_processes(
+        2, stop_and_resume, partial(kind, 9), tmp_path / "states", stop_at
+    )
+    for process in processes:
+        assert process["stopped"] + process["resumed"] == process["whole"]
+        assert process["are_equal"]
+
+
+def test_the_batch_of_a_process_without_a_sample_is_empty():
+    batch = {
+        "images": [torch.zeros(3, 4, 4)],
+        "boxes": torch.zeros(1, 5),
+        "names": ["a"],
+        "scale": torch.tensor(2.0),
+    }
+    empty = emptied(batch)
+    assert empty["images"] == []
+    assert empty["boxes"].shape == (0, 5)
+    assert empty["names"] == []
+    assert empty["scale"] == 2
+    assert [len(column) for column in emptied([torch.ones(1, 2)])] == [0]
+    columns = emptied((torch.ones(1, 2), ["a"]))
+    assert isinstance(columns, tuple)
+    assert [len(column) for column in columns] == [0, 0]
