@@ -2,9 +2,11 @@ import copy
 import operator
 import pickle
 from collections import namedtuple
+from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +17,7 @@ from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
 )
+from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 
 # A busy machine must not fail a test.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,6 +27,8 @@ UPDATES = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
 LOCAL_UPDATES = TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH
 TRAIN_LEN = TrainerPlaceholderValues.TRAIN_DATALOADER_LEN
 EVAL_LEN = TrainerPlaceholderValues.EVAL_DATALOADER_LEN
+
+SYMBOLS = ["add", "sub", "mul", "floordiv", "truediv"]
 
 Point = namedtuple("Point", "x y")
 
@@ -173,34 +178,86 @@ def test_a_limited_run_has_its_true_length():
     """Defect 58: schedules were planned for epochs that the limit cut off."""
     run = prepared_run(limit=12)
     epochs = filled_in(EPOCHS, run)
-
-    assert isinstance(epochs, int)
     assert epochs == 2, "the second epoch is begun"
-    for length in (epochs * 8, 8 * epochs, filled_in(EPOCHS * UPDATES, run)):
+    assert type(epochs) is int
+    for length in (filled_in(EPOCHS * UPDATES, run), filled_in(UPDATES * EPOCHS, run)):
         assert length == 12
         assert type(length) is int
-    assert filled_in(UPDATES * EPOCHS, run) == 12
-    assert filled_in(EPOCHS * 0.1 * UPDATES, run) == pytest.approx(1.2)
-    assert filled_in(EPOCHS / 10 * UPDATES, run) == pytest.approx(1.2)
+    assert filled_in(EPOCHS * 0.1 * UPDATES, run) == 1.2
+    assert filled_in(EPOCHS / 10 * UPDATES, run) == 1.2
 
 
-@pytest.mark.parametrize("expression", [EPOCHS - 1, -1 + EPOCHS, EPOCHS + -1])
-def test_the_rest_of_a_limited_run_has_its_true_length(expression):
-    rest = filled_in(expression, prepared_run(limit=20))
-    assert isinstance(rest, int)
-    assert rest == 2
-    assert rest * 8 == 12
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        (0.5 * EPOCHS * UPDATES, 6.0),
+        (EPOCHS * 0.5 * UPDATES, 6.0),
+        (np.int64(8) * EPOCHS, 12),
+        (EPOCHS * np.int64(8), 12),
+        (np.float32(0.5) * EPOCHS, 0.75),
+        (10 - EPOCHS, 8.5),
+        (EPOCHS - 1, 0.5),
+        ((EPOCHS - 1) * UPDATES, 4),
+        (8 / EPOCHS, 16 / 3),
+        (EPOCHS // 2 * 8, 0),
+        (EPOCHS // 1 * 8, 8),
+        (Fraction(2, 3) * EPOCHS, 1),
+    ],
+    ids=repr,
+)
+def test_within_an_expression_the_epochs_of_a_limited_run_are_exact(
+    expression, expected
+):
+    """Found 74: the side of an operand decided whether they were 1.5 or 2."""
+    result = filled_in(expression, prepared_run(limit=12))
+    assert result == expected
+    assert type(result) is type(expected)
 
 
-def test_epochs_of_a_limited_run_are_otherwise_an_integer():
-    epochs = filled_in(EPOCHS, prepared_run(limit=12))
-    assert str(epochs) == "2"
-    assert list(range(epochs)) == [0, 1]
-    assert epochs + 0.5 == 2.0, "12/8 and a half"
-    assert torch.equal(torch.ones(2) * epochs, torch.tensor([2.0, 2.0]))
-    for twin in (pickle.loads(pickle.dumps(epochs)), copy.deepcopy(epochs)):
-        assert twin == 2
-        assert twin * 8 == 12
+def test_only_the_result_is_rounded():
+    """Found 74: 0.3 is three tenths, and 29% of 100 is 29."""
+    assert filled_in(0.3 * UPDATES // 1, prepared_run(updates=10)) == 3.0
+    assert filled_in(0.29 * UPDATES, prepared_run(updates=100)) == 29.0
+    assert filled_in(UPDATES / 3 * 3, prepared_run(updates=49)) == 49
+
+
+numbers = (
+    st.integers(-20, 20)
+    | st.integers(-20, 20).map(np.int64)
+    | st.fractions(-20, 20, max_denominator=20)
+    | st.integers(-80, 80).map(lambda quarters: quarters / 4)
+)
+
+
+@unhurried
+@given(
+    operands=st.lists(numbers | st.just(EPOCHS) | st.just(UPDATES), max_size=6),
+    symbols=st.lists(st.tuples(st.sampled_from(SYMBOLS), st.booleans()), min_size=6),
+    limit=st.integers(1, 100),
+)
+def test_an_expression_is_calculated_in_fractions(operands, symbols, limit):
+    """Found 74."""
+    run = prepared_run(num_epochs=9, updates=7, limit=limit)
+    values = {EPOCHS: min(Fraction(limit, 7), Fraction(9)), UPDATES: Fraction(7)}
+    expression, expected = EPOCHS, values[EPOCHS]
+    for operand, (symbol, is_left) in zip(operands, symbols, strict=False):
+        number = values[operand] if operand in (EPOCHS, UPDATES) else Fraction(operand)
+        if symbol in ("truediv", "floordiv") and not (expected if is_left else number):
+            continue  # by zero
+        calculate = getattr(operator, symbol)
+        sides = (operand, expression) if is_left else (expression, operand)
+        expression = calculate(*sides)
+        sides = (number, expected) if is_left else (expected, number)
+        expected = Fraction(calculate(*sides))
+    if expression is not EPOCHS:
+        assert filled_in(expression, run) == float(expected)
+
+
+def filled_in_pair(run, **more):
+    replaced = replace_trainer_placeholder_values(
+        run, partial(dict, epochs=EPOCHS, steps=UPDATES, **more)
+    )
+    return replaced.keywords["epochs"], replaced.keywords["steps"]
 
 
 @unhurried
@@ -210,21 +267,85 @@ def test_epochs_of_a_limited_run_are_otherwise_an_integer():
     limit=st.integers(1, 200_000),
 )
 def test_epochs_times_updates_is_the_shorter_of_both_limits(epochs, updates, limit):
+    """Found 74: it took a subclass of int."""
     run = prepared_run(num_epochs=epochs, updates=updates, limit=limit)
-    length = filled_in(EPOCHS, run) * filled_in(UPDATES, run)
-    assert length == min(limit, epochs * updates)
+    true_length = min(limit, epochs * updates)
+
+    length = filled_in(EPOCHS * UPDATES, run)
+    assert length == true_length
     assert type(length) is int
 
+    num_epochs, steps = filled_in_pair(run)
+    assert steps == updates, "an epoch stays an epoch"
+    assert num_epochs * steps == pytest.approx(true_length, rel=1e-15)
+    assert type(num_epochs) is (float if true_length % updates else int)
 
-def test_one_cycle_ends_with_a_limited_run():
+
+@pytest.mark.parametrize("length", [UPDATES, LOCAL_UPDATES, TRAIN_LEN])
+def test_epochs_beside_the_length_of_one_are_exact(length):
+    """Found 74: a scheduler may multiply the two itself."""
+    factory = partial(dict, epochs=EPOCHS, length=length)
+    run = prepared_run(limit=12)
+    filled = replace_trainer_placeholder_values(run, partial(dict, inner=factory))
+    assert filled.keywords["inner"].keywords["epochs"] == 1.5
+    assert filled_in_pair(prepared_run()) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "length"), [(EPOCHS, 12), (EPOCHS - 1, 4), (2 * EPOCHS, 24)], ids=repr
+)
+def test_one_cycle_ends_with_a_limited_run(epochs, length):
     """Defect 58, for a scheduler of torch that insists on integers."""
-    factory = partial(OneCycleLR, max_lr=0.1, epochs=EPOCHS, steps_per_epoch=UPDATES)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.9)
+
+    class Mine(OneCycleLR):
+        pass
 
     run = prepared_run(limit=12)
-    scheduler = replace_trainer_placeholder_values(run, factory)(optimizer)
+    for scheduler_class in (OneCycleLR, Mine):
+        factory = partial(
+            scheduler_class, max_lr=0.1, epochs=epochs, steps_per_epoch=UPDATES
+        )
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], momentum=0.9)
+        scheduler = replace_trainer_placeholder_values(run, factory)(optimizer)
+        assert scheduler.total_steps == length
 
-    assert scheduler.total_steps == 12
+
+@unhurried
+@given(updates=st.integers(1, 500), limit=st.integers(2, 2_000))
+def test_the_schedulers_of_the_library_end_with_a_limited_run(updates, limit):
+    """Found 74: a warm-up in epochs keeps its length, and the schedule the run's."""
+    run = prepared_run(num_epochs=2_000, updates=updates, limit=limit)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+
+    def create(scheduler_class):
+        factory = scheduler_class.create_scheduler_fn(num_warmup_epochs=0.5 / updates)
+        return replace_trainer_placeholder_values(run, factory)(optimizer)
+
+    cosine = create(CosineLrScheduler)
+    assert cosine.total_iterations == limit
+    assert cosine.warmup_iterations == pytest.approx(0.5)
+    assert create(WSDLrScheduler).total_steps == limit
+
+
+def test_containers_without_placeholders_stay_those_of_the_user():
+    """Found 79: a record handed to a scheduler stayed empty."""
+    record, numbers, pair, inner = {}, [], (record_of := [], 1), partial(dict, a=[])
+    outer = partial(
+        dict,
+        {"lists": [record_of]},
+        record=record,
+        mixed=[EPOCHS, numbers, {"pair": pair}],
+        inner=inner,
+    )
+    filled = replace_trainer_placeholder_values(prepared_run(), outer)
+    assert filled.args[0] is outer.args[0]
+    assert filled.keywords["record"] is record
+    assert filled.keywords["inner"] is inner
+    mixed = filled.keywords["mixed"]
+    assert mixed == [3, numbers, {"pair": pair}]
+    assert mixed[1] is numbers
+    assert mixed[2]["pair"] is pair
+    assert outer.keywords["mixed"][0] is EPOCHS, "the given list was changed"
 
 
 def test_a_stream_of_unknown_length_counts_as_one_epoch_of_the_limit():
@@ -260,7 +381,7 @@ def test_the_number_of_evaluation_batches_without_any_is_an_error():
 @given(
     left=st.integers(1, 50),
     right=st.integers(1, 50),
-    symbol=st.sampled_from(["add", "sub", "mul", "floordiv", "truediv"]),
+    symbol=st.sampled_from(SYMBOLS),
 )
 def test_expressions_equal_the_same_arithmetic_on_numbers(left, right, symbol):
     calculate = getattr(operator, symbol)

@@ -18,12 +18,15 @@ from __future__ import annotations
 import math
 import operator
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from functools import partial
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, Protocol
+
+from torch.optim.lr_scheduler import OneCycleLR
 
 __all__ = [
     "PlaceholderArithmetic",
@@ -60,6 +63,10 @@ class PlaceholderArithmetic:
     @abstractmethod
     def evaluate(self, trainer: PreparedRun) -> Any:
         """Return the number that this stands for in the prepared run of ``trainer``."""
+
+    @abstractmethod
+    def _evaluate_exactly(self, trainer: PreparedRun) -> Fraction:
+        """Return the number without rounding."""
 
     def __add__(self, other: Any) -> Any:
         return _combine("+", self, other)
@@ -100,10 +107,17 @@ class TrainerPlaceholderValues(PlaceholderArithmetic, Enum):
 
         num_warmup_steps = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH // 2
 
+    Expressions are calculated in fractions (0.3 is three tenths) and rounded at the
+    end: to an integer if the result is whole and no operand was a float, else to a
+    float.
+
     Where ``max_num_train_steps`` ends the run before its last epoch is complete,
-    ``NUM_EPOCHS`` is the number of epochs begun, but ``NUM_EPOCHS *
-    NUM_UPDATE_STEPS_PER_EPOCH`` is exactly the number of updates of the run. Where
-    the length of the training data is unknown, the run counts as one epoch of
+    ``NUM_EPOCHS`` alone is the number of epochs begun. In an expression it is the
+    exact number, such as 12/8, so that ``NUM_EPOCHS * NUM_UPDATE_STEPS_PER_EPOCH`` is
+    the number of updates of the run. It is also exact, a float, where an argument
+    beside it is the length of an epoch, since a scheduler may multiply the two itself.
+    (``OneCycleLR``, which takes whole epochs only, is told that the run is one epoch.)
+    Where the length of the training data is unknown, the run counts as one epoch of
     ``max_num_train_steps`` updates.
     """
 
@@ -128,13 +142,16 @@ class TrainerPlaceholderValues(PlaceholderArithmetic, Enum):
                 ``max_num_train_steps`` that could take its place.
             TypeError: The length of the evaluation data is asked for and there is none.
         """
+        return math.ceil(self._evaluate_exactly(trainer))
+
+    def _evaluate_exactly(self, trainer: PreparedRun) -> Fraction:
         if self is TrainerPlaceholderValues.NUM_EPOCHS:
             return _num_epochs(trainer.run_config)
         if self is TrainerPlaceholderValues.TRAIN_DATALOADER_LEN:
-            return _train_dataloader_length(trainer._train_dataloader)
+            return Fraction(_train_dataloader_length(trainer._train_dataloader))
         if self is TrainerPlaceholderValues.EVAL_DATALOADER_LEN:
-            return _eval_dataloader_length(trainer._eval_dataloader)
-        return _num_update_steps_per_epoch(trainer.run_config)
+            return Fraction(_eval_dataloader_length(trainer._eval_dataloader))
+        return Fraction(_num_update_steps_per_epoch(trainer.run_config))
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,10 +175,26 @@ class PlaceholderExpression(PlaceholderArithmetic):
         }
         return names.pop() if len(names) == 1 else repr(self)
 
-    def evaluate(self, trainer: PreparedRun) -> Any:
+    def evaluate(self, trainer: PreparedRun) -> int | float:
         """Return the number that this stands for in the prepared run of ``trainer``."""
-        left, right = _fill_in(self.left, trainer), _fill_in(self.right, trainer)
-        return _OPERATORS[self.symbol](left, right)
+        number = self._evaluate_exactly(trainer)
+        is_whole = number.denominator == 1 and not self._has_floats
+        return int(number) if is_whole else float(number)
+
+    def _evaluate_exactly(self, trainer: PreparedRun) -> Fraction:
+        calculate = _OPERATORS[self.symbol]
+        return Fraction(
+            calculate(_exact(self.left, trainer), _exact(self.right, trainer))
+        )
+
+    @property
+    def _has_floats(self) -> bool:
+        return any(
+            operand._has_floats
+            if isinstance(operand, PlaceholderExpression)
+            else not isinstance(operand, (TrainerPlaceholderValues, Rational))
+            for operand in (self.left, self.right)
+        )
 
     def __repr__(self) -> str:
         return f"{_operand_repr(self.left)} {self.symbol} {_operand_repr(self.right)}"
@@ -169,12 +202,19 @@ class PlaceholderExpression(PlaceholderArithmetic):
 
 _PLACEHOLDERS = (TrainerPlaceholderValues, PlaceholderExpression)
 
+_LENGTHS_OF_AN_EPOCH = (
+    TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
+    TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH,
+    TrainerPlaceholderValues.TRAIN_DATALOADER_LEN,
+)
+
 
 def replace_trainer_placeholder_values(trainer: PreparedRun, instance: Any) -> Any:
     """Fill in the placeholders among the arguments of a ``functools.partial``.
 
     Keyword and positional arguments are filled in, also inside lists, tuples,
-    dictionaries and further partials among them.
+    dictionaries and further partials among them. What holds no placeholder is passed
+    on as it is, not copied.
 
     Args:
         trainer: The trainer whose prepared run gives the values; any object with
@@ -182,7 +222,7 @@ def replace_trainer_placeholder_values(trainer: PreparedRun, instance: Any) -> A
         instance: The partial. Anything else is returned as it is.
 
     Returns:
-        A new partial of the same function without placeholders.
+        A partial of the same function without placeholders.
     """
     return _fill_in(instance, trainer) if isinstance(instance, partial) else instance
 
@@ -190,17 +230,54 @@ def replace_trainer_placeholder_values(trainer: PreparedRun, instance: Any) -> A
 def _fill_in(value: Any, trainer: PreparedRun) -> Any:
     if isinstance(value, _PLACEHOLDERS):
         return value.evaluate(trainer)
+    if not _has_placeholders(value):
+        return value
     if isinstance(value, partial):
-        args = [_fill_in(argument, trainer) for argument in value.args]
-        return partial(value.func, *args, **_fill_in(value.keywords, trainer))
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(_fill_in(item, trainer) for item in value)
-    # Subclasses may need other arguments to be built: they are left alone.
-    if type(value) in (list, tuple):
-        return type(value)(_fill_in(item, trainer) for item in value)
-    if type(value) is dict:
+        args, keywords = _with_the_true_length(value)
+        return partial(
+            value.func, *_fill_in(args, trainer), **_fill_in(keywords, trainer)
+        )
+    if isinstance(value, dict):
         return {key: _fill_in(item, trainer) for key, item in value.items()}
-    return value
+    filled = [_fill_in(item, trainer) for item in value]
+    return value._make(filled) if hasattr(value, "_make") else type(value)(filled)
+
+
+def _has_placeholders(value: Any) -> bool:
+    return isinstance(value, _PLACEHOLDERS) or any(
+        _has_placeholders(member) for member in _members_of(value)
+    )
+
+
+def _members_of(value: Any) -> Iterable[Any]:
+    if isinstance(value, partial):
+        return (*value.args, *value.keywords.values())
+    # Subclasses may need other arguments to be built: they are left alone.
+    if type(value) is dict:
+        return value.values()
+    is_namedtuple = isinstance(value, tuple) and hasattr(value, "_make")
+    return value if type(value) in (list, tuple) or is_namedtuple else ()
+
+
+def _with_the_true_length(call: partial[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments whose epochs, times the length of one, are those of the run."""
+    args, keywords = call.args, call.keywords
+    if isinstance(call.func, type) and issubclass(call.func, OneCycleLR):
+        epochs, steps = keywords.get("epochs"), keywords.get("steps_per_epoch")
+        if isinstance(epochs, _PLACEHOLDERS) and steps is not None:
+            keywords = {**keywords, "epochs": 1, "steps_per_epoch": epochs * steps}
+    elif any(
+        member is length
+        for member in _members_of(call)
+        for length in _LENGTHS_OF_AN_EPOCH
+    ):
+        args = tuple(_exact_epochs(argument) for argument in args)
+        keywords = {name: _exact_epochs(value) for name, value in keywords.items()}
+    return args, keywords
+
+
+def _exact_epochs(argument: Any) -> Any:
+    return argument * 1 if argument is TrainerPlaceholderValues.NUM_EPOCHS else argument
 
 
 def _combine(symbol: str, left: Any, right: Any) -> Any:
@@ -208,6 +285,20 @@ def _combine(symbol: str, left: Any, right: Any) -> Any:
         if not isinstance(operand, (*_PLACEHOLDERS, Real)):
             return NotImplemented
     return PlaceholderExpression(symbol, left, right)
+
+
+def _exact(operand: Any, trainer: PreparedRun) -> Fraction:
+    if isinstance(operand, _PLACEHOLDERS):
+        return operand._evaluate_exactly(trainer)
+    return _as_fraction(operand)
+
+
+def _as_fraction(number: Any) -> Fraction:
+    if isinstance(number, Rational):
+        # Those of numpy are integers that overflow.
+        return Fraction(int(number.numerator), int(number.denominator))
+    # As it was written: the float 0.3 itself is less, and 0.3 * 10 // 1 would be 2.
+    return Fraction(str(number))
 
 
 def _operand_repr(operand: Any) -> str:
@@ -218,17 +309,15 @@ def _operand_repr(operand: Any) -> str:
     return str(operand)
 
 
-def _num_epochs(run_config: Any) -> int:
-    num_epochs: int = run_config.num_epochs
+def _num_epochs(run_config: Any) -> Fraction:
+    num_epochs = _as_fraction(run_config.num_epochs)
     steps_per_epoch = run_config.num_update_steps_per_epoch
     limit = _update_limit(run_config)
     if limit is None:
         return num_epochs
     if steps_per_epoch is None:
-        return 1
-    if limit < num_epochs * steps_per_epoch:
-        return _EpochsOfShortenedRun(Fraction(limit, steps_per_epoch))
-    return num_epochs
+        return Fraction(1)
+    return min(num_epochs, _as_fraction(limit) / _as_fraction(steps_per_epoch))
 
 
 def _num_update_steps_per_epoch(run_config: Any) -> int:
@@ -270,45 +359,3 @@ def _eval_dataloader_length(dataloader: Any) -> int:
             f"batches, but {reason}. Give train() an eval_dataset of known length, "
             "or leave the placeholder out."
         ) from error
-
-
-class _EpochsOfShortenedRun(int):
-    """Number of epochs of a run that a limit ends in the middle of one.
-
-    Schedulers want an integer here (OneCycleLR refuses anything else), and multiply
-    it by the updates in an epoch. With the number of epochs begun as that integer
-    the schedule would be too long, and its end would never be trained with. So this
-    compares, prints and indexes as the number of epochs begun, and calculates with
-    the exact one, for instance 12/8: products are integers where they are whole,
-    and sums with integers can be multiplied by the updates in an epoch again.
-    """
-
-    exact: Fraction
-
-    def __new__(cls, exact: Fraction) -> _EpochsOfShortenedRun:
-        epochs = super().__new__(cls, math.ceil(exact))
-        epochs.exact = exact
-        return epochs
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.exact,)
-
-    def __mul__(self, other: Any) -> Any:
-        if not isinstance(other, Real):
-            return NotImplemented
-        product: Any = self.exact * other
-        return int(product) if product == int(product) else float(product)
-
-    def __add__(self, other: Any) -> Any:
-        if not isinstance(other, int):
-            return self.exact + other
-        return _EpochsOfShortenedRun(self.exact + other)
-
-    def __sub__(self, other: Any) -> Any:
-        return self + -other
-
-    def __truediv__(self, other: Any) -> Any:
-        return float(self.exact) / other
-
-    __radd__ = __add__
-    __rmul__ = __mul__

@@ -12,6 +12,7 @@ from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     StatefulSchedulerBase,
+    count_updates,
 )
 
 __all__ = ["CosineLrScheduler"]
@@ -65,7 +66,9 @@ class CosineLrScheduler(StatefulSchedulerBase):
         num_cooldown_epochs: float = 0,
     ) -> None:
         super().__init__(optimizer)
-        self.total_iterations = total_num_epochs * num_update_steps_per_epoch
+        self.total_iterations = count_updates(
+            total_num_epochs, num_update_steps_per_epoch
+        )
         self.warmup_iterations = num_warmup_epochs * num_update_steps_per_epoch
         self.num_cooldown_iterations = num_cooldown_epochs * num_update_steps_per_epoch
         self.k_decay = k_decay

@@ -15,6 +15,7 @@ __all__ = [
     "InvalidScheduleError",
     "SchedulerBase",
     "StatefulSchedulerBase",
+    "count_updates",
     "forget_start_if_set_by_hand",
     "remember_scheduled_values",
 ]
@@ -172,6 +173,13 @@ class StatefulSchedulerBase(SchedulerBase):
         super().load_state_dict(state)
         if self._num_updates >= 0:
             self.step_update(self._num_updates)
+
+
+def count_updates(num_epochs: float, num_update_steps_per_epoch: int) -> float:
+    """Return the updates in so many epochs, without the rounding error of 1/49 * 49."""
+    num_updates = num_epochs * num_update_steps_per_epoch
+    nearest = round(num_updates)
+    return nearest if math.isclose(num_updates, nearest) else num_updates
 
 
 def remember_scheduled_values(

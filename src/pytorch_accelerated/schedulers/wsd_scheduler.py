@@ -13,6 +13,7 @@ from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     StatefulSchedulerBase,
+    count_updates,
 )
 
 __all__ = ["WSDLrScheduler", "estimate_checkpoint_steps"]
@@ -92,9 +93,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         self.total_steps = _find_total_steps(
             num_epochs, num_update_steps_per_epoch, total_steps
         )
-        # The placeholder may have given a subclass of int, which a safe loader of
-        # checkpoints would refuse.
-        self.num_epochs = int(num_epochs) if isinstance(num_epochs, int) else num_epochs
+        self.num_epochs = num_epochs
         self.num_update_steps_per_epoch = num_update_steps_per_epoch
         self.num_warmup_steps = (
             self.total_steps // 100
@@ -348,7 +347,7 @@ def _find_total_steps(
                 "The length of the schedule is missing. Give total_steps, or both "
                 "num_epochs and num_update_steps_per_epoch."
             )
-        total_steps = int(num_epochs * num_update_steps_per_epoch)
+        total_steps = int(count_updates(num_epochs, num_update_steps_per_epoch))
     if total_steps <= 0:
         raise InvalidScheduleError(
             f"The schedule must be at least 1 update long, got {total_steps}."
