@@ -28,8 +28,9 @@ class TrainerRunConfig:
             process; None when the length of the training data is unknown.
         num_local_update_steps_per_epoch: The same number: an update counts once,
             whatever the number of processes.
-        max_num_train_steps: Updates at which the run ends. Without a limit this is one
-            more than the run can make.
+        max_num_train_steps: Updates that the run makes, also without a limit; None for
+            an evaluation. Where the length of the training data is unknown this is the
+            limit, if any.
         is_local_process_zero: Whether this process is the first on its machine.
         is_world_process_zero: Whether this process is the first of the job.
         is_distributed: Whether the job has a distributed backend.

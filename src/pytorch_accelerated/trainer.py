@@ -206,6 +206,7 @@ class Trainer(ResumableRun):
         self._data_seed = 0
         self._progress = RunProgress()
         self._plateau_metric = "eval_loss_epoch"
+        self._last_lr: list[float | Tensor] | None = None
         self._update_limit: int | None = None
         self._window = AccumulationWindow(1)
         self._backward_is_plain = False
@@ -612,6 +613,7 @@ class Trainer(ResumableRun):
             self._progress.num_updates += 1
             self.num_updates = self._progress.num_updates
             self.run_history.current_step = self._progress.num_updates
+            self._last_lr = _learning_rates_of(self.optimizer)
             if self.scheduler is not None and self._steps_scheduler:
                 self.scheduler_step()
         self.optimizer_zero_grad()
@@ -952,9 +954,9 @@ class Trainer(ResumableRun):
         )
         steps = self._count_updates_per_epoch(gradient_accumulation_steps)
         if steps:
-            if max_num_train_steps is None:
-                max_num_train_steps = num_epochs * steps + 1
-            num_epochs = min(num_epochs, math.ceil(max_num_train_steps / steps))
+            in_epochs = num_epochs * steps
+            max_num_train_steps = min(max_num_train_steps or in_epochs, in_epochs)
+            num_epochs = math.ceil(max_num_train_steps / steps)
         return TrainerRunConfig(
             num_epochs=num_epochs,
             train_per_device_batch_size=train_batch_size,
@@ -1043,6 +1045,7 @@ class Trainer(ResumableRun):
         self._run_id = self._run_id or secrets.token_hex(8)
         self._publish_progress()
         self.gradient_norm = None
+        self._last_lr = None
         self._seed_run()
         forget_start_if_set_by_hand(self.optimizer)  # type: ignore[arg-type]
 
@@ -1282,13 +1285,15 @@ class Trainer(ResumableRun):
 
     @contextmanager
     def _modes_and_trackers_kept(self) -> Iterator[None]:
-        """Put submodules back into their modes, and give the block its own trackers."""
+        """Put modes and the batch limit back, and give the block its own trackers."""
         modes = [(module, module.training) for module in self.model.modules()]
         trackers = self._loss_tracker, self._scalar_trackers
+        limit = self.eval_batch_limit
         self._loss_tracker, self._scalar_trackers = LossTracker(), {}
         try:
             yield
         finally:
+            self.eval_batch_limit = limit
             self._loss_tracker, self._scalar_trackers = trackers
             for module, mode in modes:
                 module.training = mode
@@ -1437,6 +1442,16 @@ class Trainer(ResumableRun):
         device: torch.device = self._accelerator.device
         return device
 
+    @property
+    def last_lr(self) -> list[float] | None:
+        """The learning rates that the last update of this run was made with.
+
+        One for each parameter group of the optimizer, NaN for a group that has none;
+        None before the first update. The groups themselves hold those of the next
+        update as soon as the scheduler has been stepped.
+        """
+        return None if self._last_lr is None else [float(lr) for lr in self._last_lr]
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, once on each machine."""
         if self._accelerator.is_local_main_process:
@@ -1493,6 +1508,14 @@ class Trainer(ResumableRun):
         checks.check_dataset_serves_all(train_dataset, self._accelerator.num_processes)
         if not self._engine.knows(self.model):
             checks.check_optimizer(self.model, self.optimizer)
+
+
+def _learning_rates_of(optimizer: Any) -> list[float | Tensor]:
+    # Tensors are changed in place later; to read them now would wait for the device.
+    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    return [
+        rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates
+    ]
 
 
 class TrainerWithTimmScheduler(Trainer):

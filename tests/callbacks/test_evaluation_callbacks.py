@@ -1,9 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from pytorch_accelerated.callbacks import (
     LimitEvalStepsCallback,
+    ModelEmaCallback,
     StepBasedEvaluationCallback,
     StopTrainingError,
     TrainerCallback,
@@ -178,6 +180,31 @@ def test_evaluations_end_after_the_steps_allowed(
     trainer.train(samples(1), 1, eval_dataset=samples(4), per_device_batch_size=1)
     assert [batches for _, batches in log.intermediate] == [2]
     assert [batches for _, batches in log.whole] == [whole]
+    assert trainer.eval_batch_limit is None
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+@pytest.mark.parametrize(("intermediate_only", "batches"), [(True, 4), (False, 2)])
+def test_the_average_of_the_weights_is_evaluated_like_the_model(
+    create_trainer, tmp_path, ema_first, intermediate_only, batches
+):
+    """Found 76: listed before the average, the limit did not hold for it."""
+    log = EvalLog()
+    callbacks = [
+        LimitEvalStepsCallback(2, intermediate_only),
+        ModelEmaCallback(decay=1.0, save_path=tmp_path / "ema.pt", callbacks=[log]),
+    ]
+    trainer = create_trainer(callbacks[::-1] if ema_first else callbacks)
+    history = trainer.train(
+        TensorDataset(torch.arange(1.0, 5).reshape(4, 1), torch.zeros(4, 1)),
+        num_epochs=1,
+        eval_dataset=TensorDataset(torch.arange(4.0).reshape(4, 1), torch.zeros(4, 1)),
+        per_device_batch_size=1,
+    )
+    assert [number for _, number in log.whole] == [batches]
+    # The average stays at a weight of 1: the losses are 0, 1, 4 and 9.
+    loss = sum(number**2 for number in range(batches)) / batches
+    assert history.get_latest_metric("ema_model_eval_loss_epoch") == loss
     assert trainer.eval_batch_limit is None
 
 

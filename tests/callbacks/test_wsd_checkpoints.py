@@ -64,7 +64,7 @@ def test_the_file_says_what_it_is(train, tmp_path):
     saved = torch.load(tmp_path / "checkpoint_10_wsd_post_decay.pt", weights_only=True)
     assert saved["step"] == 10
     assert saved["checkpoint_type"] == "wsd_post_decay"
-    assert saved["total_steps"] == trainer.run_config.max_num_train_steps
+    assert saved["total_steps"] == 20, "found 99: it was 21"
     assert saved["decay_fraction"] == 0.2
     assert datetime.datetime.fromisoformat(saved["timestamp"])
     state = trainer.load_training_state(tmp_path / "checkpoint_18_wsd_pre_decay")
@@ -127,6 +127,18 @@ def test_a_continuation_after_a_decay_starts_at_the_full_learning_rate(
     )
     trainer = train(second, is_continuation_from_checkpoint=True)
     assert trainer.learning_rates[:8] == [0.25] * 8
+
+
+def test_another_schedule_after_a_decay_starts_at_the_full_learning_rate(
+    train, tmp_path
+):
+    """Found, section G: the learning rate came with the optimizer, decayed."""
+    train(WSDCheckpointCallback(tmp_path / "first", save_scheduler=False))
+    second = WSDCheckpointCallback(
+        tmp_path / "second",
+        initial_checkpoint=tmp_path / "first" / "checkpoint_20_wsd_post_decay.pt",
+    )
+    assert train(second).learning_rates[:8] == [0.25] * 8
 
 
 def test_a_run_can_start_in_the_middle_of_the_same_schedule(train, tmp_path):

@@ -52,6 +52,8 @@ MEMORY = "test_smaller_batches_when_memory_runs_out.py::"
 FOLDERS = "../faults/test_shared_folders.py::"
 STATES = "../callbacks/test_save_training_state.py::"
 SHARED = "test_processes_share_the_data.py::"
+WSD = "../schedulers/test_wsd_scheduler.py::"
+WSD_CHECKPOINTS = "../callbacks/test_wsd_checkpoints.py::"
 
 MUTATIONS = [
     # ------------------------------------------------------------------ accumulation
@@ -549,6 +551,46 @@ MUTATIONS = [
         "        or any(_is_distributed(sampler) for sampler in samplers)\n",
         "",
         SHARED + "test_what_is_split_already_is_used_as_it_is_found_63",
+    ),
+    # --------------------------------------------------- schedules, continued and read
+    Mutation(
+        "continuation: one of another length is taken for its own",
+        "schedulers/wsd_scheduler.py",
+        '            and state_dict.get("total_steps") == self.total_steps\n',
+        "",
+        WSD + "test_a_continuation_of_another_length_is_another_run",
+    ),
+    Mutation(
+        "initial checkpoint: the learning rate of its optimizer stays",
+        "callbacks/wsd.py",
+        "scheduler.step_update(max(scheduler.get_current_step(), 0))",
+        "pass",
+        WSD_CHECKPOINTS
+        + "test_another_schedule_after_a_decay_starts_at_the_full_learning_rate",
+    ),
+    Mutation(
+        "initial checkpoint: a continuation goes on where it ended",
+        "callbacks/wsd.py",
+        "            scheduler.restart()\n",
+        "            pass\n",
+        WSD_CHECKPOINTS
+        + "test_a_continuation_after_a_decay_starts_at_the_full_learning_rate",
+    ),
+    Mutation(
+        "placeholders: the number of epochs begun is calculated with",
+        "placeholders.py",
+        "return min(num_epochs, _as_fraction(limit) / _as_fraction(steps_per_epoch))",
+        "return Fraction(math.ceil(limit / steps_per_epoch))",
+        SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
+    ),
+    Mutation(
+        "last_lr: it is read after the schedule has moved on",
+        "trainer.py",
+        '        if was_applied:\n            self._call_event("on_train_update_end"',
+        "        if was_applied:\n"
+        "            self._last_lr = _learning_rates_of(self.optimizer)\n"
+        '            self._call_event("on_train_update_end"',
+        SCHEDULES + "test_callbacks_can_read_what_an_update_was_made_with",
     ),
 ]
 

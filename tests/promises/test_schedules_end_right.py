@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import TensorDataset
 
-from pytorch_accelerated.callbacks import LimitBatchesCallback
+from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
 from pytorch_accelerated.schedulers import (
     CosineLrScheduler,
     SchedulerBase,
@@ -41,6 +41,13 @@ class Halve(StatefulSchedulerBase):
 
     def get_updated_values(self, num_updates):
         return LR * 0.5**num_updates
+
+
+class Halved(StatefulSchedulerBase):
+    """Halves the learning rate of each group at each update."""
+
+    def get_updated_values(self, num_updates):
+        return [lr * 0.5**num_updates for lr in self.base_lr_values]
 
 
 def warm_up_then_decay(optimizer, total):
@@ -239,6 +246,66 @@ def test_a_skipped_update_is_made_up_for_with_the_same_value(schedule):
         [formula(k, 22) for k in updates], rel=1e-9, abs=1e-12
     )
     assert trainer.num_updates == 20
+
+
+class ReadsRates(TrainerCallback):
+    """Reads what an update was made with, after it."""
+
+    def on_training_run_start(self, trainer, **kwargs):
+        self.before = trainer.last_lr
+        self.after_updates, self.after_steps = [], []
+
+    def on_train_update_end(self, trainer, **kwargs):
+        self.after_updates.append(trainer.last_lr)
+
+    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+        self.after_steps.append(trainer.last_lr)
+
+
+def test_callbacks_can_read_what_an_update_was_made_with():
+    """Found 98: the optimizer's groups hold the learning rate of the next one."""
+    reader = ReadsRates()
+    trainer = train(SCHEDULES["cosine"][0], callbacks=[reader])
+    rates = [[rate] for rate in trainer.rates]
+    assert reader.before is None
+    assert reader.after_updates == reader.after_steps == rates
+    assert trainer.last_lr == rates[-1]
+
+    accumulating = train(None, callbacks=[reader], gradient_accumulation_steps=8)
+    assert reader.before is None, "a run begins without"
+    assert reader.after_steps[:8] == [None] * 7 + [[LR]]
+    assert accumulating.num_updates == 4
+
+
+def test_a_skipped_update_leaves_the_learning_rate_of_the_last_one():
+    """Found 98."""
+    reader = ReadsRates()
+    trainer = train(Halve, SkipsUpdates, callbacks=[reader])
+    applied = [rate for k, rate in enumerate(trainer.rates) if k not in (2, 5)]
+    assert reader.after_updates == [[rate] for rate in applied]
+    assert reader.after_steps[1:4] == [[applied[1]], [applied[1]], [applied[2]]]
+
+
+def test_learning_rates_of_all_groups_are_read_also_from_tensors():
+    """Found 98: a schedule changes such a tensor in place."""
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": first.parameters(), "lr": torch.tensor(0.5)},
+            {"params": second.parameters(), "lr": 0.25},
+        ]
+    )
+    reader = ReadsRates()
+    trainer = Trainer(nn.Sequential(first, second), nn.MSELoss(), optimizer, [reader])
+    assert trainer.last_lr is None
+    trainer.train(
+        TensorDataset(torch.ones(3, 1), torch.zeros(3, 1)),
+        num_epochs=1,
+        per_device_batch_size=1,
+        create_scheduler_fn=Halved,
+    )
+    assert reader.after_steps == [[0.5, 0.25], [0.25, 0.125], [0.125, 0.0625]]
+    assert {type(rate) for rates in reader.after_steps for rate in rates} == {float}
 
 
 # ------------------------------------------------------------------ ReduceLROnPlateau

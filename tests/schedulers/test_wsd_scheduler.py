@@ -416,6 +416,24 @@ def test_a_continuation_starts_again_from_any_checkpoint_of_another_run(stop):
     assert rest[98] == pytest.approx(sqrt_decay(0.9))
 
 
+def test_a_continuation_of_another_length_is_another_run():
+    """Found, section G: at update 31 of 40, the run of 100 would have gone on."""
+    short, long = (
+        WSDLrScheduler(
+            create_optimizer(), total_steps=total, is_continuation_from_checkpoint=True
+        )
+        for total in (40, 100)
+    )
+    run_schedule(short, 31)
+    long.load_state_dict(short.state_dict())
+    assert long.get_current_step() == -1
+    assert run_schedule(long, 100)[89:92] == [
+        0.1,
+        0.1,
+        pytest.approx(sqrt_decay(0.1)),
+    ]
+
+
 def test_a_continuation_accepts_an_incomplete_state():
     scheduler = WSDLrScheduler(
         create_optimizer(), total_steps=40, is_continuation_from_checkpoint=True

@@ -26,7 +26,7 @@ class TrainerCallback(ABC):
 
         class PrintLearningRate(TrainerCallback):
             def on_train_epoch_end(self, trainer, **kwargs):
-                trainer.print(trainer.optimizer.param_groups[0]["lr"])
+                trainer.print(trainer.last_lr)
 
     Attributes:
         called_first: Names of the events in which this callback is called before those

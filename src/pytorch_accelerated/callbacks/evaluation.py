@@ -95,24 +95,9 @@ class LimitEvalStepsCallback(TrainerCallback):
             )
         self.num_eval_steps = num_eval_steps
         self.limit_intermediate_only = limit_intermediate_only
-        self._previous_limits: list[int | None] = []
 
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Set the limit."""
+        """Set the limit; the trainer puts it back when the evaluation is over."""
         if kwargs.get("is_intermediate", False) or not self.limit_intermediate_only:
-            self._previous_limits.append(trainer.eval_batch_limit)
             share = self.num_eval_steps // trainer._accelerator.num_processes
             trainer.eval_batch_limit = max(1, share)
-
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Put the limit back to what it was before."""
-        if self._previous_limits:
-            trainer.eval_batch_limit = self._previous_limits.pop()
-
-    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Put the limit back to what it was before."""
-        self.on_eval_epoch_end(trainer)
-
-    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Put the limit back to what it was before."""
-        self.on_eval_epoch_end(trainer)
