@@ -8,14 +8,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     SaveTrainingStateCallback,
     TrainerCallback,
 )
-from pytorch_accelerated.errors import CheckpointError, StopTrainingError
+from pytorch_accelerated.errors import (
+    CheckpointError,
+    StopTrainingError,
+    TrainingWarning,
+)
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 
@@ -578,3 +582,52 @@ def test_checkpoints_of_the_published_version_can_be_loaded(create_trainer, tmp_
     assert contents["eval_loss_epoch"] == 0.25
     assert trainer.model.weight.item() == 7.0
     assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
+class Stateful(Dataset):
+    """Remembers things of its own, which are no position in it."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+    def state_dict(self):
+        return {"path": "images"}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_the_state_of_a_map_style_dataset_is_no_position_in_it_found_72(
+    create_trainer, tmp_path
+):
+    inputs = torch.arange(8.0).reshape(-1, 1)
+    data = Stateful(TensorDataset(inputs, torch.zeros(8, 1)))
+    seen = []
+
+    class KeepsInputs(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            seen.append(batch[0].item())
+            return super().calculate_train_batch_loss(batch)
+
+    def run(callbacks, resume_from=None):
+        trainer = create_trainer(callbacks, lr=0.0, trainer_class=KeepsInputs)
+        trainer.train(
+            data,
+            1,
+            per_device_batch_size=1,
+            train_dataloader_kwargs={"sampler": range(7, -1, -1)},
+            resume_from=resume_from,
+        )
+
+    with pytest.raises(Killed):
+        run([StopsAt("on_train_step_end", tmp_path / "state", at=4)])
+    with pytest.warns(TrainingWarning, match="loads 4 batches again"):
+        run((), resume_from=tmp_path / "state")
+
+    assert seen == [7, 6, 5, 4, 3, 2, 1, 0]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveBestModelCallback,
+    TrainerCallback,
 )
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler
@@ -345,3 +346,97 @@ def test_a_schedule_that_ends_before_the_run_is_torch_s_own_error(
         create_trainer().train(
             samples(2), 2, per_device_batch_size=1, create_scheduler_fn=create
         )
+
+
+def test_an_optimizer_that_calculates_the_loss_itself_found_105(
+    create_trainer, refuses
+):
+    trainer = create_trainer()
+    trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
+
+    refuses(trainer, ValueError, r"LBFGS.*closure.*override optimizer_step to pass one")
+
+
+def test_an_optimizer_that_calculates_the_loss_in_an_override_found_105(
+    create_trainer, samples
+):
+    class WithClosure(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            self.batch = batch
+            return super().calculate_train_batch_loss(batch)
+
+        def optimizer_step(self):
+            def closure():
+                self.optimizer.zero_grad()
+                loss = self.model(self.batch[0]).square().mean()
+                loss.backward()
+                return loss
+
+            self.optimizer.step(closure)
+
+    trainer = create_trainer(trainer_class=WithClosure)
+    # Along the gradient, 2, at first: 1 - 0.25 * 2.
+    trainer.optimizer = torch.optim.LBFGS(
+        trainer.model.parameters(), lr=0.5, max_iter=1
+    )
+    trainer.train(samples(1), 1)
+
+    assert trainer.model.weight.item() == 0.5
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has two sets of weights, as optimizers without a schedule do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.eval()
+
+    def train(self):
+        self.param_groups[0]["train_mode"] = True
+
+    def eval(self):
+        self.param_groups[0]["train_mode"] = False
+
+    def step(self, closure=None):
+        assert self.param_groups[0]["train_mode"]
+        super().step(closure)
+
+
+def test_an_optimizer_that_waits_for_its_training_mode_found_105(
+    create_trainer, refuses
+):
+    trainer = create_trainer()
+    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.25)
+
+    refuses(
+        trainer,
+        ValueError,
+        r"ScheduleFree .*optimizer\.train\(\) in train_epoch_start",
+    )
+
+
+def test_an_optimizer_whose_modes_are_set_by_hooks_or_callbacks_found_105(
+    create_trainer, samples
+):
+    class SetsModes(Trainer):
+        def train_epoch_start(self):
+            super().train_epoch_start()
+            self.optimizer.train()
+
+        def eval_epoch_start(self):
+            super().eval_epoch_start()
+            self.optimizer.eval()
+
+    class SetsModesToo(TrainerCallback):
+        def on_train_epoch_start(self, trainer, **kwargs):
+            trainer.optimizer.train()
+
+        def on_eval_epoch_start(self, trainer, **kwargs):
+            trainer.optimizer.eval()
+
+    for arguments in ({"trainer_class": SetsModes}, {"callbacks": [SetsModesToo]}):
+        trainer = create_trainer(**arguments)
+        trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.25)
+        trainer.train(samples(1), 2, eval_dataset=samples(1))
+
+        assert trainer.model.weight.item() == 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -111,6 +112,29 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
             "The optimizer holds no parameter of the model. Create it from the "
             "parameters of this model: it may have been made for a copy or before the "
             "model was replaced."
+        )
+
+
+def check_optimizer_needs_no_closure(optimizer: Any) -> None:
+    """Raise ValueError if the optimizer has to calculate the loss itself."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} calculates the loss itself, several times in "
+            "an update, with a closure that the trainer does not have. Take another "
+            "optimizer, or override optimizer_step to pass one to self.optimizer.step."
+        )
+
+
+def check_optimizer_is_in_training_mode(optimizer: Any) -> None:
+    """Raise ValueError if the optimizer has modes, and nobody has set that to train."""
+    # As those of the package schedulefree do.
+    if any(group.get("train_mode") is False for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has other weights for training than for "
+            "evaluation, and is not in training mode. Override the trainer to call "
+            "self.optimizer.train() in train_epoch_start, and self.optimizer.eval() in "
+            "eval_epoch_start and training_run_end, each after super()."
         )
 
 

@@ -692,13 +692,14 @@ class DeviceLoader:
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self.loader = self._iterable = loader
         self.device = device
-        # A loader such as torchdata's, or a dataset that is read in this process.
+        # A loader such as torchdata's, or a stream that is read in this process.
         dataset = getattr(loader, "dataset", None)
+        is_stream = isinstance(dataset, IterableDataset)
         in_process = getattr(loader, "num_workers", 0) == 0
         self._keeps_place: Any = next(
             (
                 each
-                for each in (loader, dataset if in_process else None)
+                for each in (loader, dataset if is_stream and in_process else None)
                 if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
             ),
             None,
@@ -708,7 +709,7 @@ class DeviceLoader:
         self._iteration = workers.LastIteration()
 
     def place_after(self, num_batches: int) -> Any:
-        """Return the state of the loader or dataset after some batches of this epoch.
+        """Return the state of the loader or stream after some batches of this epoch.
 
         None if neither has a ``state_dict()`` and a ``load_state_dict()``.
         """

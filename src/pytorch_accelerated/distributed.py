@@ -50,10 +50,13 @@ class PreparedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._before = {
-            name: vars(model)[name] for name in self._MARKS if name in vars(model)
-        }
         self.was_compiled = hasattr(model, "_orig_mod")
+        # A compiled model passes most marks on to the one that it was made from.
+        self._marked = [model, model._orig_mod] if self.was_compiled else [model]
+        self._before = [
+            {name: vars(each)[name] for name in self._MARKS if name in vars(each)}
+            for each in self._marked
+        ]
 
     def is_unwrapped(self, model: nn.Module) -> bool:
         """Say whether this is the model as it came, and it came without wrappers."""
@@ -66,9 +69,10 @@ class PreparedModel:
 
     def restore(self) -> None:
         """Put back what preparation replaced on the model."""
-        for name in self._MARKS:
-            vars(self._model).pop(name, None)
-        vars(self._model).update(self._before)
+        for model, before in zip(self._marked, self._before, strict=True):
+            for name in self._MARKS:
+                vars(model).pop(name, None)
+            vars(model).update(before)
 
 
 def is_plain(accelerator: Accelerator) -> bool:

@@ -84,8 +84,13 @@ def describe_batch(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
-def check_loss(batch_output: Any) -> None:
-    """Check what the first step of a run returned."""
+def check_loss(batch_output: Any, *, needs_graph: bool = True) -> None:
+    """Check what the first step of a run returned.
+
+    Args:
+        batch_output: What it returned.
+        needs_graph: Whether the trainer is to back-propagate the loss.
+    """
     advice = (
         "calculate_train_batch_loss must return a dictionary with 'loss', a scalar "
         "with a graph, and 'batch_size'"
@@ -103,8 +108,10 @@ def check_loss(batch_output: Any) -> None:
             f"{advice}; the loss has shape {tuple(loss.shape)}. Reduce it to a "
             "mean over the batch, for example with reduction='mean'."
         )
-    if not loss.requires_grad:
+    if needs_graph and not loss.requires_grad:
         raise ValueError(
             f"{advice}; the loss has no graph. Was it detached, turned into a number, "
-            "or computed under no_grad?"
+            "or computed under no_grad? "
+            "If the step updates the weights itself, override backward_step and "
+            "optimizer_step to do nothing."
         )

@@ -36,7 +36,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -588,7 +588,7 @@ class Trainer(ResumableRun):
         """
         batch_output = self.calculate_train_batch_loss(batch)
         if self._progress.num_steps == 0:
-            step_output.check_loss(batch_output)
+            self._check_first_step(batch_output)
         loss = batch_output["loss"]
         num_items, are_samples = self._items_of(batch_output, step)
         self._update_loss_tracker(loss, num_items)
@@ -601,7 +601,7 @@ class Trainer(ResumableRun):
 
     def _update_weights(self, step: int) -> None:
         """Apply the gradients of the window that this step closes."""
-        self._window.close(step, self.model.parameters())
+        self._window.close(step, self._parameters_to_update())
         if self._clips_gradients:
             self._clip_gradients()
         self.optimizer_step()
@@ -641,7 +641,8 @@ class Trainer(ResumableRun):
             self._agree_to_go_on()
             self._call(self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
-            if self._progress.stage is Stage.EVALUATION:
+            is_of_epoch = is_training and not is_intermediate
+            if is_of_epoch and self._progress.stage is Stage.EVALUATION:
                 self._progress.stage = Stage.EVALUATED
             self._notify("on_eval_epoch_end", is_intermediate=is_intermediate)
 
@@ -1139,6 +1140,12 @@ class Trainer(ResumableRun):
                 parameters, clip_value=config.gradient_clip_value
             )
 
+    def _parameters_to_update(self) -> Iterator[Tensor]:
+        """Yield those of the model and of the optimizer, each once."""
+        groups = self.optimizer.param_groups  # type: ignore[union-attr]
+        of_optimizer = (each for group in groups for each in group["params"])
+        yield from dict.fromkeys(chain(self.model.parameters(), of_optimizer))
+
     def _without_gradient_sync(self) -> AbstractContextManager[Any]:
         if self._accelerator.num_processes == 1:
             return _AS_USUAL
@@ -1508,6 +1515,23 @@ class Trainer(ResumableRun):
         checks.check_dataset_serves_all(train_dataset, self._accelerator.num_processes)
         if not self._engine.knows(self.model):
             checks.check_optimizer(self.model, self.optimizer)
+        if not self._overrides("optimizer_step", "_run_train_epoch", "_run_training"):
+            checks.check_optimizer_needs_no_closure(self.optimizer)
+
+    def _check_first_step(self, batch_output: Any) -> None:
+        """Check what can only be known at the first step of a run."""
+        step_output.check_loss(
+            batch_output, needs_graph=not self._overrides("backward_step")
+        )
+        if not self._overrides("optimizer_step"):
+            checks.check_optimizer_is_in_training_mode(self.optimizer)
+
+    def _overrides(self, *methods: str) -> bool:
+        """Say whether any of these methods is the user's own."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(Trainer, name)
+            for name in methods
+        )
 
 
 def _learning_rates_of(optimizer: Any) -> list[float | Tensor]:

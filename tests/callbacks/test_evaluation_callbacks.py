@@ -243,3 +243,20 @@ def test_an_intermediate_evaluation_builds_no_graph(create_trainer, samples):
 
     trainer = create_trainer([StepBasedEvaluationCallback(1), Graph])
     trainer.train(samples(1), 1, eval_dataset=samples(1))
+
+
+def test_an_intermediate_evaluation_at_the_end_of_an_epoch_found_78(
+    create_trainer, samples
+):
+    """The epoch's own evaluation takes place all the same."""
+
+    class Evaluates(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
+
+    trainer = create_trainer([Evaluates])
+    history = trainer.train(samples(1), 2, eval_dataset=samples(1))
+
+    losses = [0.25, 0.25**2]
+    assert history.get_metric_values("intermediate_eval_loss") == losses
+    assert history.get_metric_values("eval_loss_epoch") == losses

@@ -243,3 +243,53 @@ def test_it_works_with_gradient_accumulation(create_trainer):
             gradient_accumulation_steps=2,
             train_dataloader_kwargs={"shuffle": False},
         )
+
+
+class MeanOverItems(Trainer):
+    """Targets of -1 do not count; a mean over none of them is NaN."""
+
+    def calculate_train_batch_loss(self, batch):
+        inputs, targets = batch
+        counted = targets >= 0
+        loss = (self.model(inputs) - targets)[counted].square().mean()
+        num_items = counted.sum() if self.on_device else int(counted.sum())
+        return {
+            "loss": loss,
+            "model_outputs": None,
+            "batch_size": len(targets),
+            "num_items_in_batch": num_items,
+        }
+
+    def calculate_eval_batch_loss(self, batch):
+        return self.calculate_train_batch_loss(batch)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_loss_of_a_batch_without_items_is_not_looked_at_found_77(
+    create_trainer, on_device
+):
+    """It has no weight, and its gradient is 0: the weight halves at the others."""
+    data = TensorDataset(torch.ones(3, 1), torch.tensor([[0.0], [-1.0], [0.0]]))
+    callback = TerminateOnNaNCallback()
+    trainer = create_trainer([callback], trainer_class=MeanOverItems)
+    trainer.on_device = on_device
+    history = trainer.train(
+        data,
+        1,
+        eval_dataset=data,
+        per_device_batch_size=1,
+        train_dataloader_kwargs={"shuffle": False},
+    )
+
+    assert trainer.model.weight.item() == 0.25
+    assert history.get_latest_metric("train_loss_epoch") == (1 + 0.25) / 2
+    assert history.get_latest_metric("eval_loss_epoch") == 0.25**2
+    assert not callback.triggered
+
+
+def test_a_bad_loss_of_counted_items_is_still_found_found_77(create_trainer):
+    data = TensorDataset(torch.full((1, 1), math.inf), torch.zeros(1, 1))
+    trainer = create_trainer([TerminateOnNaNCallback], trainer_class=MeanOverItems)
+    trainer.on_device = True
+    with pytest.raises(NonFiniteLossError, match="in epoch 1, at step 0"):
+        trainer.train(data, 1)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.data import epoch_order
@@ -409,3 +409,45 @@ def skipping_run():
             return output
 
     return train_with_scaler(OneOverflows)
+
+
+# --- parameters that are not the model's
+
+
+class LossWithAWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        return (outputs + self.weight * targets).mean()
+
+
+class OneToTwelve(IterableDataset):
+    """Samples whose input and target are their number."""
+
+    def __iter__(self):
+        return ((torch.full((1,), i), torch.full((1,), i)) for i in map(float, NUMBERS))
+
+
+NUMBERS = range(1, 13)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(3, 4), (5, 3), (12, 1)])
+def test_the_weights_of_a_loss_are_trained_as_by_the_large_batch_found_69(
+    batch_size, accumulation
+):
+    """All gradients are the mean of the numbers, 6.5."""
+    model, loss_func = nn.Linear(1, 1, bias=False), LossWithAWeight()
+    nn.init.zeros_(model.weight)
+    parameters = [*model.parameters(), *loss_func.parameters()]
+    trainer = Trainer(model, loss_func, torch.optim.SGD(parameters, lr=1.0), ())
+    trainer.train(
+        OneToTwelve(),
+        1,
+        per_device_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+
+    assert model.weight.item() == pytest.approx(-6.5)
+    assert loss_func.weight.item() == pytest.approx(-6.5)

@@ -807,3 +807,39 @@ def test_hooks_of_the_trainer_keep_their_place_in_its_source():
     lines = [inspect.getsourcelines(getattr(Trainer, name))[1] for name in methods]
 
     assert lines == sorted(lines)
+
+
+def test_optimisation_by_hand_found_113(create_trainer, samples):
+    """A step that does everything itself, and returns a loss for the record."""
+
+    class ByHand(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            inputs, targets = batch
+            loss = self.loss_func(self.model(inputs), targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            return {
+                "loss": loss.detach(),
+                "model_outputs": None,
+                "batch_size": len(targets),
+            }
+
+        def backward_step(self, loss):
+            pass
+
+        def optimizer_step(self):
+            pass
+
+        def optimizer_zero_grad(self):
+            pass
+
+    trainer = create_trainer(trainer_class=ByHand)
+    history = trainer.train(samples(4), 2, per_device_batch_size=2)
+
+    assert trainer.model.weight.item() == 0.5**4
+    assert trainer.num_updates == 4
+    assert history.get_metric_values("train_loss_epoch") == [
+        (1 + 0.25) / 2,
+        (0.25**2 + 0.25**3) / 2,
+    ]

@@ -385,3 +385,34 @@ def test_a_checkpoint_can_be_saved_and_loaded_before_any_run(create_trainer, tmp
     trainer.model.weight.data.fill_(9.0)
     assert trainer.load_training_state(tmp_path / "state")["current_epoch"] == 1
     assert trainer.model.weight.item() == 1.0
+
+
+# --- precision
+
+
+def test_a_compiled_model_keeps_its_precision_in_each_run_found_67():
+    """Under bf16 an input of 1.001 is rounded to 1, from the second run on too."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    outputs = []
+
+    class KeepsOutputs(Trainer):
+        def _calculate_batch_loss(self, batch):
+            output = super()._calculate_batch_loss(batch)
+            outputs.append(output["model_outputs"].item())
+            return output
+
+    trainer = KeepsOutputs(
+        torch.compile(model, backend="eager"),
+        nn.MSELoss(),
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        callbacks=(),
+        accelerator_kwargs={"mixed_precision": "bf16"},
+    )
+    data = TensorDataset(torch.full((1, 1), 1.001), torch.zeros(1, 1))
+    trainer.train(data, 1)
+    trainer.train(data, 1)
+    trainer.evaluate(data)
+
+    assert outputs == [1.0, 1.0, 1.0]
+    assert model(torch.full((1, 1), 1.001)).item() == pytest.approx(1.001)

@@ -17,6 +17,7 @@ from pytorch_accelerated.callbacks.best import (
     latest_value,
 )
 from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.step_output import NumItems, num_items
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -144,7 +145,8 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     After the end events of the run, ``train()`` or ``evaluate()`` raises the
     :class:`~pytorch_accelerated.errors.NonFiniteLossError`, which names the epoch, the
-    step, the learning rate and the last checkpoint. Nothing is saved in between.
+    step, the learning rate and the last checkpoint. Nothing is saved in between. A loss
+    that is a mean over no items has no weight, and may be anything.
 
     A step does not wait for the device: the losses are collected there and looked at
     once a second, at the end of each epoch, and before anything is saved.
@@ -186,7 +188,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         Raises:
             NonFiniteLossError: If one of them is not finite.
         """
-        self._train_losses.add(batch_output["loss"], kwargs.get("step"))
+        self._train_losses.add(batch_output, kwargs.get("step"))
         if self._is_time_to_look(trainer):
             trainer.raise_on_all(self._find(trainer, self._train_losses, "training"))
             self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
@@ -219,7 +221,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
         """Collect the loss; it is looked at when the evaluation ends."""
-        self._eval_losses.add(batch_output["loss"])
+        self._eval_losses.add(batch_output)
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses of the evaluation."""
@@ -259,7 +261,7 @@ class TerminateOnNaNCallback(TrainerCallback):
             NonFiniteLossError: If the loss is not finite.
         """
         losses = _LossWatch()
-        losses.add(batch_output["loss"], step)
+        losses.add(batch_output, step)
         if losses.find_first_bad() is not None:
             self.triggered = True
             where = "" if step is None else f" at step {step}"
@@ -294,31 +296,36 @@ class _LossWatch:
 
     def clear(self) -> None:
         self._losses: list[Tensor] = []
+        self._num_items: list[NumItems] = []
         self._steps: list[int] = []
         self._next_step = 0
 
-    def add(self, loss: Tensor | float, step: int | None = None) -> None:
+    def add(self, batch_output: Mapping[str, Any], step: int | None = None) -> None:
+        loss = batch_output["loss"]
         if not isinstance(loss, Tensor):
             loss = torch.tensor(float(loss))
         elif loss.dim() > 0:
             # NaN if any element is NaN or infinite, else 0.
             loss = (loss.detach() * 0).sum()
         self._losses.append(loss.detach())
+        self._num_items.append(num_items({"batch_size": 1, **batch_output}))
         self._steps.append(self._next_step if step is None else step)
         self._next_step = self._steps[-1] + 1
 
     def find_first_bad(self) -> int | None:
         """Return the step of the first bad loss, and forget those that were read.
 
-        Waits for the device once.
+        Waits for the device once, unless there is a bad one.
         """
         if not self._losses:
             return None
         device = self._losses[-1].device
         losses = torch.stack([loss.to(device) for loss in self._losses])
         is_finite = torch.isfinite(losses).tolist()
-        steps, self._losses, self._steps = self._steps, [], []
-        return None if all(is_finite) else steps[is_finite.index(False)]
+        seen = zip(self._steps, self._num_items, is_finite, strict=True)
+        self._losses, self._num_items, self._steps = [], [], []
+        # How many items a batch has is only read where it matters.
+        return next((step for step, items, ok in seen if not ok and items != 0), None)
 
 
 def _describe(trainer: Trainer, step: int, phase: str) -> str:
