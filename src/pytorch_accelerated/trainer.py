@@ -59,6 +59,7 @@ from pytorch_accelerated import (
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
 from pytorch_accelerated.advice import advice_for
+from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     LimitBatchesCallback,
@@ -152,6 +153,7 @@ class Trainer(ResumableRun):
             ``{"mixed_precision": "bf16"}``.
     """
 
+    @names_what_was_meant
     def __init__(
         self,
         model: nn.Module,
@@ -227,6 +229,7 @@ class Trainer(ResumableRun):
 
     # --------------------------------------------------------------------- the runs
 
+    @names_what_was_meant
     def train(
         self,
         train_dataset: Any,
@@ -363,6 +366,7 @@ class Trainer(ResumableRun):
             self._end_run()
         return self.run_history
 
+    @names_what_was_meant
     def evaluate(
         self,
         dataset: Any = None,
@@ -398,6 +402,7 @@ class Trainer(ResumableRun):
             if count > recorded.get(name, 0)
         }
 
+    @names_what_was_meant
     def predict(
         self,
         dataset: Any,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.best import (
     BestSoFar,
@@ -66,6 +67,7 @@ class SaveBestModelCallback(TrainerCallback):
         operator: Says whether its first argument is better than its second.
     """
 
+    @names_what_was_meant
     def __init__(
         self,
         save_path: str | Path = "best_model.pt",
@@ -216,6 +218,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     called_first = ("on_training_run_end",)  # before the best weights are loaded
     called_last = ("on_train_step_end", "on_training_run_epoch_end")
 
+    @names_what_was_meant
     def __init__(
         self,
         save_dir: str | Path = "training_states",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.best import (
     BestSoFar,
@@ -48,6 +49,7 @@ class EarlyStoppingCallback(TrainerCallback):
         early_stopping_patience_counter: Epochs in a row without improvement.
     """
 
+    @names_what_was_meant
     def __init__(
         self,
         early_stopping_patience: int = 1,
