@@ -1,8 +1,10 @@
 """Train on two processes; the weights are those of one process.
 
-    accelerate launch --cpu --num_processes 2 examples/two_processes.py
     torchrun --nproc_per_node 2 examples/two_processes.py
+    accelerate launch --multi_gpu --num_processes 2 examples/two_processes.py
     python examples/two_processes.py --per-device-batch-size 64   # the same, alone
+
+Without a GPU, the first two run on the CPU as well.
 
 Look for what is not there: nothing in this file knows how many processes there are.
 Each takes its half of every 64 samples, metrics are means over the samples of both, and

@@ -131,3 +131,10 @@ def test_a_script_that_cannot_have_its_data_ends_with_an_error_and_no_traceback(
     assert run.returncode == 1
     assert "This example needs torchvision" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_no_example_shows_a_command_that_cannot_work_found_106():
+    """`accelerate launch --cpu` starts one process, whatever it was asked for."""
+    texts = [path.read_text(encoding="utf-8") for path in EXAMPLES.rglob("*.py")]
+
+    assert not [text for text in texts if "accelerate launch --cpu" in text]

@@ -63,6 +63,19 @@ def test_every_extra_that_is_named_exists():
         assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/installation.md"])
+def test_what_the_examples_need_is_said_in_full_found_106(page):
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^examples = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    row = re.search(r"^\| `pytorch-accelerated\[examples\]`.*$", text, re.MULTILINE)[0]
+
+    packages = re.findall(r'"([a-z]+)', listed)
+    assert packages
+    assert [package for package in packages if package not in row] == []
+    assert "torchvision from the same place as torch" in re.sub(r"\s+", " ", text)
+
+
 @pytest.mark.parametrize("name", ["fastai", "timm", "PyTorch Lightning", "Accelerate"])
 def test_those_who_inspired_it_are_thanked(name):
     assert f"[{name}]" in README.partition("## Acknowledgements")[2]

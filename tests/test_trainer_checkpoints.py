@@ -447,20 +447,34 @@ def test_the_schedule_of_a_checkpoint_can_be_loaded_within_a_run(
     create_trainer([LoadsAtStart]).train(samples(2), 1, create_scheduler_fn=create)
 
 
-def test_a_checkpoint_with_an_optimizer_needs_one_unless_told_otherwise(
-    create_trainer, tmp_path
+def test_a_model_is_loaded_without_an_optimizer_to_evaluate_it_found_106(
+    create_trainer, samples, tmp_path
 ):
     create_trainer().save_checkpoint(tmp_path / "model.pt")
     model = nn.Linear(1, 1, bias=False)
     trainer = Trainer(model, nn.MSELoss(), None, callbacks=())
-    before = model.weight.item()
 
-    with pytest.raises(ValueError, match="Pass load_optimizer=False to load only"):
-        trainer.load_checkpoint(tmp_path / "model.pt")
-    assert model.weight.item() == before
+    contents = trainer.load_checkpoint(tmp_path / "model.pt")
 
-    trainer.load_checkpoint(tmp_path / "model.pt", load_optimizer=False)
     assert model.weight.item() == 1.0
+    assert "optimizer_state_dict" in contents
+    assert trainer.evaluate(samples(2)) == {"evaluation_loss": 1.0}
+
+
+def test_the_warning_on_resuming_points_at_the_line_of_the_user_found_106(
+    create_trainer, samples, tmp_path
+):
+    saver = create_trainer()
+    saver.train(samples(4), 1, per_device_batch_size=2)
+    saver.save_training_state(tmp_path / "state")
+    trainer = create_trainer()
+
+    with pytest.warns(TrainingWarning, match="batch size 1 instead of 2") as caught:
+        trainer.train(
+            samples(4), 2, per_device_batch_size=1, resume_from=tmp_path / "state"
+        )
+
+    assert caught[0].filename == __file__
 
 
 def test_a_trainer_without_an_optimizer_can_save(tmp_path):

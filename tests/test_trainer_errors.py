@@ -77,6 +77,29 @@ def test_a_class_in_place_of_an_instance(
     refuses(trainer, TypeError, message)
 
 
+@pytest.mark.parametrize("form", [iter, list])
+def test_parameters_in_place_of_an_optimizer_found_104(create_trainer, refuses, form):
+    trainer = create_trainer()
+    trainer.optimizer = form(trainer.model.parameters())
+
+    refuses(
+        trainer,
+        TypeError,
+        r"must be a torch.optim.Optimizer, got a (list|list_iterator|generator). "
+        r"Create it: .*AdamW\(model.parameters\(\), lr=",
+    )
+
+
+def test_log_with_is_refused_since_nothing_would_be_logged_found_103():
+    with pytest.raises(ValueError, match=r"log_with='tensorboard'.*callback"):
+        Trainer(
+            nn.Linear(1, 1),
+            None,
+            None,
+            accelerator_kwargs={"log_with": "tensorboard"},
+        )
+
+
 def test_no_dataset(create_trainer):
     with pytest.raises(ValueError, match="needs a train_dataset or a DataLoader, got"):
         create_trainer().train(None, num_epochs=1)
@@ -166,6 +189,20 @@ def test_a_scheduler_in_place_of_what_makes_one(create_trainer, refuses, create)
     )
 
 
+@pytest.mark.parametrize(
+    ("create", "message"),
+    [
+        (StepLR, r"missing .*'step_size'.* functools.partial\(StepLR, \.\.\.\)"),
+        (partial(OneCycleLR, epochs=1), r"'max_lr'.* functools.partial\(OneCycleLR"),
+        (lambda: None, "is called with the optimizer alone.*too many positional"),
+    ],
+)
+def test_a_scheduler_that_needs_more_than_the_optimizer_found_104(
+    create_trainer, refuses, create, message
+):
+    refuses(create_trainer(), TypeError, message, create_scheduler_fn=create)
+
+
 def test_a_scheduler_that_needs_a_length_that_nobody_knows(create_trainer, refuses):
     loader = [(torch.ones(1, 1), torch.zeros(1, 1))]
 
@@ -237,6 +274,12 @@ def test_no_loss_function_for_batches_of_inputs_and_targets(create_trainer, refu
             "the loss is a float",
         ),
         (
+            lambda outputs, targets: {"mse": outputs.pow(2).mean()},
+            TypeError,
+            r"the loss is a dict with the keys \['mse'\]. Return one tensor as 'loss', "
+            "such as the sum",
+        ),
+        (
             nn.MSELoss(reduction="none"),
             ValueError,
             r"the loss has shape \(4, 1\). Reduce it to a mean",
@@ -250,6 +293,14 @@ def test_a_loss_that_cannot_be_trained_with(
     trainer.loss_func = loss_func
 
     refuses(trainer, error, message)
+
+
+def test_a_dictionary_of_losses_in_an_evaluation_found_104(create_trainer, samples):
+    trainer = create_trainer()
+    trainer.loss_func = lambda outputs, targets: {"mse": outputs.pow(2).mean()}
+
+    with pytest.raises(TypeError, match=r"got a dict\. .*calculate_eval_batch_loss"):
+        trainer.evaluate(samples(2))
 
 
 def test_a_step_that_forgets_to_return_something(create_trainer, refuses):

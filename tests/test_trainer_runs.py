@@ -1,7 +1,10 @@
 """How long a run is, what it counts, and how it evaluates."""
 
+import sys
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.schedulers import StatefulSchedulerBase
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.utils import LimitBatches
@@ -587,3 +591,81 @@ def test_any_iterable_of_batches_can_come_from_an_override(create_trainer, count
     assert counter.updates == [2, 2]
     assert trainer.model.weight.item() == 0.5**4
     assert trainer.run_config.train_per_device_batch_size == 8
+
+
+# --- what is unusual, and works
+
+
+def test_a_seed_may_be_a_number_of_numpy_found_104(noise):
+    def train(seed):
+        model = nn.Linear(6, 3, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, (), seed=seed)
+        trainer.train(noise(8), 1, per_device_batch_size=2)
+        assert trainer.seed == 3
+        return model.weight
+
+    assert torch.equal(train(np.int64(3)), train(3))
+
+
+def test_a_seed_that_is_no_whole_number_is_refused(create_trainer):
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got 0\.5"):
+        create_trainer(seed=0.5)
+
+
+class SignDescent(torch.optim.Optimizer):
+    """Moves each weight by a fixed step; its groups have no ``lr``."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"stride": 0.25})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["stride"] * parameter.grad.sign()
+
+
+class HalvesStride(StatefulSchedulerBase):
+    def __init__(self, optimizer):
+        super().__init__(optimizer, "stride")
+
+    def get_updated_values(self, num_updates):
+        return 0.25 * 0.5**num_updates
+
+
+def test_an_optimizer_need_not_have_a_learning_rate_found_104(create_trainer, samples):
+    trainer = create_trainer()
+    trainer.optimizer = SignDescent(trainer.model.parameters())
+
+    trainer.train(samples(2), num_epochs=2, create_scheduler_fn=HalvesStride)
+    assert trainer.model.weight.item() == 1 - 0.25 - 0.125
+
+    trainer.train(samples(2), num_epochs=1, create_scheduler_fn=HalvesStride)
+    assert trainer.model.weight.item() == 1 - 0.25 - 0.125 - 0.25
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+@pytest.mark.parametrize("method", ["train", "evaluate"])
+def test_an_error_that_cannot_be_written_to_is_raised_as_it_is_found_104(
+    create_trainer, samples, capsys, method
+):
+    def fail(outputs, targets):
+        raise FrozenError(3)
+
+    trainer = create_trainer()
+    trainer.loss_func = fail
+    arguments = (1,) if method == "train" else ()
+
+    with pytest.raises(FrozenError) as caught:
+        getattr(trainer, method)(samples(2), *arguments)
+
+    assert caught.value.code == 3
+    assert "FrozenInstanceError" not in capsys.readouterr().out
+    if sys.version_info >= (3, 11):
+        assert "The run ended in epoch 1" in caught.value.__notes__[0]

@@ -21,6 +21,10 @@ from pytorch_accelerated.errors import warn
 from pytorch_accelerated.step_output import NumItems
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 class AccumulationWindow:
     """Weights the losses of a window so that its update is that of one large batch.
 
@@ -47,8 +51,8 @@ class AccumulationWindow:
         num_steps: int,
         num_processes: int = 1,
         process_index: int = 0,
-        largest: Callable[[float], float] = lambda number: number,
-        add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        largest: Callable[[float], float] = _as_it_is,
+        add_up: Callable[[Tensor], Tensor] = _as_it_is,
         corrects_gradients: bool = True,
     ) -> None:
         self.num_steps = num_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,40 @@ def check_scheduler_fn(create_scheduler_fn: Any) -> None:
         )
 
 
+def check_needs_only_optimizer(create_scheduler_fn: Any) -> None:
+    """Raise TypeError if a scheduler cannot be made from the optimizer alone."""
+    try:
+        inspect.signature(create_scheduler_fn).bind(None)
+    except TypeError as error:
+        function = getattr(create_scheduler_fn, "func", create_scheduler_fn)
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(
+            f"create_scheduler_fn is called with the optimizer alone, and {name} "
+            f"cannot be: {error}. Give it the rest: functools.partial({name}, ...)."
+        ) from None
+    except ValueError:
+        pass  # builtins may have no signature that could be looked at
+
+
+def check_accelerator_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for what would be accepted by Accelerate, and do nothing."""
+    if kwargs.get("log_with") is not None:
+        raise ValueError(
+            f"log_with={kwargs['log_with']!r} was given for Accelerate, but the "
+            "trainer sends nothing to its trackers. Leave it out, and log in a "
+            "callback: a LogMetricsCallback whose log_metrics(trainer, metrics) you "
+            "override is given all metrics."
+        )
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return any kind of whole number as one of Python; raise TypeError for others."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}.") from None
+
+
 def check_is_instance(name: str, value: Any) -> None:
     """Raise TypeError if a class was given where an instance of it is due."""
     if isinstance(value, type):
@@ -96,6 +131,12 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
             "train() needs an optimizer; the trainer was created with None."
         )
     check_is_instance("optimizer", optimizer)
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, got a "
+            f"{type(optimizer).__name__}. Create it: for example "
+            "torch.optim.AdamW(model.parameters(), lr=1e-3)."
+        )
     if not isinstance(model, nn.Module):
         return
     parameters = list(model.parameters())

@@ -7,6 +7,7 @@ import re
 import torch
 
 from pytorch_accelerated import last_words
+from pytorch_accelerated.contexts import add_note
 from pytorch_accelerated.progress import RunProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 
@@ -43,6 +44,39 @@ _ABOUT_WORKERS = {
 }
 
 
+# What torch says of samples and targets, and what to do.
+_ABOUT_DATA = {
+    r"stack expects each tensor to be equal size": (
+        "The samples have different shapes, and the default collate_fn can only stack "
+        "equal ones. Bring them to one shape in the dataset, or give a collate_fn: for "
+        "sequences, one that pads with torch.nn.utils.rnn.pad_sequence."
+    ),
+    r"Target -?\d+ is out of bounds": (
+        "Cross entropy takes classes from 0 to n - 1, where n is the size of dimension "
+        "1 of the model's outputs. Give the model as many outputs as there are "
+        "classes, or number the classes from 0; a class that is to be left out needs "
+        "CrossEntropyLoss(ignore_index=...)."
+    ),
+    r"device-side assert triggered": (
+        "An index was out of range on the GPU; mostly it is a class of the targets for "
+        "which the model has no output. CUDA_LAUNCH_BLOCKING=1, or a run on the CPU "
+        "with accelerator_kwargs={'cpu': True}, shows where."
+    ),
+    r"expected target dtype to be Long|expected scalar type Long but found": (
+        "Cross entropy takes the targets as whole numbers: return target.long() from "
+        "the dataset, or for a regression use a loss such as MSELoss."
+    ),
+    r"multi-target not supported": (
+        "Cross entropy takes one class for each sample, as targets of shape (batch,): "
+        "return target.squeeze() from the dataset. Probabilities of classes are floats "
+        "of the shape of the outputs."
+    ),
+    r"result type Float can't be cast to the desired output type Long": (
+        "This loss takes the targets as floats: return target.float() from the dataset."
+    ),
+}
+
+
 def explain(
     error: BaseException,
     epoch: int,
@@ -71,12 +105,13 @@ def explain(
     notes = [
         f"The run ended {where}. Last training state: {last_checkpoint or 'none'}.",
         *said_by_others,
-        _advice_on_workers(str(error)),
+        _advice_on(str(error), _ABOUT_WORKERS),
+        _advice_on(str(error), _ABOUT_DATA),
     ]
-    if config is not None and is_out_of_memory(error) and not notes[-1]:
+    if config is not None and is_out_of_memory(error) and not any(notes[-2:]):
         notes.append(_advice_on_memory(config))
     for note in filter(None, notes):
-        error.add_note(note)
+        add_note(error, note)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,10 +141,8 @@ def _advice_on_memory(config: TrainerRunConfig) -> str:
     return text
 
 
-def _advice_on_workers(message: str) -> str:
+def _advice_on(message: str, meanings: dict[str, str]) -> str:
     found = (
-        advice
-        for pattern, advice in _ABOUT_WORKERS.items()
-        if re.search(pattern, message)
+        advice for pattern, advice in meanings.items() if re.search(pattern, message)
     )
     return next(found, "")

@@ -7,11 +7,12 @@ transparent in a single process.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,10 +23,10 @@ from accelerate.utils import (
     gather,
     gather_object,
     pad_across_processes,
-    recursively_apply,
 )
 from torch import Tensor, nn
 
+from pytorch_accelerated.contexts import contextmanager, set_attribute
 from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
@@ -165,7 +166,7 @@ def raise_on_all(error: Exception | None) -> None:
     if error is None:
         process, kind, text = raised[0]
         error = _ERRORS_BY_KIND[kind](f"Process {process} raised {text}")
-    error._is_on_all_processes = True  # type: ignore[attr-defined]
+    set_attribute(error, "_is_on_all_processes", True)
     raise error
 
 
@@ -176,7 +177,7 @@ def is_on_all_processes(error: BaseException) -> bool:
 
 def settle(error: BaseException) -> None:
     """Note that an error has ended a run: the same one may be raised in another."""
-    error._is_on_all_processes = False  # type: ignore[attr-defined]
+    set_attribute(error, "_is_on_all_processes", False)
 
 
 def from_main_process(value: int, device: torch.device) -> int:
@@ -244,13 +245,51 @@ def gather_uneven(data: Any) -> Any:
     give one element per process. Collective.
 
     Args:
-        data: A tensor, or a nested list, tuple or mapping of tensors. The tensors of a
-            process may differ from those of others in their first dimension only.
+        data: A tensor, or a nested structure of them, see :func:`map_tensors`. The
+            tensors of a process may differ from those of others in their first
+            dimension only.
 
     Returns:
         The same structure with the tensors of all processes, in process order.
     """
-    return recursively_apply(_gather_tensor, data, error_on_other_type=True)
+    return map_tensors(_gather_tensor, data)
+
+
+def map_tensors(function: Callable[..., Any], *trees: Any) -> Any:
+    """Call a function with the tensors at each place of structures that are alike.
+
+    Args:
+        function: Called with one tensor of each structure.
+        *trees: Tensors, or nested lists, tuples, mappings and dataclasses of them. None
+            stays None.
+
+    Returns:
+        What the function returned, in the same structure.
+    """
+    first = trees[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return function(*trees)
+    if isinstance(first, Mapping):
+        return type(first)(  # type: ignore[call-arg]
+            {name: map_tensors(function, *(t[name] for t in trees)) for name in first}
+        )
+    if isinstance(first, (list, tuple)):
+        members = [map_tensors(function, *each) for each in zip(*trees, strict=True)]
+        is_named = hasattr(first, "_fields")
+        return type(first)(*members) if is_named else type(first)(members)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        result = copy.copy(first)
+        for name in (field.name for field in dataclasses.fields(first)):
+            value = map_tensors(function, *(getattr(tree, name) for tree in trees))
+            object.__setattr__(result, name, value)
+        return result
+    raise TypeError(
+        "Tensors are needed, or nested lists, tuples, mappings and dataclasses of "
+        f"them; got a {type(first).__name__}. Leave it out of what you gather, or of "
+        "what calculate_predictions returns."
+    )
 
 
 def _gather_tensor(tensor: Tensor) -> Tensor:

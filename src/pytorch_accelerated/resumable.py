@@ -128,7 +128,8 @@ class ResumableRun:
 
         Args:
             checkpoint_path: The file.
-            load_optimizer: Whether the optimizer's state is loaded, if the file has it.
+            load_optimizer: Whether the optimizer's state is loaded, if the file has it
+                and the trainer has an optimizer.
             load_scheduler: Whether the scheduler's state is loaded, if the file has it
                 and the trainer has a scheduler, which it only has during a run.
 
@@ -137,8 +138,6 @@ class ResumableRun:
 
         Raises:
             CheckpointError: If the file cannot be read, or does not fit the model.
-            ValueError: If the optimizer's state is to be loaded and there is no
-                optimizer.
         """
         contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
         if "model_state_dict" not in contents:
@@ -148,14 +147,9 @@ class ResumableRun:
                 "weights themselves, load them with "
                 "model.load_state_dict(torch.load(path))."
             )
-        load_optimizer = load_optimizer and "optimizer_state_dict" in contents
-        if load_optimizer and self.optimizer is None:
-            raise ValueError(
-                f"{checkpoint_path} holds the state of an optimizer, but the trainer "
-                "has none. Pass load_optimizer=False to load only the model."
-            )
         self._load_model(contents["model_state_dict"], checkpoint_path)
-        if load_optimizer:
+        load_optimizer = load_optimizer and "optimizer_state_dict" in contents
+        if load_optimizer and self.optimizer is not None:
             self._load_optimizer(contents["optimizer_state_dict"], checkpoint_path)
         load_scheduler = load_scheduler and "scheduler_state_dict" in contents
         if load_scheduler and self.scheduler is not None:

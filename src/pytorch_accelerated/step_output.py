@@ -102,7 +102,13 @@ def check_loss(batch_output: Any, *, needs_graph: bool = True) -> None:
         raise KeyError(f"{advice}; {missing} not among {list(batch_output)}.")
     loss = batch_output["loss"]
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{advice}; the loss is a {type(loss).__name__}.")
+        what_to_do = (
+            " Return one tensor as 'loss', such as the sum of these; they are recorded "
+            "too if they are returned beside it."
+            if isinstance(loss, Mapping)
+            else ""
+        )
+        raise TypeError(f"{advice}; the loss is {describe_batch(loss)}.{what_to_do}")
     if loss.numel() != 1:
         raise ValueError(
             f"{advice}; the loss has shape {tuple(loss.shape)}. Reduce it to a "

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from pytorch_accelerated.contexts import contextmanager
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -89,7 +91,7 @@ class RunHistory(ABC):
         for _ in range(epoch - self.current_epoch):
             self._increment_epoch()
 
-    @contextlib.contextmanager
+    @contextmanager
     def prefixed(self, prefix: str) -> Iterator[None]:
         """Record metrics with another prefix inside a ``with`` block.
 
@@ -516,6 +518,13 @@ class LossTracker:
             # Type promotion makes torch multiply and add in the precision of `total`.
             total.add_(loss_batch_value, alpha=batch_size)
             self.running_count += batch_size
+        elif isinstance(loss_batch_value, Mapping):
+            raise TypeError(
+                "The loss of a batch is one number, or one tensor with no dimensions; "
+                f"got a {type(loss_batch_value).__name__}. Where there are several "
+                "losses, return one, such as their sum, as 'loss' from "
+                "calculate_train_batch_loss and calculate_eval_batch_loss."
+            )
         else:
             self.total_loss += loss_batch_value * batch_size
             self.running_count += batch_size

@@ -34,14 +34,13 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import concatenate, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -70,6 +69,7 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.diagnosis import explain
 from pytorch_accelerated.errors import (
     CheckpointError,
@@ -169,7 +169,7 @@ class Trainer(ResumableRun):
         self.model = model
         self.loss_func = loss_func
         self.optimizer = optimizer
-        self.seed = seed
+        self.seed = None if seed is None else checks.whole_number("seed", seed)
         self._accelerator_kwargs = dict(accelerator_kwargs or {})
         self._callbacks = callbacks
         self.callback_handler = self._create_callback_handler()
@@ -438,8 +438,8 @@ class Trainer(ResumableRun):
             self.model.eval()
             for batch in self._eval_dataloader:
                 gathered = self.gather(self.calculate_predictions(batch))
-                predictions.append(send_to_device(gathered, "cpu"))
-        return concatenate(predictions)
+                predictions.append(distributed.map_tensors(Tensor.cpu, gathered))
+        return distributed.map_tensors(_concatenate, *predictions)
 
     @contextmanager
     def _prepared_to_evaluate(
@@ -753,8 +753,8 @@ class Trainer(ResumableRun):
             batch: What the loader yielded, on the device.
 
         Returns:
-            A tensor, or a list, tuple or mapping of tensors, whose first dimension is
-            that of the samples of the batch.
+            A tensor, or a list, tuple, mapping or dataclass of tensors, whose first
+            dimension is that of the samples of the batch.
         """
         if isinstance(batch, Mapping):
             inputs = {name: batch[name] for name in batch if name != "labels"}
@@ -863,6 +863,7 @@ class Trainer(ResumableRun):
     def create_scheduler(self) -> Any:
         """Create the learning rate scheduler of a run from ``create_scheduler_fn``."""
         create = replace_trainer_placeholder_values(self, self.create_scheduler_fn)
+        checks.check_needs_only_optimizer(create)
         return create(self.optimizer)
 
     def _create_callback_handler(self) -> CallbackHandler:
@@ -874,6 +875,7 @@ class Trainer(ResumableRun):
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator; override to configure it in code."""
+        checks.check_accelerator_kwargs(self._accelerator_kwargs)
         return backends.create_accelerator(**self._accelerator_kwargs)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
@@ -1008,9 +1010,12 @@ class Trainer(ResumableRun):
             accelerator.num_processes,
             accelerator.process_index,
             largest=distributed.largest,
-            add_up=lambda tensor: accelerator.reduce(tensor.to(self.device), "sum"),
+            add_up=self._add_up,
             corrects_gradients=not self._engine.owns_gradients,
         )
+
+    def _add_up(self, tensor: Tensor) -> Any:
+        return self._accelerator.reduce(tensor.to(self.device), "sum")
 
     def _limit_batches(self) -> None:
         # Before the run config, so that schedules know the true length of the run.
@@ -1475,7 +1480,7 @@ class Trainer(ResumableRun):
         All processes must call it; their first dimensions may differ.
 
         Args:
-            tensor: A tensor, or a nested list, tuple or mapping of tensors.
+            tensor: A tensor, or a nested list, tuple, mapping or dataclass of tensors.
             padding_value: Not needed, since no padding is left in the result.
 
         Returns:
@@ -1545,6 +1550,10 @@ def _learning_rates_of(optimizer: Any) -> list[float | Tensor]:
     return [
         rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates
     ]
+
+
+def _concatenate(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors)
 
 
 class TrainerWithTimmScheduler(Trainer):

@@ -1,6 +1,7 @@
 """R9: each sample counts once in an evaluation, on any number of processes."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -255,6 +256,42 @@ def test_what_is_predicted_can_be_chosen():
     predictions = trainer.predict(dataset, per_device_batch_size=2)
     assert predictions["p"].sum(1).tolist() == pytest.approx([1.0] * 5)
     assert torch.equal(predictions["parts"][1], dataset.targets)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: tuple
+    loss: torch.Tensor | None = None
+
+
+class ReturnsOutput(nn.Module):
+    def forward(self, inputs):
+        return Output(inputs * 2, (inputs, inputs + 1))
+
+
+def predict_outputs():
+    inputs = torch.arange(5.0).unsqueeze(1)
+    trainer = Trainer(ReturnsOutput(), None, None, callbacks=())
+    return vars(trainer.predict(inputs, per_device_batch_size=2))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_outputs_may_be_dataclasses_found_104(on_processes, num_processes):
+    for predicted in on_processes(num_processes, predict_outputs):
+        assert predicted["logits"].flatten().tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
+        first, second = predicted["hidden"]
+        assert torch.equal(first + 1, second)
+        assert predicted["loss"] is None
+
+
+def test_what_cannot_be_predicted_is_refused_found_104():
+    class Words(Trainer):
+        def calculate_predictions(self, batch):
+            return {"p": batch[0], "text": "words"}
+
+    with pytest.raises(TypeError, match=r"got a str\. Leave it out of"):
+        Words(create_model(), None, None, callbacks=()).predict(Classified(2))
 
 
 def test_predict_leaves_a_frozen_batch_norm_frozen():

@@ -1,8 +1,10 @@
 """A trainer can be used again, and leaves its model and optimizer to their owner."""
 
+import copy
 import gc
 import multiprocessing
 import os
+import pickle
 import threading
 import weakref
 from functools import partial
@@ -52,6 +54,26 @@ def test_a_second_run_may_go_on_with_the_history_too(create_trainer, samples):
     values = history.get_metric_values("train_loss_epoch")
     assert values == [1.0, 0.25, 0.25**2, 0.25**3]
     assert history.current_epoch == 5
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))]
+)
+@pytest.mark.parametrize("has_trained", [False, True])
+def test_a_copy_goes_on_where_the_trainer_stands_found_104(
+    create_trainer, samples, duplicate, has_trained
+):
+    """Pickled or not, before the first run or after it, with the default callbacks."""
+    trainer = create_trainer(DEFAULT_CALLBACKS)
+    if has_trained:
+        trainer.train(samples(4), 1, samples(2), per_device_batch_size=2)
+
+    twin = duplicate(trainer)
+    twin.train(samples(2), num_epochs=2)
+
+    before = 0.5 ** (2 * has_trained)
+    assert twin.model.weight.item() == before * 0.5**2
+    assert trainer.model.weight.item() == before
 
 
 def test_the_state_of_the_optimizer_is_kept(samples):

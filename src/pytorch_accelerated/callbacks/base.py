@@ -8,6 +8,7 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated.contexts import add_note
 from pytorch_accelerated.distributed import is_on_all_processes
 from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
 
@@ -336,7 +337,7 @@ def _gravity(error: BaseException) -> tuple[bool, ...]:
 def _note_origin(error: Exception, listener: Callable[..., Any], event: str) -> None:
     if hasattr(error, "add_note"):  # from Python 3.11
         owner = type(getattr(listener, "__self__", listener)).__name__
-        error.add_note(f"Raised by the callback {owner} in the event {event}.")
+        add_note(error, f"Raised by the callback {owner} in the event {event}.")
 
 
 def _rank(callback: Any, event: str) -> int:

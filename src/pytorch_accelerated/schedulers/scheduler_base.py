@@ -192,7 +192,8 @@ def remember_scheduled_values(
     ``initial_<field>`` again, and not from the value at the end of that schedule.
     """
     for group in optimizer.param_groups:
-        group[_memory_of(param_group_field)] = float(group[param_group_field])
+        if param_group_field in group:
+            group[_memory_of(param_group_field)] = float(group[param_group_field])
 
 
 def forget_start_if_set_by_hand(

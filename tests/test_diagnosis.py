@@ -1,0 +1,58 @@
+"""What an error in the middle of a run says besides torch's own words."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from pytorch_accelerated.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="errors have notes from Python 3.11"
+)
+
+
+def advice_on(dataset, loss_func=None, method="train"):
+    model = nn.Linear(1, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, loss_func or nn.CrossEntropyLoss(), optimizer, ())
+    arguments = (1,) if method == "train" else ()
+    with pytest.raises((RuntimeError, IndexError)) as caught:
+        getattr(trainer, method)(dataset, *arguments)
+    return "\n".join(caught.value.__notes__)
+
+
+def targets(values):
+    return TensorDataset(torch.ones(len(values), 1), torch.tensor(values))
+
+
+class Ragged(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.ones(index + 1), 0
+
+
+@pytest.mark.parametrize("method", ["train", "evaluate"])
+def test_samples_that_cannot_be_stacked_found_104(method):
+    assert "give a collate_fn" in advice_on(Ragged(), method=method)
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+def test_a_class_that_the_model_has_no_output_for_found_104(bad):
+    assert "classes from 0 to n - 1" in advice_on(targets([0, 1, 2, bad]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "loss_func", "advice"),
+    [
+        (targets([0.0, 1.0]), nn.CrossEntropyLoss(), "target.long()"),
+        (targets([[0], [1]]), nn.CrossEntropyLoss(), "target.squeeze()"),
+        (targets([[0, 1, 0]]), nn.BCEWithLogitsLoss(), "target.float()"),
+    ],
+)
+def test_targets_that_a_loss_does_not_take_found_104(dataset, loss_func, advice):
+    assert advice in advice_on(dataset, loss_func)
