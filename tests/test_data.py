@@ -1,7 +1,9 @@
+import multiprocessing
 import os
 import random
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
@@ -448,6 +450,33 @@ def test_a_quick_dataset_that_was_held_up_gets_no_workers():
         mock.patch.object(data, "HAND_OVER_SECONDS", 9e-3),
     ):
         assert data.choose_num_workers(QuickAfterAll(), {"batch_size": 1}) == 0
+
+
+class WaitsForThread(Dataset):
+    """Loads samples in a thread, which does not survive a fork."""
+
+    def __init__(self):
+        self.threads = ThreadPoolExecutor(1)
+        self.threads.submit(int).result()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.threads.submit(torch.ones, 1).result(), torch.zeros(1)
+
+
+def test_a_dataset_that_hangs_in_a_worker_gets_none(monkeypatch, create_trainer):
+    """Found 82: the measurement waited for ever."""
+    monkeypatch.setattr(data, "usable_cores", lambda: 2)
+    monkeypatch.setattr(data, "_MEASURING_SECONDS", 0.2)
+    trainer = create_trainer()
+
+    trainer.train(WaitsForThread(), num_epochs=1)
+
+    assert trainer.run_config.train_dl_kwargs["num_workers"] == 0
+    assert trainer.num_samples_seen == 4
+    assert multiprocessing.active_children() == []
 
 
 def test_measuring_leaves_the_process_as_it_was():

@@ -1,72 +1,19 @@
-"""Workers say where they are stuck; Ctrl-C and dead workers leave none behind."""
+"""Workers of loaders get along with what else a process does, and leave none behind."""
 
-import ctypes
-import io
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated.workers import LastIteration, StuckReport
+from pytorch_accelerated.workers import LastIteration
 
-
-def wait_in_python():
-    time.sleep(0.5)
-
-
-def wait_in_c():
-    ctypes.PyDLL(None).usleep(500_000)  # lets no other Python code run
-
-
-def test_a_block_that_takes_too_long_has_its_stack_printed_once(capfd):
-    report = StuckReport(seconds=0.1)
-    with report:
-        wait_in_python()
-    printed = capfd.readouterr().err
-    assert printed.count("Timeout (") == 1
-    assert "in wait_in_python" in printed
-
-
-def test_code_in_c_that_never_comes_back_has_its_stack_printed(capfd):
-    report = StuckReport(seconds=0.1)
-    with report:
-        wait_in_c()
-    assert "in wait_in_c" in capfd.readouterr().err
-
-
-def test_nothing_is_printed_between_blocks_and_during_short_ones(capfd):
-    report = StuckReport(seconds=1)
-    for _ in range(150):
-        with report:
-            time.sleep(0.01)
-    time.sleep(1.5)
-    with report:
-        pass
-    assert capfd.readouterr().err == ""
-
-
-def test_every_block_that_takes_too_long_has_its_stack_printed(capfd):
-    report = StuckReport(seconds=0.1)
-    for _ in range(2):
-        with report:
-            wait_in_python()
-    assert capfd.readouterr().err.count("Timeout (") == 2
-
-
-@pytest.mark.parametrize("stderr", [None, io.StringIO()])
-def test_a_standard_error_that_is_no_file_is_no_hindrance(stderr, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", stderr)
-    report = StuckReport(seconds=0.1)
-    with report:
-        wait_in_python()
-
-
-# --------------------------------------------------------------- iterations
+SRC = Path(__file__).parents[1] / "src"
 
 
 class Samples(Dataset):
@@ -170,3 +117,72 @@ def test_ctrl_c_ends_a_worker_that_is_starting_as_if_all_were_well(ctrl_c):
 
     LastIteration().of(Starting(fork))
     assert codes == [0]
+
+
+# ------------------------------------------------------- whole scripts of a user's
+
+SLOW_SAMPLES = """
+import faulthandler, multiprocessing, os, time
+import torch
+from torch import nn
+from pytorch_accelerated import Trainer, data
+
+data.usable_cores = lambda: 2
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return torch.ones(1), torch.ones(1)
+
+def train(**kwargs):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=())
+    trainer.train(Samples(), num_epochs=1, per_device_batch_size=2, **kwargs)
+    print("trained with", trainer.run_config.train_dl_kwargs["num_workers"], "workers")
+    return trainer
+"""
+
+
+def run_script(folder, script):
+    file = folder / "script.py"
+    file.write_text(SLOW_SAMPLES + script)
+    done = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_workers_run_while_the_user_has_a_timer_of_faulthandler(tmp_path):
+    """Found 80: a timer of ours in the forked worker waited for a thread of theirs."""
+    out = run_script(
+        tmp_path,
+        "faulthandler.dump_traceback_later(100)\n"
+        "train(train_dataloader_kwargs={'num_workers': 2})\n",
+    )
+    assert out == "trained with 2 workers\n"
+
+
+def test_an_unguarded_script_whose_processes_are_spawned_trains_once(tmp_path):
+    """Found 81: the process that measured imported the script, and so trained too."""
+    out = run_script(
+        tmp_path,
+        "forks = multiprocessing.get_all_start_methods()[0] == 'fork'\n"
+        "chosen = data.choose_num_workers(Samples(), {'batch_size': 2})\n"
+        "assert chosen == (2 if forks else 0)\n"
+        # Measuring has left the choice to the user.
+        "multiprocessing.set_start_method('spawn')\n"
+        "train().advise()\n",
+    )
+    assert out.count("trained with") == 1
+    assert "trained with 0 workers\n" in out
+    assert "num_workers" in out
+    assert "if __name__ == '__main__':" in out

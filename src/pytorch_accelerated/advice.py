@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytorch_accelerated.data import HAND_OVER_SECONDS, PlannedLoader
+from pytorch_accelerated.data import (
+    HAND_OVER_SECONDS,
+    PlannedLoader,
+    are_processes_forked,
+)
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 _SMALL_BATCH_ON_A_GPU = 32
+
+_ON_SPAWNED_PROCESSES = (
+    " Here they import your script, so it must start the run below "
+    "if __name__ == '__main__': only."
+)
 
 
 def advice_for(trainer: Trainer) -> list[str]:
@@ -55,7 +64,7 @@ def _on_the_loader(trainer: Trainer) -> Iterator[str]:
         yield (
             f"Loading a batch takes {seconds * 1e3:.1f} ms, in which the model waits. "
             "Let workers do it: train_dataloader_kwargs={'num_workers': ...}."
-        )
+        ) + ("" if are_processes_forked() else _ON_SPAWNED_PROCESSES)
     elif num_workers > 0:
         yield (
             f"Loading a batch takes {seconds * 1e3:.1f} ms, so {num_workers} workers "

@@ -54,6 +54,9 @@ AUTO_NUM_WORKERS = _AutoNumWorkers(0)
 # What it takes to get a batch from a worker process, with room for a slow machine.
 HAND_OVER_SECONDS = 2e-3
 
+# What may never end, such as waiting for a thread that a fork has left behind.
+_MEASURING_SECONDS = 10.0
+
 # One to know which is the last, one to copy to the device, and the present one.
 _MOST_FETCHED_AHEAD = 4
 
@@ -345,16 +348,12 @@ def _same_numpy_state(state: Any) -> bool:
 
 
 class _BatchDataset(Dataset[Any]):
-    """Fetches and collates a whole batch under the batch's own random seed.
+    """Fetches and collates a whole batch under the batch's own random seed."""
 
-    A worker that takes too long prints its stack to the standard error.
-    """
-
-    def __init__(self, dataset: Any, collate_fn: Any, timeout: float = 0) -> None:
+    def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self._collate_here = _collate_here if _is_as_usual(collate_fn) else collate_fn
-        self._report = workers.report_before(timeout)
         self.is_first = True
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
         self._random_state = _RandomState()
@@ -363,8 +362,7 @@ class _BatchDataset(Dataset[Any]):
         if get_worker_info() is None:
             return self.fetch_here(indices)
         seed_everything(indices.seed)
-        with self._report:
-            return self.collate_fn(self._fetch(indices))
+        return self.collate_fn(self._fetch(indices))
 
     def fetch_here(self, indices: SeededIndices) -> Any:
         """Fetch in the main process, whose random state stays as it is."""
@@ -571,7 +569,7 @@ class PlannedLoader:
             self.plan, process_index, seed, type(loader.sampler) is RandomSampler
         )
         self._in_memory = InMemoryDataset.of(loader)
-        self._batches = _BatchDataset(loader.dataset, loader.collate_fn, loader.timeout)
+        self._batches = _BatchDataset(loader.dataset, loader.collate_fn)
         self._loader = self._rebuild(loader, persistent_workers)
         self._iteration = workers.LastIteration()
 
@@ -910,14 +908,14 @@ _ARGUMENTS_FOR_WORKERS = (
 
 
 def _seconds_in_a_worker(dataset: Any, collate_fn: Any, indices: list[int]) -> float:
-    """Measure in another process how long it takes to fetch and collate a batch.
+    """Measure in a forked process how long it takes to fetch and collate a batch.
 
     Starting and ending a loader with a worker would take several times as long.
 
     Raises:
-        Exception: If the process cannot be started, or does not come so far.
+        Exception: If the process cannot be started, or does not come so far in time.
     """
-    context = torch.multiprocessing.get_context()
+    context = torch.multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(
         target=_send_seconds,
@@ -928,6 +926,10 @@ def _seconds_in_a_worker(dataset: Any, collate_fn: Any, indices: list[int]) -> f
     sender.close()
     # Its end, which takes longer than the measurement, is not waited for.
     with receiver:
+        if not receiver.poll(_MEASURING_SECONDS):
+            worker.kill()
+            worker.join()
+            raise TimeoutError
         return float(receiver.recv())
 
 
@@ -950,6 +952,15 @@ def _send_seconds(sender: Any, batches: _BatchDataset, indices: list[int]) -> No
         sender.send(min(seconds))
 
 
+def are_processes_forked() -> bool:
+    """Say whether new processes are forked, and do not start with the user's script.
+
+    Asked in the usual way, torch would take the default for chosen.
+    """
+    chosen = torch.multiprocessing.get_start_method(allow_none=True)
+    return (chosen or torch.multiprocessing.get_all_start_methods()[0]) == "fork"
+
+
 def choose_num_workers(
     dataset: Any, arguments: Mapping[str, Any], num_local_processes: int = 1
 ) -> int:
@@ -959,6 +970,8 @@ def choose_num_workers(
     batches are fetched faster than that is better read in the main process. The time is
     taken in a worker of its own: a dataset that opens its files at the first access
     must not do so in the main process, whose open files all workers would then share.
+    Where processes are not forked, it would run the user's script first: there, and
+    where a batch is not had in seconds, the answer is 0.
 
     Args:
         dataset: A map-style dataset with a length; anything else gets 0 workers.
@@ -976,6 +989,8 @@ def choose_num_workers(
     collate_fn = arguments.get("collate_fn")
     length = length_of(dataset)
     if most == 0 or not length or isinstance(dataset, IterableDataset):
+        return 0
+    if not are_processes_forked():
         return 0
     if InMemoryDataset.of(DataLoader(dataset, collate_fn=collate_fn)) is not None:
         return 0

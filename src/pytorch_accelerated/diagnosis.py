@@ -37,9 +37,9 @@ _ABOUT_WORKERS = {
     ),
     r"DataLoader timed out": (
         "A worker process of a data loader has not delivered a batch within the "
-        "timeout of the loader. If it was stuck in one, it has printed its stack "
-        "before, after the line 'Timeout'. If batches may take this long, use a longer "
-        "timeout or more num_workers."
+        "timeout of the loader. If batches may take this long, use a longer timeout or "
+        "more num_workers. If it was stuck, `py-spy dump --pid` with the number of its "
+        "process says where, as long as it is."
     ),
 }
 

@@ -1,14 +1,10 @@
-"""Worker processes of data loaders: starting them, watching them, ending them."""
+"""Worker processes of data loaders: starting them, and ending them."""
 
 from __future__ import annotations
 
-import faulthandler
-import math
 import os
 import signal
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,13 +13,6 @@ from types import FrameType
 from typing import Any
 
 from torch.utils.data import get_worker_info
-
-# After which a worker that is still at one batch says where it is, if the loader has no
-# timeout; else it does so after this share of it.
-_STUCK_SECONDS = 300.0
-_STUCK_SHARE = 0.8
-
-_TIMER_SETTINGS = 10  # within the time that a block may take
 
 
 class LastIteration:
@@ -104,55 +93,3 @@ def _naming_dead_workers(batches: Any) -> Iterator[Any]:
         raise RuntimeError(
             f"DataLoader worker (pid(s) {', '.join(dead)}) exited unexpectedly"
         ) from error
-
-
-class StuckReport:
-    """Prints the stack of this process to its standard error if a block takes too long.
-
-    ::
-
-        report = StuckReport(seconds=60)
-        with report:
-            load_a_batch()
-
-    The timer of faulthandler, which does it, also goes off where code in C never comes
-    back. Setting it takes longer than loading a small batch does. So it goes on from
-    block to block, is set anew only now and then, and what it prints between two blocks
-    goes nowhere.
-
-    Where the standard error is no file, as in some notebooks, nothing is printed.
-
-    Args:
-        seconds: How long a block may take; the timer may be a tenth of it early.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._set_again_at = -math.inf
-        # Descriptors: what the timer prints to, and what that stands for.
-        self._output = self._error = self._nowhere = -1
-
-    def __enter__(self) -> None:
-        if time.monotonic() >= self._set_again_at:
-            self._set_timer()
-        if self._output >= 0:
-            os.dup2(self._error, self._output, inheritable=False)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._output >= 0:
-            os.dup2(self._nowhere, self._output, inheritable=False)
-
-    def _set_timer(self) -> None:
-        self._set_again_at = math.inf
-        with suppress(AttributeError, OSError, RuntimeError, ValueError):
-            if self._output < 0:
-                self._error = os.dup(sys.stderr.fileno())
-                self._nowhere = os.open(os.devnull, os.O_WRONLY)
-                self._output = os.dup(self._error)
-            faulthandler.dump_traceback_later(self._seconds, file=self._output)
-            self._set_again_at = time.monotonic() + self._seconds / _TIMER_SETTINGS
-
-
-def report_before(timeout: float) -> StuckReport:
-    """Return the report of a worker whose loader has a timeout, in seconds; 0: none."""
-    return StuckReport(_STUCK_SHARE * timeout if timeout else _STUCK_SECONDS)
