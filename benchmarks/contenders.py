@@ -259,7 +259,12 @@ def pytorch_accelerated(job: Job) -> Any:
             return trainer.evaluate(job.eval_dataset, job.batch_size)["evaluation_loss"]
         if job.task == "predict":
             return trainer.predict(job.eval_dataset, job.batch_size)
-        workers = {"num_workers": job.num_workers} if job.num_workers else {}
+        # Kept from epoch to epoch, as by the loop by hand.
+        workers = (
+            {"num_workers": job.num_workers, "persistent_workers": True}
+            if job.num_workers
+            else {}
+        )
         trainer.train(
             job.dataset,
             job.num_epochs,

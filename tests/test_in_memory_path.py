@@ -100,6 +100,7 @@ def halves(dataset):
         lambda dataset: halves(halves(dataset)),
         lambda dataset: Subset(Subset(dataset, range(20, 0, -2)), [3, 0, 0, -1, 7]),
         lambda dataset: Subset(dataset, torch.tensor([7, 7, 2, 20])),
+        lambda dataset: Subset(Subset(dataset, [-1, 0, 3, -22]), [-1, 2, -4, 1]),
     ],
     ids=[
         "whole",
@@ -108,6 +109,7 @@ def halves(dataset):
         "split twice",
         "reversed and repeated",
         "of a tensor",
+        "from the end (found 104)",
     ],
 )
 def test_training_and_evaluation_are_those_of_one_sample_at_a_time(

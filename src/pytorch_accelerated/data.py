@@ -462,6 +462,8 @@ class InMemoryDataset:
             return None
         if len({tensor.device for tensor in dataset.tensors}) != 1:
             return None
+        if index is not None:  # which may count from the end
+            index = torch.where(index < 0, index + len(dataset), index)
         return cls(dataset.tensors, index)
 
     def rows(self, order: Tensor) -> Tensor:
@@ -540,7 +542,6 @@ class PlannedLoader:
         num_processes: Number of processes that share the samples.
         process_index: Which of them this is.
         even: Spread the samples evenly, as evaluation needs (see :class:`BatchPlan`).
-        persistent_workers: Keep the workers from one epoch to the next.
     """
 
     def __init__(
@@ -552,13 +553,12 @@ class PlannedLoader:
         num_processes: int = 1,
         process_index: int = 0,
         even: bool = False,
-        persistent_workers: bool = False,
     ) -> None:
         assert isinstance(loader.dataset, Sized)
         assert loader.batch_size is not None
         self.loader = loader
         self.device = device
-        self.plan = BatchPlan(
+        self._plan_at_start = BatchPlan(
             len(loader.dataset),
             loader.batch_size,
             num_processes,
@@ -566,16 +566,16 @@ class PlannedLoader:
             even,
         )
         self.batch_sampler = PlannedBatchSampler(
-            self.plan, process_index, seed, type(loader.sampler) is RandomSampler
+            self._plan_at_start,
+            process_index,
+            seed,
+            type(loader.sampler) is RandomSampler,
         )
-        self._in_memory = InMemoryDataset.of(loader)
         self._batches = _BatchDataset(loader.dataset, loader.collate_fn)
-        self._loader = self._rebuild(loader, persistent_workers)
+        self._loader = self._rebuild(loader)
         self._iteration = workers.LastIteration()
 
-    def _rebuild(
-        self, loader: DataLoader[Any], persistent_workers: bool
-    ) -> DataLoader[Any]:
+    def _rebuild(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         has_workers = loader.num_workers > 0
         return DataLoader(
             self._batches,
@@ -592,14 +592,18 @@ class PlannedLoader:
                 derive_seed(self.batch_sampler.seed)
             ),
             prefetch_factor=loader.prefetch_factor if has_workers else None,
-            persistent_workers=has_workers
-            and (loader.persistent_workers or persistent_workers),
+            persistent_workers=loader.persistent_workers,
         )
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)
+
+    @property
+    def plan(self) -> BatchPlan:
+        """Which samples make up each batch of the epoch."""
+        return self.batch_sampler.plan
 
     @property
     def is_exact(self) -> bool:
@@ -613,15 +617,17 @@ class PlannedLoader:
     def set_epoch(self, epoch: int, first_step: int = 0, first_sample: int = 0) -> None:
         """Choose the epoch that the next iteration yields.
 
+        An epoch that begins has as many samples as the dataset has now.
+
         Args:
             epoch: Number of the epoch, from 1.
             first_step: Batches at the start of the epoch to leave out, unloaded.
             first_sample: Where in the order of the epoch the first batch starts.
         """
-        self.plan = replace(self.plan, first=first_sample)
-        self.batch_sampler.plan = self.plan
+        self.batch_sampler.plan = replace(self.plan, first=first_sample)
         self.batch_sampler.epoch = epoch
         self.batch_sampler.first_step = first_step
+        self._follow_dataset()
 
     def share_of(self, step: int) -> Share:
         """Return what this process has of a step."""
@@ -637,12 +643,14 @@ class PlannedLoader:
     def use_batch_size(self, batch_size: int) -> None:
         """Make batches of another size of the same samples, from the next iteration."""
         self.stop_workers()
-        self.plan = self.batch_sampler.plan = self.plan.with_batch_size(batch_size)
+        self.batch_sampler.plan = self.plan.with_batch_size(batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this process that are due in the chosen epoch."""
-        if self._in_memory is not None and self.is_in_memory:
-            return to_device(self._in_memory_batches(self._in_memory), self.device)
+        self._follow_dataset()
+        in_memory = self._data_in_memory()
+        if in_memory is not None:
+            return to_device(self._in_memory_batches(in_memory), self.device)
         self._batches.is_first = True
         if self.loader.num_workers == 0 and not self.loader.pin_memory:
             # What the loader would do, without what it spends on each batch.
@@ -653,7 +661,7 @@ class PlannedLoader:
     @property
     def is_in_memory(self) -> bool:
         """Whether whole batches are taken by indexing."""
-        return self._in_memory is not None and self.loader.num_workers == 0
+        return self._data_in_memory() is not None
 
     def seconds_per_batch(self) -> float:
         """Measure how long it takes to load the first batch in this process."""
@@ -669,6 +677,15 @@ class PlannedLoader:
         """End worker processes that were kept for another epoch, or by an error."""
         self._iteration.stop_workers()
         self._loader._iterator = None
+
+    def _follow_dataset(self) -> None:
+        """Plan for the length that the dataset has now, unless amid an epoch."""
+        if self.batch_sampler.first_step == 0 and self.plan.first == 0:
+            plan = replace(self._plan_at_start, length=len(self.dataset))
+            self.batch_sampler.plan = plan.with_batch_size(self.plan.batch_size)
+
+    def _data_in_memory(self) -> InMemoryDataset | None:
+        return None if self.loader.num_workers else InMemoryDataset.of(self.loader)
 
     def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
         is_here = data.tensors[0].device.type == "cpu"

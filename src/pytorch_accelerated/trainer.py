@@ -909,7 +909,6 @@ class Trainer(ResumableRun):
         if not is_alone and sharing.is_split_by_process(loader):
             return data.DeviceLoader(loader, self.device)
         if is_ours and data.is_plain(loader):
-            kwargs = self._eval_dl_kwargs if is_evaluation else self._train_dl_kwargs
             return data.PlannedLoader(
                 loader,
                 self.device,
@@ -917,7 +916,6 @@ class Trainer(ResumableRun):
                 num_processes=accelerator.num_processes,
                 process_index=accelerator.process_index,
                 even=is_evaluation,
-                persistent_workers=(kwargs or {}).get("persistent_workers", True),
             )
         if is_alone:
             return data.DeviceLoader(loader, self.device)

@@ -47,6 +47,7 @@ SCHEDULES = "test_schedules_end_right.py::"
 COUNTS = "test_counting.py::"
 MODES = "test_modes_and_gradients.py::"
 SEEDS = "test_seeds_and_data_order.py::"
+CHANGES = "test_changes_of_the_data_are_seen.py::"
 AGREEMENT = "test_agreement.py::"
 MEMORY = "test_smaller_batches_when_memory_runs_out.py::"
 FOLDERS = "../faults/test_shared_folders.py::"
@@ -332,6 +333,13 @@ MUTATIONS = [
         "data.seed_everything(self._data_seed)",
         SEEDS + "test_two_processes_share_the_samples_and_differ_in_augmentation"
         "_and_dropout",
+    ),
+    Mutation(
+        "loader: an epoch has the length of the first",
+        "data.py",
+        "length=len(self.dataset)",
+        "length=self.plan.length",
+        CHANGES + "test_a_dataset_that_grows_or_shrinks_is_trained_whole",
     ),
     Mutation(
         "seeds: without one, everything is seeded",
