@@ -134,6 +134,50 @@ def test_a_mask_of_infinities_stays_what_it_is(ema_class):
     assert torch.equal(ema.module.mask, mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.0, 0.75, 1.0])
+def test_infinities_in_a_weight_stay_what_they_are_found_75(decay, dtype):
+    """Found 75: -inf - -inf is NaN, and so was the average."""
+    model = nn.Sequential(create_model(dtype=dtype), create_model(4.0, dtype))
+    model[0].weight.requires_grad_(False)
+    for layer in model:
+        layer.weight.data[0, 0] = -torch.inf
+    model[0].weight.data[0, 1] = torch.nan
+    ema = ModelEma(model, decay=decay)
+    model[1].weight.data[0, 1] = 8.0
+    for _ in range(2):
+        ema.update(model)
+        assert str(ema.module[0].weight.tolist()) == "[[-inf, nan]]"
+        assert ema.module[1].weight[0, 0] == -torch.inf
+    assert ema.module[1].weight[0, 1] == 8.0 - 4.0 * decay**2
+
+
+def test_an_element_that_becomes_finite_is_averaged_from_then_on_found_75():
+    model = create_model(-torch.inf)
+    ema = ModelEma(model, decay=0.75)
+    set_weight(model, 4.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[4.0, 4.0]]
+    set_weight(model, 8.0)
+    ema.update(model)
+    assert ema.module.weight.tolist() == [[5.0, 5.0]]
+
+
+@pytest.mark.parametrize("ema_class", [ModelEma, OwnRule])
+def test_a_weight_of_another_shape_is_refused_found_75(ema_class):
+    """Found 75: a head of 10 outputs was averaged with one of 1, by broadcasting."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 10))
+    ema = ema_class(model)
+    model[1] = nn.Linear(3, 1)
+    before = copy.deepcopy(ema.module)
+    for change in (ema.update, ema.set):
+        with pytest.raises(
+            ValueError, match=r"'1\.weight' .* \(1, 3\), .* has \(10, 3\)\. Create"
+        ):
+            change(model)
+    assert equal_states(ema.module, before)
+
+
 def test_a_tied_weight_is_moved_once():
     model = nn.Sequential(create_model(), create_model())
     model[1].weight = model[0].weight

@@ -34,9 +34,10 @@ class ModelEma(nn.Module):
     The weights are averaged, and so are buffers of floating-point numbers, such as the
     running statistics of batch normalisation. Other buffers are copied: integers, such
     as the number of batches tracked, and those with infinite entries, such as attention
-    masks. Averages of 16-bit weights are kept in float32 beside the copy, because a
-    16-bit number is too coarse to take steps as small as ``1 - decay``; the copy itself
-    stays in the precision of the model.
+    masks. Elements of a weight that are infinite or NaN from the start are taken over
+    from the model, and averaged once they are finite. Averages of 16-bit weights are
+    kept in float32 beside the copy, because a 16-bit number is too coarse to take steps
+    as small as ``1 - decay``; the copy itself stays in the precision of the model.
 
     The average may live on another device than the model: ``ema.to("cpu")``. Its
     ``state_dict`` holds all that is needed to go on exactly.
@@ -82,6 +83,12 @@ class ModelEma(nn.Module):
             # The mean of an infinity and itself, taken as x + w * (x - x), is NaN.
             or (name in buffers and entry.isinf().any())
         )
+        # Looked for once, as each look waits for the device.
+        self._not_finite = frozenset(
+            name
+            for name, entry in entries.items()
+            if name not in self._copied and not entry.isfinite().all()
+        )
         # Buffers of a module, so that `to()` and the state dict reach them. Their names
         # must not contain dots.
         self.shadow = nn.Module()
@@ -107,7 +114,8 @@ class ModelEma(nn.Module):
             model: The model that this average was made from, as it is now.
 
         Raises:
-            ValueError: If the entries of the model are not those of the average.
+            ValueError: If the entries of the model, or their shapes, are not those of
+                the average.
         """
         self._update(model, self.update_fn)
         self.num_updates += 1
@@ -147,20 +155,26 @@ class ModelEma(nn.Module):
     def _update(self, model: nn.Module, update_fn: UpdateFn) -> None:
         entries, new_entries = _get_entries(self.module), _get_entries(model)
         _check_names_match(entries, new_entries)
+        _check_shapes_match(entries, new_entries)
         shadow = {
             name: self.shadow.get_buffer(key) for name, key in self._shadow_keys.items()
         }
+        is_default_rule = getattr(update_fn, "__func__", None) is ModelEma.update_fn
+        weight = 1.0 - self.current_decay
         averages, new_values = [], []
         for name, entry in entries.items():
             new_value = new_entries[name].to(entry.device)
+            average = shadow.get(name, entry)
             if name in self._copied:
                 entry.copy_(new_value)
+            elif name in self._not_finite and is_default_rule:
+                _lerp_finite_(average, new_value.to(average.dtype), weight)
             else:
-                averages.append(shadow.get(name, entry))
+                averages.append(average)
                 new_values.append(new_value)
 
-        if getattr(update_fn, "__func__", None) is ModelEma.update_fn:
-            _lerp_(averages, new_values, weight=1.0 - self.current_decay)
+        if is_default_rule:
+            _lerp_(averages, new_values, weight)
         else:
             for average, new_value in zip(averages, new_values, strict=True):
                 new_value = new_value.detach().to(average.dtype)
@@ -201,6 +215,28 @@ def _check_names_match(
             "training or compiled, pass the model inside, as trainer.get_model() "
             "returns it."
         )
+
+
+def _check_shapes_match(
+    entries: dict[str, torch.Tensor], new_entries: dict[str, torch.Tensor]
+) -> None:
+    for name, entry in entries.items():
+        new_shape = new_entries[name].shape
+        if new_shape != entry.shape:
+            raise ValueError(
+                f"The weight {name!r} of the model has the shape {tuple(new_shape)}, "
+                f"but its average has {tuple(entry.shape)}. Create the average after "
+                "the model has its final form, or a new one where that changes."
+            )
+
+
+def _lerp_finite_(
+    average: torch.Tensor, new_value: torch.Tensor, weight: float
+) -> None:
+    """Move an average, but take over elements for which there is none."""
+    # From an infinity to itself it is x + weight * (x - x): NaN.
+    moved = average.lerp(new_value, weight)
+    average.copy_(torch.where((new_value - average).isfinite(), moved, new_value))
 
 
 def _lerp_(
