@@ -600,6 +600,13 @@ MUTATIONS = [
         '            self._call_event("on_train_update_end"',
         SCHEDULES + "test_callbacks_can_read_what_an_update_was_made_with",
     ),
+    Mutation(
+        "schedule: a later period begins with the value at the end of the one before",
+        "schedulers/wsd_scheduler.py",
+        "self.get_phase_info(num_updates + 1)",
+        "self.get_phase_info(num_updates)",
+        WSD + "test_a_period_begins_with_the_stable_value_found_95",
+    ),
 ]
 
 

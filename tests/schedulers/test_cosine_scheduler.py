@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
@@ -125,6 +126,7 @@ def test_a_part_of_an_epoch_can_be_warmup():
 lengths = st.integers(1, 12)
 
 
+@pytest.mark.filterwarnings("ignore:Warm-up and cooldown take")
 @unhurried
 @given(
     epochs=lengths,
@@ -218,6 +220,41 @@ def test_arguments_out_of_range_are_errors(settings, message, error):
     arguments = {"total_num_epochs": 3, "num_update_steps_per_epoch": 4, **settings}
     with pytest.raises(error, match=message):
         CosineLrScheduler(create_optimizer(0.1), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_warmup_epochs": 4}, "take 16 updates, .* has 12, .* Lower num_warmup"),
+        (
+            {"num_warmup_epochs": 2, "num_cooldown_epochs": 1.5},
+            "take 14 updates, .* has 12",
+        ),
+        ({"lr_min": 0.2}, "lowest learning rate is 0.2, above .* 0.1. Set lr_min"),
+        ({"min_lr_ratio": 3}, "lowest learning rate is 0.3, above .* min_lr_ratio"),
+        (
+            {"num_warmup_epochs": 1, "warmup_starting_lr": 0.2},
+            "warm-up starts from is 0.2, above .* 0.1. Set warmup_starting_lr",
+        ),
+        (
+            {"num_warmup_epochs": 1, "warmup_starting_lr_ratio": 5},
+            "warm-up starts from is 0.5, above .* warmup_starting_lr_ratio",
+        ),
+    ],
+)
+def test_what_is_hardly_meant_is_warned_of_found_95(settings, message):
+    arguments = {"total_num_epochs": 3, "num_update_steps_per_epoch": 4, **settings}
+    with pytest.warns(TrainingWarning, match=message) as warned:
+        CosineLrScheduler(create_optimizer(0.1), **arguments)
+    assert len(warned) == 1
+
+
+def test_settings_at_the_edge_of_sense_are_accepted_in_silence():
+    CosineLrScheduler(create_optimizer(0.1), 3, 4, num_warmup_epochs=3)
+    CosineLrScheduler(create_optimizer(0.1), 3, 4, lr_min=0.1, warmup_starting_lr=1)
+    CosineLrScheduler(
+        create_optimizer(0.1), 3, 4, num_warmup_epochs=1, warmup_starting_lr=0.1
+    )
 
 
 def test_the_factory_leaves_the_length_of_the_run_to_the_trainer():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
@@ -18,6 +19,7 @@ from pytorch_accelerated.schedulers.wsd_scheduler import estimate_checkpoint_ste
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 FLOOR = 1e-6
+A_LONG_WARMUP = "ignore:The warm-up of"
 
 
 def create_optimizer(*lrs):
@@ -92,11 +94,18 @@ def test_each_period_decays_before_its_checkpoint(num_checkpoints, ends, inverse
     expected = [0.1] * 201
     for start, end in zip([0, *ends], ends, strict=False):
         d = (end - start) // 5
-        for i in range(d + 1):
+        for i in range(d):
             expected[end - d + i] = decay(i / d, r=0.01)
+    expected[200] = 0.001
     assert curve == pytest.approx(expected, rel=1e-9)
-    for end in ends:
-        assert curve[end] == pytest.approx(0.001, rel=1e-9)
+
+
+def test_a_period_begins_with_the_stable_value_found_95():
+    """Found 95: the first update of each later one trained with the floor."""
+    curve = curve_of(21, total_steps=20, num_checkpoints=2, decay_phase_ratio=0.2)
+    decay = [sqrt_decay(0), sqrt_decay(0.5)]
+    period = [0.1] * 8 + decay
+    assert curve == pytest.approx([*period, *period, 0.1 * FLOOR])
 
 
 def test_warmup_rises_linearly_to_the_stable_value():
@@ -250,6 +259,7 @@ def test_two_schedulers_do_not_disturb_each_other():
         ({"total_steps": 9, "decay_phase_ratio": 1.1}, "between 0 and 1, got 1.1"),
         ({"total_steps": 9, "decay_phase_ratio": -0.1}, "between 0 and 1, got -0.1"),
         ({"total_steps": 9, "lr_min": -1}, "lr_min must not be negative, got -1"),
+        ({"total_steps": 9, "lr_min": 2}, "a fraction .* at most 1, got 2"),
         ({"total_steps": 9, "num_checkpoints": 0}, "at least 1, got 0"),
         ({"total_steps": 9, "num_warmup_steps": -2}, "not be negative, got -2"),
         (
@@ -266,6 +276,27 @@ def test_arguments_out_of_range_are_errors(settings, message, error):
     """Other WSD: no length was a TypeError about None."""
     with pytest.raises(error, match=message):
         WSDLrScheduler(create_optimizer(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("num_checkpoints", "warmup", "end"), [(1, 30, 20), (1, 20, 20), (3, 5, 5)]
+)
+def test_a_warmup_that_leaves_nothing_to_decay_is_warned_of_found_95(
+    num_checkpoints, warmup, end
+):
+    settings = {"total_steps": 20, "num_checkpoints": num_checkpoints}
+    with pytest.warns(
+        TrainingWarning,
+        match=rf"warm-up of {warmup} updates .* after {end}, .* a shorter warm-up",
+    ):
+        WSDLrScheduler(create_optimizer(), num_warmup_steps=warmup, **settings)
+    WSDLrScheduler(create_optimizer(), num_warmup_steps=end - 1, **settings)
+    WSDLrScheduler(
+        create_optimizer(),
+        num_warmup_steps=warmup,
+        is_continuation_from_checkpoint=True,
+        **settings,
+    )
 
 
 def test_settings_at_the_edge_of_their_range_are_accepted():
@@ -289,6 +320,7 @@ any_settings = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.filterwarnings(A_LONG_WARMUP)
 @unhurried
 @given(settings=any_settings)
 def test_values_stay_between_the_floor_and_the_peak(settings):
@@ -307,6 +339,7 @@ def test_checkpoints_grow_strictly_and_end_with_the_schedule(total, num_checkpoi
     assert len(steps) <= num_checkpoints
 
 
+@pytest.mark.filterwarnings(A_LONG_WARMUP)
 @unhurried
 @given(settings=any_settings, stop=st.integers(0, 60))
 def test_a_saved_schedule_goes_on_as_if_never_interrupted(settings, stop):
@@ -392,7 +425,7 @@ def test_a_continuation_starts_at_the_stable_value_without_warmup():
     assert scheduler.previous_checkpoint_step is None
     assert scheduler.get_updated_values(0) == scheduler.base_lr_values == [0.1]
     decay = [sqrt_decay(i / 4, r=0.01) for i in range(5)]
-    expected = [0.1] * 16 + decay + [0.1] * 15 + decay
+    expected = [0.1] * 16 + decay[:4] + [0.1] * 16 + decay
     assert run_schedule(scheduler, 41) == pytest.approx(expected)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from pytorch_accelerated.errors import warn
 from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
@@ -50,6 +51,10 @@ class CosineLrScheduler(StatefulSchedulerBase):
     Raises:
         InvalidScheduleError: The schedule has no length, or a length or the lowest
             learning rate is negative.
+
+    Warns:
+        TrainingWarning: Warm-up and cooldown are longer than the schedule, or the
+            lowest learning rate or the start of the warm-up is above that of a group.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class CosineLrScheduler(StatefulSchedulerBase):
         self.warmup_lr_init = warmup_starting_lr
         self.warmup_lr_ratio = warmup_starting_lr_ratio
         self._check_arguments()
+        self._warn_of_what_is_hardly_meant()
         self.step_update(0)
 
     @classmethod
@@ -157,6 +163,40 @@ class CosineLrScheduler(StatefulSchedulerBase):
         ):
             if value < 0:
                 raise InvalidScheduleError(f"{name} must not be negative.")
+
+    def _warn_of_what_is_hardly_meant(self) -> None:
+        taken = self.warmup_iterations + self.num_cooldown_iterations
+        if taken > self.total_iterations:
+            warn(
+                f"Warm-up and cooldown take {taken:g} updates, but the schedule has "
+                f"{self.total_iterations:g}, so it does not get to anneal. Lower "
+                "num_warmup_epochs or num_cooldown_epochs, or train for longer."
+            )
+        self._warn_if_above_lr(
+            "lowest learning rate",
+            "lr_min or min_lr_ratio",
+            self.lr_min_ratio,
+            self.lr_min,
+        )
+        if self.warmup_iterations > 0:
+            self._warn_if_above_lr(
+                "learning rate that the warm-up starts from",
+                "warmup_starting_lr or warmup_starting_lr_ratio",
+                self.warmup_lr_ratio,
+                self.warmup_lr_init,
+            )
+
+    def _warn_if_above_lr(
+        self, name: str, arguments: str, ratio: float | None, value: float
+    ) -> None:
+        for base_lr in self.base_lr_values:
+            lr = _ratio_or_value(ratio, base_lr, value)
+            if lr > base_lr:
+                warn(
+                    f"The {name} is {lr:g}, above that of the optimizer, {base_lr:g}. "
+                    f"Set {arguments} to less."
+                )
+                return
 
 
 def _ratio_or_value(ratio: float | None, base_lr: float, value: float) -> float:

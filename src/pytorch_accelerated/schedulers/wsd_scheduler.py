@@ -39,9 +39,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
         b * (r + (1 - r) * (1 - sqrt(t)))   with use_inverse_sqrt_decay
         b / (t / r + (1 - t))               without
 
-    and all others with b. The value at the end of a period, when its p updates are
-    done, is ``b * r``; after the last period it stays there. In the warm-up of w
-    updates, update n, counted from 0, trains with ``s + n / w * (b - s)``.
+    and all others with b, also the first of the next period. After the last period the
+    value is ``b * r``. In the warm-up of w updates, update n, counted from 0, trains
+    with ``s + n / w * (b - s)``.
 
     The method is that of `MiniCPM <https://arxiv.org/abs/2404.06395>`_ and, with
     several checkpoints, of `WSD-S <https://arxiv.org/abs/2410.05192>`_; the first
@@ -56,7 +56,8 @@ class WSDLrScheduler(StatefulSchedulerBase):
         num_warmup_steps: Updates of linear warm-up. None is 1% of the schedule.
         decay_phase_ratio: The fraction of each period that decays, at most 1/3 with
             several checkpoints.
-        lr_min: The learning rate at a checkpoint, as a fraction of that of the group.
+        lr_min: The learning rate that each decay leads to, as a fraction of that of
+            the group.
         warmup_starting_lr: The learning rate that the warm-up starts from.
         use_inverse_sqrt_decay: Which of the two decays to use.
         num_checkpoints: The number of checkpoints, and of periods.
@@ -73,6 +74,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
     Raises:
         InvalidScheduleError: The length is missing or given twice, or an argument is
             out of its range.
+
+    Warns:
+        TrainingWarning: The warm-up is as long as the first period or longer.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         self.previous_checkpoint_step = None
         self._check_arguments()
         self._plan_checkpoints()
+        self._warn_of_a_warmup_without_decay()
         self.step_update(0)
 
     @classmethod
@@ -277,7 +282,8 @@ class WSDLrScheduler(StatefulSchedulerBase):
     def _decay_factor(self, num_updates: int) -> float:
         if num_updates >= self.total_steps:
             return self.lr_min
-        info = self.get_phase_info(num_updates)
+        # A checkpoint ends a period: the update after it is the first of the next.
+        info = self.get_phase_info(num_updates + 1)
         num_decayed = num_updates - info["pre_decay_step"]
         if num_decayed <= 0:
             return 1.0
@@ -306,6 +312,11 @@ class WSDLrScheduler(StatefulSchedulerBase):
             raise InvalidScheduleError(
                 f"lr_min must not be negative, got {self.lr_min}."
             )
+        if self.lr_min > 1:
+            raise InvalidScheduleError(
+                "lr_min is a fraction of the learning rate and must be at most 1, got "
+                f"{self.lr_min}."
+            )
         if self.num_warmup_steps < 0:
             raise InvalidScheduleError(
                 f"num_warmup_steps must not be negative, got {self.num_warmup_steps}."
@@ -316,6 +327,16 @@ class WSDLrScheduler(StatefulSchedulerBase):
                 f"warmup_starting_lr is {self.warmup_starting_lr}, above the highest "
                 f"learning rate of the optimizer, {highest_lr}. Lower it, or set "
                 "num_warmup_steps=0."
+            )
+
+    def _warn_of_a_warmup_without_decay(self) -> None:
+        first_end = self.checkpoint_steps[0]
+        if self._is_in_warmup(first_end - 1):
+            warn(
+                f"The warm-up of {self.num_warmup_steps} updates covers the first "
+                f"period, which ends with a checkpoint after {first_end}, so that "
+                "nothing decays before it. Use a shorter warm-up or fewer "
+                "checkpoints, or train for longer."
             )
 
 
