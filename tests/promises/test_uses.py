@@ -1,0 +1,853 @@
+"""The grid of uses: wherever the data comes from, each sample counts once.
+
+A use is a kind of data, and a way to train on it. Sample n is the number n, so that it
+is counted what each process saw, and the gradient of the n-th weight of the model says
+how much of an update sample n had. The tables of ``docs/correctness.md`` are made from
+:data:`USES`; to write them anew, run this file.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+)
+
+from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.errors import StopTrainingError, TrainingWarning
+from pytorch_accelerated.trainer import Trainer
+
+DOCS = Path(__file__).parents[2] / "docs" / "correctness.md"
+
+BATCH_SIZE, NUM_EPOCHS, SEED = 2, 2, 5
+TRAIN, EVAL, INNER = 0, 20, 40  # the first number of what is trained, evaluated, ...
+NUM_WEIGHTS = 60
+
+
+# ------------------------------------------------------------------- kinds of data
+
+
+HERE = {"num_workers": 0}  # whether workers would pay is not measured each time
+
+
+def columns(numbers):
+    """The numbers, and a loss for each by which their sum tells them all."""
+    numbers = torch.tensor(list(numbers))
+    return numbers, 2.0 ** numbers.double()
+
+
+def sample(number):
+    return tuple(column[0] for column in columns([number]))
+
+
+def in_memory(numbers):
+    return TensorDataset(*columns(numbers)), {}
+
+
+class Samples(Dataset):
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        return sample(self.numbers[index])
+
+
+def map_style(numbers):
+    return Samples(numbers), dict(HERE)
+
+
+class Backwards(Sampler):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter(range(self.count - 1, -1, -1))
+
+
+class Drawn(Backwards):
+    """Draws its order from torch's global generator."""
+
+    def __iter__(self):
+        return iter(torch.randperm(self.count).tolist())
+
+
+def sampler(numbers):
+    return Samples(numbers), {"sampler": Backwards(len(numbers)), **HERE}
+
+
+def drawn_sampler(numbers):
+    return Samples(numbers), {"sampler": Drawn(len(numbers)), **HERE}
+
+
+def batch_sampler(numbers):
+    batches = BatchSampler(Drawn(len(numbers)), BATCH_SIZE, drop_last=False)
+    return Samples(numbers), {"batch_sampler": batches, **HERE}
+
+
+def ready_loader(numbers):
+    return DataLoader(Samples(numbers), BATCH_SIZE, shuffle=True), {}
+
+
+def process_and_number():
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def distributed_sampler(numbers):
+    rank, num_processes = process_and_number()
+    data = Samples(numbers)
+    split = DistributedSampler(data, num_processes, rank, seed=1)
+    return DataLoader(data, BATCH_SIZE, sampler=split), {}
+
+
+class Stream(IterableDataset):
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __iter__(self):
+        return map(sample, self.numbers)
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.numbers)
+
+
+class StreamWithPlace(Stream):
+    """Goes on from where it was."""
+
+    def __init__(self, numbers):
+        super().__init__(numbers)
+        self.num_read = 0
+
+    def __iter__(self):
+        while self.num_read < len(self.numbers):
+            self.num_read += 1
+            yield sample(self.numbers[self.num_read - 1])
+        self.num_read = 0
+
+    def state_dict(self):
+        return {"num_read": self.num_read}
+
+    def load_state_dict(self, state):
+        self.num_read = state["num_read"]
+
+
+class SplitStream(Stream):
+    is_split_by_process = True
+
+    def __iter__(self):
+        rank, num_processes = process_and_number()
+        return map(sample, self.numbers[rank::num_processes])
+
+
+class ReadyBatches:
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __iter__(self):
+        for first in range(0, len(self.numbers), BATCH_SIZE):
+            yield columns(self.numbers[first : first + BATCH_SIZE])
+
+
+class SplitBatches(ReadyBatches):
+    is_split_by_process = True
+
+    def __init__(self, numbers):
+        rank, num_processes = process_and_number()
+        super().__init__(numbers[rank::num_processes])
+
+
+def just(kind):
+    """Return what makes data of this kind, which needs no arguments of a loader."""
+    return lambda numbers: (kind(numbers), {})
+
+
+# ------------------------------------------------------------------- ways to train
+
+
+class Numbered(nn.Module):
+    """Answers a sample with its number, and notes which it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(NUM_WEIGHTS, dtype=torch.float64))
+        self.trained = [[]]
+        self.evaluated = [[]]
+
+    def forward(self, numbers):
+        seen = self.trained if self.training else self.evaluated
+        seen[-1].extend(numbers.tolist())
+        weight = self.weight[numbers]
+        return numbers + weight - weight.detach()
+
+
+def loss_of(outputs, targets):
+    """Return the mean of the targets, with a gradient of 1 / n for each sample."""
+    return (targets + outputs - outputs.detach()).mean()
+
+
+class Plain(Trainer):
+    """As it comes."""
+
+    def __init__(self, callbacks=(), **kwargs):
+        model = Numbered()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        callbacks = [Counts(), *callbacks]
+        super().__init__(model, loss_of, optimizer, callbacks, seed=SEED, **kwargs)
+        self.counts = {}  # by epoch, how much of the updates each sample had
+        self.shown = {}  # by epoch, what this process was shown in training
+        self.inner = []  # what was evaluated or predicted by a callback
+
+    def train_epoch_start(self):
+        super().train_epoch_start()
+        model, epoch = self.get_model(), self.run_history.current_epoch
+        model.trained.append([])
+        self.shown[epoch] = model.trained[-1]
+        self.counts[epoch] = torch.zeros(NUM_WEIGHTS, dtype=torch.float64)
+
+    def eval_epoch_start(self):
+        super().eval_epoch_start()
+        self.get_model().evaluated.append([])
+
+
+class Counts(TrainerCallback):
+    def on_training_run_start(self, trainer, **kwargs):
+        self.weight = trainer.get_model().weight.detach().clone()
+        self.num_samples = trainer.num_samples_seen
+
+    def on_train_update_end(self, trainer, **kwargs):
+        weight = trainer.get_model().weight.detach().clone()
+        num_samples = trainer.num_samples_seen - self.num_samples
+        epoch = trainer.run_history.current_epoch
+        trainer.counts[epoch] += (self.weight - weight) * num_samples
+        self.weight, self.num_samples = weight, trainer.num_samples_seen
+
+
+class OwnStep(Plain):
+    def calculate_train_batch_loss(self, batch):
+        numbers, targets = batch
+        loss = loss_of(self.model(numbers), targets)
+        return {"loss": loss, "batch_size": len(numbers)}
+
+
+class OwnPasses(Plain):
+    """As such overrides were written for 0.1.61."""
+
+    def _perform_forward_and_backward_passes(self, batch, step):
+        output = self.calculate_train_batch_loss(batch)
+        self._update_loss_tracker(output["loss"], output["batch_size"])
+        self.callback_handler.call_event(
+            "on_train_step_end", self, batch_output=output, batch=batch, step=step
+        )
+        self.backward_step(output["loss"])
+
+
+class OwnEpoch(Plain):
+    def _run_train_epoch(self, train_dl):
+        self.train_epoch_start()
+        for batch in train_dl:
+            self.backward_step(self.calculate_train_batch_loss(batch)["loss"])
+            self.optimizer_step()
+            self.optimizer_zero_grad()
+        self.train_epoch_end()
+
+
+class OwnEpochOfOurSteps(Plain):
+    def _run_train_epoch(self, train_dl):
+        self.train_epoch_start()
+        for step, batch in enumerate(train_dl):
+            self._perform_forward_and_backward_passes(batch, step)
+            self.optimizer_step()
+            self.optimizer_zero_grad()
+        self.train_epoch_end()
+
+
+class InCallback(TrainerCallback):
+    """Evaluates or predicts at an event, and notes what."""
+
+    def __init__(self, how, event="on_train_update_end"):
+        self.how = how
+        self.event = event
+        self.is_inside = False
+        setattr(self, event, self.evaluate)
+
+    def evaluate(self, trainer, **kwargs):
+        if self.is_inside:
+            return
+        self.is_inside = True
+        model = trainer.get_model()
+        outer, model.evaluated = model.evaluated, [[]]
+        inner = self.how(trainer)
+        trainer.inner.append(
+            [n for seen in model.evaluated for n in seen] if inner is None else inner
+        )
+        model.evaluated = outer
+        self.is_inside = False
+
+
+def numbers_from(first, count=7):
+    return range(first, first + count)
+
+
+def evaluate_another(trainer):
+    trainer.evaluate(Samples(numbers_from(INNER)), BATCH_SIZE, HERE)
+
+
+def evaluate_the_same(trainer):
+    trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
+
+
+def predict_another(trainer):
+    # On all processes the same, so the first one tells.
+    predictions = trainer.predict(Samples(numbers_from(INNER)), BATCH_SIZE, HERE)
+    return predictions.tolist() if process_and_number()[0] == 0 else []
+
+
+def with_callback(how, callbacks=(), **kwargs):
+    return Plain([InCallback(how), *callbacks], **kwargs)
+
+
+SPLIT_BATCHES = DataLoaderConfiguration(split_batches=True)
+
+
+# --------------------------------------------------------- the grid, and what is right
+
+
+class Outcome(NamedTuple):
+    """What is right, in the words of the docs, and what the user is told."""
+
+    text: str
+    warning: str | None = None
+    error: str | None = None
+
+
+ONCE = Outcome("once")
+LOADS_AGAIN = Outcome("once, warned", warning="To find its place, the run loads")
+BETWEEN_EPOCHS = Outcome("once, between epochs")
+REFUSED_READY = Outcome("refused", error="is_split_by_process = True")
+REFUSED_SETTING = Outcome(
+    "refused", error="divide the batch size by the number of processes"
+)
+
+ACTIONS = ["train", "evaluate", "predict", "resume"]
+
+
+class Use(NamedTuple):
+    """A row of the grid; what is not said is that each sample counts once."""
+
+    name: str
+    data: Callable[[range], tuple[Any, dict[str, Any]]] = map_style
+    way: Callable[..., Plain] = Plain
+    one: dict[str, Outcome] | None = None
+    several: dict[str, Outcome] | None = None
+    # Odd, so that the last step has one sample for two processes. Even where the user
+    # has shared the samples, or gives losses their weight.
+    count: int = 9
+    in_order: bool = True
+
+    def outcome(self, num_processes, action):
+        outcomes = self.one if num_processes == 1 else self.several
+        return (outcomes or {}).get(action, ONCE)
+
+    def on_all(self, **outcomes):
+        return self._replace(one=outcomes, several=outcomes)
+
+
+def all_actions(outcome):
+    return dict.fromkeys(ACTIONS, outcome)
+
+
+FROM_START = {"resume": LOADS_AGAIN}
+
+DATA = [
+    Use("a map-style dataset"),
+    Use("a `TensorDataset`", in_memory),
+    Use("`sampler=`", sampler, in_order=False).on_all(**FROM_START),
+    Use(
+        "`sampler=` that draws from torch's generator", drawn_sampler, in_order=False
+    ).on_all(**FROM_START),
+    Use("`batch_sampler=`", batch_sampler, in_order=False).on_all(**FROM_START),
+    Use("a ready `DataLoader`", ready_loader, in_order=False).on_all(**FROM_START),
+    Use(
+        "a ready `DataLoader` with a `DistributedSampler`",
+        distributed_sampler,
+        in_order=False,
+        count=10,
+    ).on_all(**FROM_START),
+    Use("a stream", just(Stream)).on_all(**FROM_START),
+    Use("a stream with a length", just(SizedStream)).on_all(**FROM_START),
+    Use("a stream with a `state_dict()`", just(StreamWithPlace)),
+    Use(
+        "a stream marked as split by process",
+        just(SplitStream),
+        in_order=False,
+        count=10,
+    ).on_all(**FROM_START),
+    Use(
+        "ready batches",
+        just(ReadyBatches),
+        one=FROM_START,
+        several=all_actions(REFUSED_READY),
+    ),
+    Use(
+        "ready batches marked as split by process",
+        just(SplitBatches),
+        in_order=False,
+        count=10,
+    ).on_all(**FROM_START),
+    Use(
+        "`DataLoaderConfiguration(split_batches=True)`",
+        way=partial(Plain, accelerator_kwargs={"dataloader_config": SPLIT_BATCHES}),
+        several=all_actions(REFUSED_SETTING),
+    ),
+]
+
+AS_FOR_0_1_61 = "own `_perform_forward_and_backward_passes`, as for 0.1.61"
+
+WAYS = [
+    Use("own `calculate_train_batch_loss`", way=OwnStep),
+    Use(AS_FOR_0_1_61, way=OwnPasses, count=10),
+    Use(
+        "own `_run_train_epoch`, a loop over the loader",
+        way=OwnEpoch,
+        count=10,
+    ).on_all(resume=BETWEEN_EPOCHS),
+    Use(
+        "own `_run_train_epoch` that calls the trainer's step",
+        way=OwnEpochOfOurSteps,
+        count=10,
+    ).on_all(resume=BETWEEN_EPOCHS),
+    Use("`evaluate()` in a callback", way=partial(with_callback, evaluate_another)),
+    Use(
+        "`_run_eval_epoch()` in a callback",
+        way=partial(with_callback, evaluate_the_same),
+    ),
+    Use("`predict()` in a callback", way=partial(with_callback, predict_another)),
+]
+
+USES = [*DATA, *WAYS]
+
+
+# -------------------------------------------------------- a cell, run on each process
+
+
+class StopsAmid(TrainerCallback):
+    """Saves and stops after the first update of the second epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_update_end(self, trainer, **kwargs):
+        if trainer.run_history.current_epoch == 2:
+            self.save_and_stop(trainer)
+
+    def save_and_stop(self, trainer):
+        trainer.save_training_state(self.folder)
+        raise StopTrainingError("stops here")
+
+
+class StopsBetween(StopsAmid):
+    """Saves and stops at the end of the first epoch."""
+
+    on_train_update_end = None
+
+    def on_training_run_epoch_end(self, trainer, **kwargs):
+        self.save_and_stop(trainer)
+
+
+def train(use, folder, callbacks=(), **kwargs):
+    torch.manual_seed(process_and_number()[0])
+    trainer = use.way(callbacks)
+    data, train_kwargs = use.data(numbers_from(TRAIN, use.count))
+    eval_data, eval_kwargs = use.data(numbers_from(EVAL, use.count))
+    trainer.train(
+        data,
+        NUM_EPOCHS,
+        eval_data,
+        BATCH_SIZE,
+        train_dataloader_kwargs=train_kwargs,
+        eval_dataloader_kwargs=eval_kwargs,
+        **kwargs,
+    )
+    history = trainer.run_history
+    return {
+        "counts": {epoch: counts.tolist() for epoch, counts in trainer.counts.items()},
+        "shown": trainer.shown,
+        "evaluated": trainer.model.evaluated[1:],
+        "inner": trainer.inner,
+        "num_samples_seen": trainer.num_samples_seen,
+        "metrics": {
+            name: list(history.get_metric_values(name))
+            for name in ("train_loss_epoch", "eval_loss_epoch")
+            if name in history.get_metric_names()
+        },
+    }
+
+
+def evaluate(use, folder):
+    trainer = use.way()
+    data, kwargs = use.data(numbers_from(EVAL, use.count))
+    metrics = trainer.evaluate(data, BATCH_SIZE, dataloader_kwargs=kwargs)
+    return {"evaluated": trainer.model.evaluated[1:], "metrics": metrics}
+
+
+def predict(use, folder):
+    trainer = use.way()
+    data, kwargs = use.data(numbers_from(EVAL, use.count))
+    predictions = trainer.predict(data, BATCH_SIZE, dataloader_kwargs=kwargs)
+    return {"predictions": predictions.tolist()}
+
+
+def resume(use, folder):
+    is_amid = use.outcome(1, "resume") is not BETWEEN_EPOCHS
+    stops = (StopsAmid if is_amid else StopsBetween)(folder)
+    parts = [train(use, folder, [stops])]
+    torch.manual_seed(99)
+    parts.append(train(use, folder, resume_from=folder))
+    return {"parts": parts}
+
+
+def run_cell(use, action, folder):
+    """Return what was seen, and what the user was told."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            cell = globals()[action](use, folder / f"{use.name} {action}")
+        except Exception as error:
+            cell = {"error": f"{type(error).__name__}: {error}"}
+    told = [str(w.message) for w in caught if issubclass(w.category, TrainingWarning)]
+    return {"warnings": told, "error": None, **cell}
+
+
+# ----------------------------------------------------------------- what is looked for
+
+
+def check_cell(use, action, cells):
+    """Check what all processes saw against what is right."""
+    outcome = use.outcome(len(cells), action)
+    for cell in cells:
+        assert bool(cell["error"]) == bool(outcome.error), cell["error"]
+        assert (outcome.error or "") in (cell["error"] or "")
+        assert bool(cell["warnings"]) == bool(outcome.warning), cell["warnings"]
+        assert all(outcome.warning in text for text in cell["warnings"])
+    if not outcome.error:
+        globals()[f"check_{action}"](use, cells)
+
+
+def check_train(use, cells):
+    check_trained(use, [[cell] for cell in cells])
+
+
+def check_resume(use, cells):
+    check_trained(use, [cell["parts"] for cell in cells])
+
+
+def check_trained(use, processes):
+    """Check the parts of a run, on all processes."""
+    numbers = numbers_from(TRAIN, use.count)
+    epochs = range(1, NUM_EPOCHS + 1)
+    shown = {epoch: Counter() for epoch in epochs}
+    for parts in processes:
+        counts = torch.zeros(NUM_EPOCHS, NUM_WEIGHTS, dtype=torch.float64)
+        for part in parts:
+            for epoch in part["shown"]:
+                shown[epoch].update(part["shown"][epoch])
+                counts[epoch - 1] += torch.tensor(part["counts"][epoch])
+        if not counts_itself(use):
+            expected = torch.zeros(NUM_WEIGHTS, dtype=torch.float64)
+            expected[list(numbers)] = 1
+            for of_epoch in counts:
+                torch.testing.assert_close(of_epoch, expected)
+            assert parts[-1]["num_samples_seen"] == NUM_EPOCHS * use.count
+            for loss in parts[-1]["metrics"]["train_loss_epoch"]:
+                check_mean(loss, numbers)
+        for loss in parts[-1]["metrics"]["eval_loss_epoch"]:
+            check_mean(loss, numbers_from(EVAL, use.count))
+        assert len(parts[-1]["metrics"]["eval_loss_epoch"]) == NUM_EPOCHS
+    for of_epoch in shown.values():
+        # A process without a sample is shown one that counts for nothing.
+        repeated = of_epoch - Counter(numbers)
+        assert set(of_epoch) == set(numbers)
+        assert repeated.total() <= (len(processes) - 1 if use.count % 2 else 0)
+    evaluated, inner = (
+        [list(chain(*(part[name] for part in parts))) for parts in processes]
+        for name in ("evaluated", "inner")
+    )
+    check_each_once(evaluated, numbers_from(EVAL, use.count), NUM_EPOCHS)
+    if any(inner):
+        is_another = INNER in chain(*(seen[0] for seen in inner))
+        numbers = numbers_from(INNER) if is_another else numbers_from(EVAL, use.count)
+        check_each_once(inner, numbers)
+
+
+def counts_itself(use):
+    return isinstance(use.way, type) and "_run_train_epoch" in vars(use.way)
+
+
+def check_each_once(processes, numbers, times=None):
+    """Check evaluations, each of which is shared by the processes."""
+    assert times is None or len(processes[0]) == times
+    for shares in zip(*processes, strict=True):
+        assert sorted(chain(*shares)) == list(numbers)
+
+
+def check_mean(loss, numbers):
+    """Check a mean of losses of which each has a bit of its own."""
+    assert loss * len(numbers) == pytest.approx(sum(2.0**n for n in numbers), rel=1e-9)
+
+
+def check_evaluate(use, cells):
+    numbers = numbers_from(EVAL, use.count)
+    check_each_once([cell["evaluated"] for cell in cells], numbers, 1)
+    for cell in cells:
+        check_mean(cell["metrics"]["evaluation_loss"], numbers)
+
+
+def check_predict(use, cells):
+    for cell in cells:
+        numbers = cell["predictions"]
+        in_order = numbers if use.in_order else sorted(numbers)
+        assert in_order == list(numbers_from(EVAL, use.count))
+
+
+# ------------------------------------------------------------------------- the tests
+
+
+def reason_of(use, num_processes, action):
+    """Say what is known to be wrong with a cell."""
+    if use.outcome(num_processes, action).error or action in ("evaluate", "predict"):
+        return None
+    if use.name.endswith(("`evaluate()` in a callback", "`predict()` in a callback")):
+        return "found 62"
+    is_split = num_processes == 1 or "split" in use.name or "Distributed" in use.name
+    if use.name.endswith(AS_FOR_0_1_61) and is_split:
+        return "found 68: num_samples_seen stays 0"
+    return None
+
+
+def red(reason):
+    return [] if reason is None else [pytest.mark.xfail(reason=reason)]
+
+
+def cells_of(uses, num_processes):
+    return [
+        pytest.param(
+            use,
+            action,
+            id=f"{use.name}-{action}",
+            marks=red(reason_of(use, num_processes, action)),
+        )
+        for use in uses
+        for action in ACTIONS
+    ]
+
+
+@pytest.mark.parametrize(("use", "action"), cells_of(USES, 1))
+def test_one_process(use, action, tmp_path):
+    check_cell(use, action, [run_cell(use, action, tmp_path)])
+
+
+ON_TWO = {}  # what was seen, by uses
+
+
+@pytest.fixture
+def on_two(on_processes, tmp_path):
+    """Run all cells of some uses in one pair of processes, and keep what they saw."""
+
+    def run_all(uses):
+        return {
+            (use.name, action): run_cell(use, action, tmp_path)
+            for use in uses
+            for action in ACTIONS
+        }
+
+    def cells_of(use, action, uses):
+        key = id(uses)
+        if key not in ON_TWO:
+            ON_TWO[key] = on_processes(2, run_all, uses, timeout_seconds=240)
+        return [process[use.name, action] for process in ON_TWO[key]]
+
+    return cells_of
+
+
+@pytest.mark.parametrize(("use", "action"), cells_of(DATA, 2))
+def test_two_processes(use, action, on_two):
+    check_cell(use, action, on_two(use, action, DATA))
+
+
+@pytest.mark.parametrize(("use", "action"), cells_of(WAYS, 2))
+def test_two_processes_with_a_way_of_their_own(use, action, on_two):
+    check_cell(use, action, on_two(use, action, WAYS))
+
+
+# ------------------------------------------------------- all kinds of data, in all ways
+
+
+def in_way(data, way):
+    """Return the use of a kind of data in another way than the plain one."""
+
+    def outcomes(num_processes):
+        of_data = {a: data.outcome(num_processes, a) for a in ACTIONS}
+        if of_data["train"].error is None and way.outcome(1, "resume") != ONCE:
+            of_data["resume"] = way.outcome(1, "resume")
+        return of_data
+
+    return way._replace(
+        name=f"{data.name}, {way.name}",
+        data=data.data,
+        count=9 if data.count == way.count == 9 else 10,
+        in_order=data.in_order,
+        one=outcomes(1),
+        several=outcomes(2),
+    )
+
+
+KINDS = [use for use in DATA if use.way is Plain]
+CROSSED = [in_way(data, way) for way in WAYS for data in KINDS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED, 1))
+def test_one_process_with_all_data_in_all_ways(use, action, tmp_path):
+    check_cell(use, action, [run_cell(use, action, tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED, 2))
+def test_two_processes_with_all_data_in_all_ways(use, action, on_two):
+    check_cell(use, action, on_two(use, action, CROSSED))
+
+
+# ------------------------------------------------- an evaluation from within a training
+
+EVENTS = [
+    "on_training_run_start",
+    "on_train_epoch_start",
+    "on_train_step_start",
+    "on_train_update_end",
+    "on_train_step_end",
+    "on_train_epoch_end",
+    "on_eval_epoch_start",
+    "on_eval_step_start",
+    "on_eval_step_end",
+    "on_eval_epoch_end",
+    "on_training_run_epoch_end",
+    "on_training_run_end",
+]
+HOWS = [evaluate_another, evaluate_the_same, predict_another]
+
+
+def train_with_callback(how, event, folder):
+    use = Use("", way=lambda callbacks: Plain([InCallback(how, event), *callbacks]))
+    return run_cell(use, "train", folder)
+
+
+def train_with_all(folder):
+    plain = run_cell(Use(""), "train", folder)
+    return plain, {
+        (how, event): train_with_callback(how, event, folder)
+        for how in HOWS
+        for event in EVENTS
+    }
+
+
+def events_and_hows():
+    def reason_of(how, event):
+        is_right = how is evaluate_the_same or event == "on_training_run_end"
+        return None if is_right else "found 62"
+
+    return [
+        pytest.param(
+            how, event, id=f"{how.__name__}-{event}", marks=red(reason_of(how, event))
+        )
+        for how in HOWS
+        for event in EVENTS
+    ]
+
+
+def check_inner(how, event, processes):
+    """Check that the outer run went on as if nothing had happened."""
+    inner = []
+    for plain, with_all in processes:
+        cell = with_all[how, event]
+        inner.append(cell["inner"])
+        assert {**cell, "inner": []} == plain
+    numbers = numbers_from(EVAL, 9) if how is evaluate_the_same else numbers_from(INNER)
+    assert inner[0]
+    check_each_once(inner, numbers)
+
+
+@pytest.mark.parametrize(("how", "event"), events_and_hows())
+def test_an_evaluation_within_a_run_changes_nothing(how, event, tmp_path):
+    plain = run_cell(Use(""), "train", tmp_path)
+    cell = train_with_callback(how, event, tmp_path)
+    check_inner(how, event, [(plain, {(how, event): cell})])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "event"), events_and_hows())
+def test_an_evaluation_within_a_run_of_two_processes_changes_nothing(
+    how, event, tmp_path, on_processes
+):
+    if "inner" not in ON_TWO:
+        ON_TWO["inner"] = on_processes(2, train_with_all, tmp_path)
+    check_inner(how, event, ON_TWO["inner"])
+
+
+# -------------------------------------------------------------- the tables of the docs
+
+START, END = "<!-- from tests/promises/test_uses.py -->", "<!-- up to here -->"
+
+
+def tables():
+    return "\n".join(
+        f"**{title}**\n\n{table(num_processes)}\n"
+        for title, num_processes in (("One process", 1), ("Several processes", 2))
+    )
+
+
+def table(num_processes):
+    rows = [["", *ACTIONS], ["---"] * (len(ACTIONS) + 1)]
+    rows += [
+        [use.name, *(use.outcome(num_processes, action).text for action in ACTIONS)]
+        for use in USES
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def parts_of_docs():
+    before, rest = DOCS.read_text().split(START)
+    shown, after = rest.split(END)
+    return before, shown, after
+
+
+def test_the_docs_show_the_grid():
+    assert parts_of_docs()[1].strip() == tables().strip(), f"run {__file__}"
+
+
+if __name__ == "__main__":
+    before, _, after = parts_of_docs()
+    DOCS.write_text(f"{before}{START}\n\n{tables()}\n{END}{after}")
