@@ -47,6 +47,7 @@ class ResumableRun:
     run_config: TrainerRunConfig
     callback_handler: CallbackHandler
     last_checkpoint: str | None
+    is_resumed: bool
     _accelerator: Accelerator
     _engine: Engine
     _progress: RunProgress
@@ -379,6 +380,7 @@ class ResumableRun:
         """Put the run where a training state says that it stood."""
         with self._on_all_processes_or_none():
             metadata = self.load_training_state(resume_from)
+        self.is_resumed = True
         # Only here: a state that a callback loads is not one to go on from.
         state = self._resume_state = self._loaded_state
         if "progress" in state:
@@ -409,7 +411,6 @@ class ResumableRun:
         epoch = metadata.get("current_epoch", 1)
         if "progress" not in state:
             self._progress.epochs_done = max(epoch - 1, 0)
-        self.callback_handler.load_state_dict(state.get("callbacks", {}))
         self.run_history._set_epoch(epoch)
         self._publish_progress()
         self.print(f"Resuming from {resume_from} at epoch {epoch}")

@@ -193,6 +193,8 @@ class Trainer(ResumableRun):
         self.gradient_norm: Tensor | None = None
         self.eval_batch_limit: int | None = None
         self.interrupted = False
+        self.has_failed = False
+        self.is_resumed = False
         self.last_checkpoint: str | None = None
         self._pad_uneven_eval_batches = False
         self._train_dataloader: Any = None
@@ -357,6 +359,7 @@ class Trainer(ResumableRun):
                 self.scheduler = self.create_scheduler()
             if resume_from is not None:
                 self._resume(resume_from)
+            self._prepare_callbacks()
             self._window = self._create_window()
             if halve_batch_if_out_of_memory:
                 self._shrinker = BatchShrinker(self)
@@ -1048,6 +1051,7 @@ class Trainer(ResumableRun):
         self._train_dl_kwargs = self._eval_dl_kwargs = None
         if not is_training:
             return
+        self.has_failed = self.is_resumed = False
         self._progress = RunProgress()
         self._run_number = 0
         # Further runs go on with the weights of the first.
@@ -1057,6 +1061,11 @@ class Trainer(ResumableRun):
         self._last_lr = None
         self._seed_run()
         forget_start_if_set_by_hand(self.optimizer)  # type: ignore[arg-type]
+
+    def _prepare_callbacks(self) -> None:
+        """Let callbacks forget earlier runs, and take over what a saved run knew."""
+        self.callback_handler.call_event("_forget_earlier_runs", self)
+        self.callback_handler.load_state_dict(self._resume_state.get("callbacks", {}))
 
     def _end_run(self) -> None:
         """Give the user's model and optimizer back as they came, only trained."""
@@ -1412,6 +1421,7 @@ class Trainer(ResumableRun):
 
     def _clean_up_after(self, error: BaseException, due: list[partial[None]]) -> None:
         """Let callbacks close what they opened; an error of theirs hides no other."""
+        self.has_failed = True
         call_event = self.callback_handler.call_event
         clean_ups = [
             partial(self._explain, error),

@@ -119,23 +119,25 @@ def test_the_train_loss_can_be_watched_without_an_eval_dataset(create_trainer, s
     assert stopping.best_metric == 0.25
 
 
-def test_a_resumed_run_goes_on_counting(train_with_scores):
+def test_a_resumed_run_goes_on_counting(train_with_scores, tmp_path):
     stopping = EarlyStoppingCallback(2, watch_metric="score")
-    train_with_scores([stopping], [1, 2])
+    train_with_scores([stopping], [1, 2]).save_training_state(tmp_path / "state")
     resumed = EarlyStoppingCallback(2, watch_metric="score")
-    resumed.load_state_dict(stopping.state_dict())
-    assert epochs_of(train_with_scores([resumed], [1.5, 0, 0])) == 1
+    trainer = train_with_scores(
+        [resumed], [1, 2, 1.5, 0, 0], resume_from=tmp_path / "state"
+    )
+    assert epochs_of(trainer) == 3
     assert resumed.best_metric == 1
 
 
 def test_a_run_that_had_stopped_trains_no_further_when_it_is_resumed(
-    train_with_scores, weight_of
+    train_with_scores, weight_of, tmp_path
 ):
     stopping = EarlyStoppingCallback(1, watch_metric="score")
-    train_with_scores([stopping], [1, 2])
+    train_with_scores([stopping], [1, 2]).save_training_state(tmp_path / "state")
     resumed = EarlyStoppingCallback(1, watch_metric="score")
-    resumed.load_state_dict(stopping.state_dict())
-    assert weight_of(train_with_scores([resumed], [0, 0])) == 1
+    trainer = train_with_scores([resumed], [1, 2, 0, 0], resume_from=tmp_path / "state")
+    assert weight_of(trainer) == 0.25
 
 
 def test_only_the_main_process_decides(create_trainer):

@@ -148,17 +148,22 @@ def test_an_evaluation_that_stops_the_run_leaves_the_trainer_usable(
     assert trainer.model.training
 
 
-def test_a_resumed_run_goes_on_counting(create_trainer, samples):
-    first = StepBasedEvaluationCallback(2)
-    create_trainer([first]).train(
-        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
-    )
-    second, log = StepBasedEvaluationCallback(2), EvalLog()
-    second.load_state_dict(first.state_dict())
-    create_trainer([second, log]).train(
-        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
-    )
-    assert log.steps == [1, 3]
+def test_a_resumed_run_goes_on_counting(create_trainer, samples, tmp_path):
+    def run(num_epochs, **kwargs):
+        log = EvalLog()
+        trainer = create_trainer([StepBasedEvaluationCallback(2), log])
+        trainer.train(
+            samples(3),
+            num_epochs,
+            eval_dataset=samples(1),
+            per_device_batch_size=1,
+            **kwargs,
+        )
+        trainer.save_training_state(tmp_path / "state")
+        return log.steps
+
+    assert run(1) == [2]
+    assert run(2, resume_from=tmp_path / "state") == [4, 6]
 
 
 @pytest.mark.parametrize("wrong", [0, -1])

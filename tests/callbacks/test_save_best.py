@@ -151,10 +151,10 @@ def test_a_resumed_run_keeps_the_best_value(train_with_scores, weight_of, tmp_pa
     """Defect 47: the file was overwritten by a worse model."""
     path = tmp_path / "best.pt"
     best = SaveBestModelCallback(path, watch_metric="score")
-    train_with_scores([best], [1])
+    train_with_scores([best], [1]).save_training_state(tmp_path / "state")
     resumed = SaveBestModelCallback(path, watch_metric="score")
-    resumed.load_state_dict(best.state_dict())
-    assert weight_of(train_with_scores([resumed], [5, 4])) == 0.5
+    trainer = train_with_scores([resumed], [1, 5, 4], resume_from=tmp_path / "state")
+    assert weight_of(trainer) == 0.5
     assert torch.load(path, weights_only=True)["score"] == 1
 
 
@@ -163,13 +163,12 @@ def test_a_best_file_that_has_vanished_is_a_warning(
 ):
     path = tmp_path / "best.pt"
     best = SaveBestModelCallback(path, watch_metric="score")
-    train_with_scores([best], [1])
-    resumed = SaveBestModelCallback(path, watch_metric="score")
-    resumed.load_state_dict(best.state_dict())
+    train_with_scores([best], [1]).save_training_state(tmp_path / "state")
     path.unlink()
+    resumed = SaveBestModelCallback(path, watch_metric="score")
     with pytest.warns(UserWarning, match="of epoch 1, is no longer at"):
-        trainer = train_with_scores([resumed], [5])
-    assert weight_of(trainer) == 0.5
+        trainer = train_with_scores([resumed], [1, 5], resume_from=tmp_path / "state")
+    assert weight_of(trainer) == 0.25
 
 
 def test_a_run_that_fails_keeps_its_weights(

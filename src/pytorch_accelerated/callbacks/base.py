@@ -44,6 +44,14 @@ class TrainerCallback(ABC):
     called_last: tuple[str, ...] = ()
     may_stop_alone: bool = True
 
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        """Called when ``train()`` starts, before a saved state is loaded.
+
+        Not an event: subclasses override events, and do not always call ours, nor our
+        constructor. So what differs from run to run starts here, and what a callback
+        keeps has its first value in the class.
+        """
+
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called at the end of the constructor of the trainer."""
 

@@ -17,17 +17,22 @@ class BestSoFar:
     Args:
         greater_is_better: Whether a greater value is better, as for an accuracy.
         threshold: A value must be better than the best by more than this.
+        value: The best value so far.
 
     Attributes:
         value: The best value so far, None before the first finite one.
     """
 
     def __init__(
-        self, *, greater_is_better: bool = False, threshold: float = 0.0
+        self,
+        *,
+        greater_is_better: bool = False,
+        threshold: float = 0.0,
+        value: float | None = None,
     ) -> None:
         self.greater_is_better = greater_is_better
         self.threshold = threshold
-        self.value: float | None = None
+        self.value = value
 
     def is_beaten_by(self, value: Any) -> bool:
         """Say whether a number, NumPy scalar or tensor of one element is better."""

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +68,9 @@ class SaveBestModelCallback(TrainerCallback):
         operator: Says whether its first argument is better than its second.
     """
 
+    best_metric: float | None = None
+    best_metric_epoch: int | None = None
+
     @names_what_was_meant
     def __init__(
         self,
@@ -86,31 +90,15 @@ class SaveBestModelCallback(TrainerCallback):
         self.save_optimizer = save_optimizer
         self.save_scheduler = save_scheduler
         self.load_saved_checkpoint = load_saved_checkpoint
-        self._is_resumed = False
-        self._has_failed = False
-        self._reset()
 
-    def _reset(self) -> None:
-        self._best = BestSoFar(greater_is_better=self.greater_is_better)
-        self.best_metric_epoch: int | None = None
-
-    @property
-    def best_metric(self) -> float | None:
-        """The best value so far, None before the first."""
-        return self._best.value
-
-    @best_metric.setter
-    def best_metric(self, value: float | None) -> None:
-        self._best.value = value
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self.save_path = fixed_path(self.save_path)
+        if self.reset_on_train:
+            self.best_metric = self.best_metric_epoch = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget the best value, unless it is to be kept or the run is resumed."""
-        self.save_path = fixed_path(self.save_path)
+        """Check that the metric can be watched."""
         self._check_metric(trainer)
-        if self.reset_on_train and not self._is_resumed:
-            self._reset()
-        self._is_resumed = False
-        self._has_failed = False
 
     def _check_metric(self, trainer: Trainer) -> None:
         check_watch_metric(trainer, self.watch_metric)
@@ -118,8 +106,11 @@ class SaveBestModelCallback(TrainerCallback):
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if this epoch is the best so far."""
         value = latest_value(trainer, self.watch_metric)
-        if decided_by_main_process(trainer, self._best.is_beaten_by(value)):
-            self._best.value = float(value)
+        best = BestSoFar(
+            greater_is_better=self.greater_is_better, value=self.best_metric
+        )
+        if decided_by_main_process(trainer, best.is_beaten_by(value)):
+            self.best_metric = float(value)
             self.best_metric_epoch = trainer.run_history.current_epoch
             self._save(trainer)
 
@@ -135,9 +126,8 @@ class SaveBestModelCallback(TrainerCallback):
         )
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Load the best weights, if some have been saved."""
-        self._is_resumed = False
-        if not self.load_saved_checkpoint or self._has_failed:
+        """Load the best weights, if some have been saved and the run went well."""
+        if not self.load_saved_checkpoint or trainer.has_failed:
             return
         if self.best_metric_epoch is None:
             trainer.print("No model was saved in this run; keeping the last weights")
@@ -153,10 +143,6 @@ class SaveBestModelCallback(TrainerCallback):
             )
             trainer.load_checkpoint(self.save_path)
 
-    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Remember that the run has failed."""
-        self._has_failed = True
-
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and its epoch."""
         return {
@@ -168,7 +154,6 @@ class SaveBestModelCallback(TrainerCallback):
         """Take over the best value and its epoch."""
         self.best_metric = state["best_metric"]
         self.best_metric_epoch = state["best_metric_epoch"]
-        self._is_resumed = True
 
 
 class SaveTrainingStateCallback(TrainerCallback):
@@ -218,6 +203,20 @@ class SaveTrainingStateCallback(TrainerCallback):
     called_first = ("on_training_run_end",)  # before the best weights are loaded
     called_last = ("on_train_step_end", "on_training_run_epoch_end")
 
+    # What subclasses that were written for 0.1.61 do not set.
+    save_every_n_minutes: float | None = None
+    keep_best: int = 0
+    watch_metric: str = "eval_loss_epoch"
+    greater_is_better: bool = False
+    asynchronous: bool = False
+    on_save_error: Literal["warn", "raise"] = "warn"
+    overwrite: bool = False
+    _lock: DirectoryLock | None = None
+    _saving: Path | None = None
+    _being_written: Path | None = None
+    _global_step: int = 0
+    _last_save: float = 0.0
+
     @names_what_was_meant
     def __init__(
         self,
@@ -265,21 +264,21 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.asynchronous = asynchronous
         self.on_save_error = on_save_error
         self.overwrite = overwrite
-        self._lock: DirectoryLock | None = None
-        self._saving: Path | None = None
-        self._being_written: Path | None = None
-        self._saved_checkpoints: list[Path] = []  # oldest first
+
+    @cached_property
+    def _saved_checkpoints(self) -> list[Path]:
+        return []  # oldest first
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self.save_dir = Path(fixed_path(self.save_dir))
+        self._saving = self._being_written = None
         self._global_step = 0
         self._last_save = time.monotonic()
-        self._is_resumed = False
-        self._has_failed = False
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Find the folders of earlier runs, and where this run starts."""
-        self.save_dir = Path(fixed_path(self.save_dir))
         if self.keep_best:
             check_watch_metric(trainer, self.watch_metric)
-        self._being_written = None
         if trainer._accelerator.is_main_process:
             self._take_over_folder(trainer)
             # What a longer run left here before is not newer than what comes now.
@@ -295,11 +294,6 @@ class SaveTrainingStateCallback(TrainerCallback):
         ]
         if isinstance(trainer.num_updates, int):
             self._global_step = trainer.num_updates
-        elif not self._is_resumed:
-            self._global_step = 0
-        self._last_save = time.monotonic()
-        self._is_resumed = False
-        self._has_failed = False
 
     @property
     def identity(self) -> str:
@@ -381,9 +375,8 @@ class SaveTrainingStateCallback(TrainerCallback):
 
         Of a run that was interrupted, it is a ``step_<n>`` to resume from.
         """
-        self._is_resumed = False
         try:
-            if not self._has_failed:
+            if trainer.has_failed is not True:
                 self._save_at_end(trainer)
         finally:
             self._release_lock()
@@ -398,8 +391,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._save_state(trainer, self.save_dir / "final")
 
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Remember that the run has failed, and let other runs have the folder."""
-        self._has_failed = True
+        """Let other runs have the folder."""
         self._release_lock()
 
     def _save(self, trainer: Trainer, name: str) -> None:
@@ -492,7 +484,6 @@ class SaveTrainingStateCallback(TrainerCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from there."""
         self._global_step = state["global_step"]
-        self._is_resumed = True
 
 
 def savers_of(path: Path, callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:

@@ -54,6 +54,17 @@ class ModelEmaCallback(SaveBestModelCallback):
 
     may_stop_alone = False
 
+    # What a subclass need not set that does not call the constructor.
+    reset_on_train = True
+    save_optimizer = False
+    save_scheduler = False
+    load_saved_checkpoint = False
+    ema_model: Any = None
+    _model_ema: Callable[..., Any] = ModelEma
+    _callback_handler: CallbackHandler | None = None
+    _averaged_model: nn.Module | None = None
+    _saved_average: Mapping[str, Any] | None = None
+
     def __init__(
         self,
         decay: float = 0.99,
@@ -77,24 +88,39 @@ class ModelEmaCallback(SaveBestModelCallback):
         )
         self.decay = decay
         self.evaluate_during_training = evaluate_during_training
-        self.ema_model: Any = None
         self._model_ema = model_ema
         self._callback_handler = CallbackHandler(callbacks)
-        self._averaged_model: nn.Module | None = None
-        self._saved_average: Mapping[str, Any] | None = None
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        super()._forget_earlier_runs(trainer)
+        self._averaged_model = self._saved_average = None
+        if trainer.run_history.current_epoch == 1:
+            self.ema_model = None
+        if self._callback_handler is not None:
+            self._callback_handler.call_event("_forget_earlier_runs", trainer)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Create the average, unless it goes on."""
         super().on_training_run_start(trainer)
+        self._average(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Create the average, if this has not happened at the start of the run."""
+        self._average(trainer)
+
+    def _average(self, trainer: Trainer) -> Any:
+        """Return the average, which is created when a run first asks for it."""
+        if self._averaged_model is not None:
+            return self.ema_model
         self._averaged_model = trainer.get_model(keep_torch_compile=False)
-        goes_on = trainer.run_history.current_epoch > 1 and self.ema_model is not None
-        if not goes_on or self._saved_average is not None:
+        if self.ema_model is None or self._saved_average is not None:
             self.ema_model = self._model_ema(self._averaged_model, decay=self.decay)
         if self._saved_average is not None:
             trainer._engine.load_model(self.ema_model, self._saved_average)
             self._saved_average = None
         if self.evaluate_during_training:
             self.ema_model.to(trainer.device)
+        return self.ema_model
 
     def _check_metric(self, trainer: Trainer) -> None:
         if not self.evaluate_during_training:
@@ -109,16 +135,16 @@ class ModelEmaCallback(SaveBestModelCallback):
 
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Move the average towards the weights."""
-        self.ema_model.update(self._averaged_model)
+        self._average(trainer).update(self._averaged_model)
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Evaluate the average after the model, at the end of a training epoch."""
-        is_in_training_run = self._averaged_model is not None
+        is_in_training_run = trainer._train_dataloader is not None
         is_intermediate = kwargs.get("is_intermediate", False)
         if self.evaluate_during_training and is_in_training_run and not is_intermediate:
             # Each process has averaged its own, such as the statistics of batch norm;
             # the average that is saved is that of the first.
-            same_on_all_processes(self.ema_model.module.buffers())
+            same_on_all_processes(self._average(trainer).module.buffers())
             with (
                 self._average_as_model(trainer),
                 self._own_callbacks(trainer),
@@ -141,15 +167,10 @@ class ModelEmaCallback(SaveBestModelCallback):
         super().on_training_run_end(trainer, **kwargs)
         self._averaged_model = None
 
-    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Let go of the model, and keep the average."""
-        super().on_exception(trainer, **kwargs)
-        self._averaged_model = None
-
     @contextmanager
     def _average_as_model(self, trainer: Trainer) -> Iterator[None]:
         model = trainer.model
-        trainer.model = self.ema_model.module
+        trainer.model = self._average(trainer).module
         try:
             yield
         finally:
@@ -158,7 +179,7 @@ class ModelEmaCallback(SaveBestModelCallback):
     @contextmanager
     def _own_callbacks(self, trainer: Trainer) -> Iterator[None]:
         handler = trainer.callback_handler
-        trainer.callback_handler = self._callback_handler
+        trainer.callback_handler = self._callback_handler or CallbackHandler()
         try:
             yield
         finally:

@@ -26,29 +26,29 @@ class StepBasedEvaluationCallback(TrainerCallback):
             1.
     """
 
+    _num_steps: int = 0
+
     def __init__(self, eval_every_n_steps: int) -> None:
         if eval_every_n_steps < 1:
             raise ValueError(
                 f"eval_every_n_steps must be at least 1, got {eval_every_n_steps}."
             )
         self.eval_every_n_steps = eval_every_n_steps
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._num_steps = 0
-        self._is_resumed = False
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start to count, unless the run is resumed.
+        """Check that there is something to evaluate on.
 
         Raises:
-            ValueError: If there is nothing to evaluate on.
+            ValueError: If there is not.
         """
         if trainer.eval_dataset is None:
             raise ValueError(
                 "StepBasedEvaluationCallback needs an eval_dataset, and train() was "
                 "given none. Pass one, or leave the callback out."
             )
-        if not self._is_resumed:
-            self._num_steps = 0
-        self._is_resumed = False
 
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
@@ -60,10 +60,6 @@ class StepBasedEvaluationCallback(TrainerCallback):
             if "intermediate_eval_loss" in trainer.run_history.get_metric_names():
                 trainer.run_history.delete_metric("intermediate_eval_loss")
 
-    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget that a state has been loaded."""
-        self._is_resumed = False
-
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps since the run was started for the first time."""
         return {"num_steps": self._num_steps}
@@ -71,7 +67,6 @@ class StepBasedEvaluationCallback(TrainerCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue to count."""
         self._num_steps = state["num_steps"]
-        self._is_resumed = True
 
 
 class LimitEvalStepsCallback(TrainerCallback):

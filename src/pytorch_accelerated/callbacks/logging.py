@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -30,8 +31,10 @@ class LogMetricsCallback(TrainerCallback):
                     mlflow.log_metrics(metrics, step=trainer.run_history.current_epoch)
     """
 
-    def __init__(self) -> None:
-        self._num_logged: dict[str, int] = {}
+    _num_logged: Mapping[str, int] = MappingProxyType({})
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self._num_logged = dict(_num_values(trainer))
 
     def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Print one line for each metric; the method to override.
@@ -44,10 +47,6 @@ class LogMetricsCallback(TrainerCallback):
         """
         for name, value in metrics.items():
             trainer.print(f"{name}: {value}")
-
-    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Leave out what earlier runs have recorded."""
-        self._num_logged = dict(_num_values(trainer))
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave out what earlier runs have recorded."""
@@ -82,7 +81,7 @@ class LogMetricsCallback(TrainerCallback):
 
     def _log_latest_metrics(self, trainer: Trainer, names: Iterable[str]) -> None:
         metrics = self._get_latest_metrics(trainer, names)
-        self._num_logged.update(_num_values(trainer, metrics))
+        self._num_logged = {**self._num_logged, **dict(_num_values(trainer, metrics))}
         if metrics:
             self.log_metrics(trainer, metrics)
 

@@ -6,8 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
-from types import FrameType
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # A scheduler that signals a whole job reaches a process twice: by itself, and through
 # the launcher, which passes the signal on.
 _SAME_REQUEST_SECONDS = 1.0
+_DEFAULT = ("SIGTERM", "SIGUSR1")
 
 
 class PreemptionCallback(TrainerCallback):
@@ -48,7 +49,15 @@ class PreemptionCallback(TrainerCallback):
             out.
     """
 
-    def __init__(self, signals: Iterable[str] = ("SIGTERM", "SIGUSR1")) -> None:
+    signals: Sequence[signal.Signals] = tuple(
+        getattr(signal, name) for name in _DEFAULT if hasattr(signal, name)
+    )
+    _replaced: Mapping[int, Any] = MappingProxyType({})
+    _received: int | None = None
+    _received_at: float = 0.0
+    _num_updates: int | None = None
+
+    def __init__(self, signals: Iterable[str] = _DEFAULT) -> None:
         names = (signals,) if isinstance(signals, str) else tuple(signals)
         for name in names:
             if not isinstance(name, str) or not name.startswith("SIG"):
@@ -58,24 +67,23 @@ class PreemptionCallback(TrainerCallback):
         self.signals = [
             getattr(signal, name) for name in names if hasattr(signal, name)
         ]
-        self._replaced: dict[int, Any] = {}
-        self._received: int | None = None
-        self._received_at = 0.0
-        self._num_updates: int | None = None
 
-    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Listen for the signals."""
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._restore_handlers()
         self._received = None
         self._num_updates = trainer.num_updates
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Listen for the signals."""
         if threading.current_thread() is not threading.main_thread():
             warn(
                 "The run is not on the main thread, which is the only one that Python "
                 "lets handle signals: PreemptionCallback does nothing."
             )
             return
+        replaced = self._replaced = {}
         for number in self.signals:
-            self._replaced[number] = signal.signal(number, self._note)
+            replaced[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -124,7 +132,7 @@ class PreemptionCallback(TrainerCallback):
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
-        while self._replaced:
-            number, handler = self._replaced.popitem()
+        replaced, self._replaced = self._replaced, {}
+        for number, handler in replaced.items():
             # None: it was not set from Python, which cannot set it again either
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

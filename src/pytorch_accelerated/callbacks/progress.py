@@ -32,10 +32,9 @@ class ProgressBarCallback(TrainerCallback):
 
     may_stop_alone = False
 
-    def __init__(self) -> None:
-        self.pbar: Any = None
-        self.eval_pbar: Any = None
-        self._next_read = 0.0
+    pbar: Any = None
+    eval_pbar: Any = None
+    _next_read: float = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of a training epoch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,9 @@ class EarlyStoppingCallback(TrainerCallback):
         early_stopping_patience_counter: Epochs in a row without improvement.
     """
 
+    best_metric: float | None = None
+    early_stopping_patience_counter: int = 0
+
     @names_what_was_meant
     def __init__(
         self,
@@ -74,34 +78,21 @@ class EarlyStoppingCallback(TrainerCallback):
         self.watch_metric = watch_metric
         self.greater_is_better = greater_is_better
         self.reset_on_train = reset_on_train
-        self._is_resumed = False
-        self._reset()
 
-    def _reset(self) -> None:
-        self.early_stopping_patience_counter = 0
-        self._best = BestSoFar(
-            greater_is_better=self.greater_is_better,
-            threshold=self.early_stopping_threshold,
-        )
-
-    @property
-    def best_metric(self) -> float | None:
-        """The value at the last improvement, None before the first."""
-        return self._best.value
-
-    @best_metric.setter
-    def best_metric(self, value: float | None) -> None:
-        self._best.value = value
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        if self.reset_on_train:
+            self.best_metric = None
+            self.early_stopping_patience_counter = 0
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start to count anew, unless the run is resumed."""
+        """Check that the metric can be watched, and whether the run is over already.
+
+        Raises:
+            StopTrainingError: If the run that is resumed had been stopped here.
+        """
         check_watch_metric(trainer, self.watch_metric)
-        if self.reset_on_train and not self._is_resumed:
-            self._reset()
-        if self._is_resumed:
-            # A run that had been stopped here must not go on for an epoch.
+        if trainer.is_resumed:
             self._stop_if_patience_is_over(trainer)
-        self._is_resumed = False
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Compare the epoch with the best one.
@@ -109,7 +100,13 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: If there was no improvement for too long.
         """
-        if self._best.update(latest_value(trainer, self.watch_metric)):
+        best = BestSoFar(
+            greater_is_better=self.greater_is_better,
+            threshold=self.early_stopping_threshold,
+            value=self.best_metric,
+        )
+        if best.update(latest_value(trainer, self.watch_metric)):
+            self.best_metric = best.value
             self.early_stopping_patience_counter = 0
         else:
             self.early_stopping_patience_counter += 1
@@ -124,10 +121,6 @@ class EarlyStoppingCallback(TrainerCallback):
                 f"{self.best_metric} for {counter} epoch{'s' * (counter != 1)}"
             )
 
-    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget that a state has been loaded."""
-        self._is_resumed = False
-
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and the number of epochs without improvement."""
         return {
@@ -139,7 +132,6 @@ class EarlyStoppingCallback(TrainerCallback):
         """Continue to count from a state returned by :meth:`state_dict`."""
         self.best_metric = state["best_metric"]
         self.early_stopping_patience_counter = state["early_stopping_patience_counter"]
-        self._is_resumed = True
 
 
 class TerminateOnNaNCallback(TrainerCallback):
@@ -163,24 +155,29 @@ class TerminateOnNaNCallback(TrainerCallback):
     # After the others have ended the run, which must not save anything.
     called_last = ("on_training_run_end", "on_evaluation_run_end")
 
-    def __init__(self) -> None:
-        self.triggered = False
-        self._error: NonFiniteLossError | None = None
-        self._train_losses = _LossWatch()
-        self._eval_losses = _LossWatch()
-        self._next_look = 0.0
-        self._steps_between_looks = self._steps_to_look = 1
+    triggered: bool = False
+    _error: NonFiniteLossError | None = None
+    _next_look: float = 0.0  # at the first step
+    _steps_between_looks: int = 1
+    _steps_to_look: int = 1
 
-    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget the losses of earlier runs."""
+    @cached_property
+    def _train_losses(self) -> _LossWatch:
+        return _LossWatch()
+
+    @cached_property
+    def _eval_losses(self) -> _LossWatch:
+        return _LossWatch()
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self.triggered = False
-        self._next_look = 0.0  # at the first step
+        self._next_look = 0.0
         self._steps_between_looks = self._steps_to_look = 1
         self._let_go()
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget the losses of earlier runs."""
-        self.on_training_run_start(trainer)
+        """Start without a bad loss."""
+        self.triggered = False
 
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
@@ -248,7 +245,8 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Let go of the losses; saving is up to the user again."""
-        self._let_go()
+        self._error = None
+        self._eval_losses.clear()
 
     def check_for_nan_after_batch(
         self, batch_output: Mapping[str, Any], step: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,12 @@ class WSDCheckpointCallback(TrainerCallback):
     called_first = ("on_training_run_end",)  # before the best weights are loaded
     called_last = ("on_train_step_end",)
 
+    checkpoint_steps: Sequence[int] = ()
+    decay_phase_ratio: float | None = None
+    decay_info: Sequence[dict[str, int]] = ()
+    last_checkpoint_step: int | None = None
+    _updates_before_schedule: int = 0
+
     def __init__(
         self,
         save_dir: str | Path = "checkpoints",
@@ -46,13 +52,10 @@ class WSDCheckpointCallback(TrainerCallback):
         self.save_optimizer = save_optimizer
         self.save_scheduler = save_scheduler
         self.initial_checkpoint = initial_checkpoint
-        self.checkpoint_steps: list[int] = []
-        self.decay_phase_ratio: float | None = None
-        self.decay_info: list[dict[str, int]] = []
-        self.last_checkpoint_step: int | None = None
-        self._updates_before_schedule = 0
-        self._is_resumed = False
-        self._has_failed = False
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self.decay_info = ()
+        self.last_checkpoint_step = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Load the initial checkpoint and learn the turning points of the schedule.
@@ -61,7 +64,13 @@ class WSDCheckpointCallback(TrainerCallback):
             ValueError: If the trainer has no scheduler with checkpoints.
             FileNotFoundError: If there is no such initial checkpoint.
         """
-        scheduler = trainer.scheduler
+        self._check_scheduler(trainer.scheduler)
+        # A run that goes on from a state of its own is past its initial checkpoint.
+        if self.initial_checkpoint is not None and not trainer.is_resumed:
+            self._load_initial_checkpoint(trainer, Path(self.initial_checkpoint))
+        self._learn_turning_points(trainer)
+
+    def _check_scheduler(self, scheduler: Any) -> None:
         if not hasattr(scheduler, "get_checkpoint_steps"):
             raise ValueError(
                 "WSDCheckpointCallback needs a WSDLrScheduler, got "
@@ -69,18 +78,16 @@ class WSDCheckpointCallback(TrainerCallback):
                 "create_scheduler_fn=WSDLrScheduler.create_scheduler_fn() to train(), "
                 "or leave the callback out."
             )
-        # A run that goes on from a state of its own is past its initial checkpoint.
-        if self.initial_checkpoint is not None and not self._is_resumed:
-            self._load_initial_checkpoint(trainer, Path(self.initial_checkpoint))
+
+    def _learn_turning_points(self, trainer: Trainer) -> None:
+        scheduler = trainer.scheduler
         self.checkpoint_steps = list(scheduler.get_checkpoint_steps())
         self.decay_phase_ratio = scheduler.decay_phase_ratio
         self.decay_info = list(scheduler.get_decay_info())
         updates_in_schedule = max(scheduler.get_current_step(), 0)
         self._updates_before_schedule = (trainer.num_updates or 0) - updates_in_schedule
-        if not self._is_resumed:
+        if self.last_checkpoint_step is None:
             self.last_checkpoint_step = updates_in_schedule
-        self._is_resumed = False
-        self._has_failed = False
 
     def _load_initial_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if path.is_dir():
@@ -108,6 +115,8 @@ class WSDCheckpointCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Save if this step has brought the schedule to a turning point."""
+        if not self.decay_info:
+            self._learn_turning_points(trainer)
         step = self._updates_in_schedule(trainer)
         if step == self.last_checkpoint_step:
             return
@@ -118,16 +127,11 @@ class WSDCheckpointCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the trained model if the run has ended where a decay does."""
-        self._is_resumed = False
         step = self._updates_in_schedule(trainer)
-        if self._has_failed or step == self.last_checkpoint_step:
+        if trainer.has_failed or step == self.last_checkpoint_step:
             return
         if self._is_end_of_decay(step):
             self._save_post_decay(trainer, step)
-
-    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Remember that the run has failed."""
-        self._has_failed = True
 
     def _updates_in_schedule(self, trainer: Trainer) -> int:
         if isinstance(trainer.num_updates, int):
@@ -173,4 +177,3 @@ class WSDCheckpointCallback(TrainerCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.last_checkpoint_step = state["last_checkpoint_step"]
-        self._is_resumed = True
