@@ -70,6 +70,7 @@ class TrainingWarning(UserWarning):
     All warnings of the library are of this category, so that one line silences them or
     makes them errors::
 
+        warnings.simplefilter("ignore", TrainingWarning)
         warnings.simplefilter("error", TrainingWarning)
     """
 

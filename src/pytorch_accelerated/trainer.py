@@ -52,6 +52,7 @@ from pytorch_accelerated import (
     data,
     distributed,
     engines,
+    oversights,
     precision,
     sharing,
     step_output,
@@ -482,6 +483,7 @@ class Trainer(ResumableRun):
         with self._ended_by("training_run_end"):
             self._call(self.training_run_start)
             self._notify("on_training_run_start")
+            self._warn_of_oversights()
             for _ in range(self._progress.epochs_done, self.run_config.num_epochs):
                 at_start = self._progress.is_at_epoch_start
                 if (at_start and self._are_updates_used_up()) or self._run_epoch():
@@ -1510,6 +1512,12 @@ class Trainer(ResumableRun):
             self.model, keep_torch_compile=keep_torch_compile
         )
         return model
+
+    def _warn_of_oversights(self) -> None:
+        # DeepSpeed holds copies of the parameters, not those of the model.
+        if not self._engine.owns_gradients:
+            oversights.warn_of_untrained_parameters(self)
+        oversights.warn_of_misspelt_names(self)
 
     def _check_train_arguments(
         self,
