@@ -848,8 +848,8 @@ class DataLoaderSlice:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the first batches of the loader, and fetch no others."""
-        for _, batch in zip(range(self.slice_size), self.dl, strict=False):
-            yield batch
+        first = zip(range(self.slice_size), self.dl, strict=False)
+        return (batch for _, batch in first)
 
 
 class LimitBatches:

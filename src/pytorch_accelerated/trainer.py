@@ -1180,13 +1180,14 @@ class Trainer(ResumableRun):
             train_dl.set_epoch(
                 self.run_history.current_epoch, first_step, self._progress.first_sample
             )
+        # First, since the length is that of the data at the start of the iteration.
+        batches = self._start_iteration(train_dl, first_step)
         num_batches = data.exact_length_of(train_dl)
         plan = getattr(train_dl, "plan", None)
         self._window.start_epoch(
             plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
         )
         self._restore_open_window()
-        batches = self._start_iteration(train_dl, first_step)
         # In the middle of an epoch they are those after the loader was started.
         self._restore_random_states()
         if num_batches is None:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pytorch_accelerated.callbacks import TrainerCallback
-from pytorch_accelerated.data import PlannedLoader
+from pytorch_accelerated.data import LimitBatches, PlannedLoader
+from pytorch_accelerated.errors import CheckpointError, StopTrainingError
 from pytorch_accelerated.trainer import Trainer
 
 WORKERS = [0, 1, 2]
@@ -198,6 +199,50 @@ def test_the_windows_of_accumulation_follow_the_length_of_the_epoch():
         0.25,
         (2 * 0.25**2 + 0.25**3) / 3,
     ]
+
+
+def test_a_limit_on_the_batches_holds_while_the_dataset_grows():
+    dataset = Growing(4)
+    with LimitBatches(2):
+        trainer = create_trainer(lambda epoch: change_length(dataset, 4 * epoch))
+
+    trainer.train(dataset, 3, per_device_batch_size=4)
+
+    assert trainer.num_batches == [1, 2, 2]
+
+
+class StopsAndSaves(TrainerCallback):
+    """Saves and ends the run in the middle of the second epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_update_end(self, trainer, num_updates, **kwargs):
+        if num_updates == 2:
+            trainer.save_training_state(self.folder)
+            raise StopTrainingError("enough")
+
+
+def test_a_run_goes_on_in_the_epoch_of_a_dataset_that_has_grown(tmp_path):
+    def train(callbacks, length, **kwargs):
+        dataset = Growing(length)
+        trainer = create_trainer(
+            lambda epoch: change_length(dataset, 4 * epoch), lr=1e-3, seed=1
+        )
+        trainer.callback_handler.add_callbacks(callbacks)
+        trainer.train(dataset, 3, per_device_batch_size=4, **kwargs)
+        return trainer
+
+    state = tmp_path / "state"
+    expected = train([], 4)
+    train([StopsAndSaves(state)], 4)
+
+    with pytest.raises(CheckpointError, match=r"epoch of 8 samples.*has 4 samples"):
+        train([], 4, resume_from=state)
+    resumed = train([], 8, resume_from=state)
+
+    assert resumed.trained == [expected.trained[1][1:], expected.trained[2]]
+    assert resumed.model.weight.item() == expected.model.weight.item()
 
 
 def test_drop_last_and_smaller_batches_are_those_of_the_length_of_the_epoch():
