@@ -309,7 +309,77 @@ def test_evaluate_returns_what_callbacks_record_too(create_trainer, samples):
 
     metrics = create_trainer([Records]).evaluate(samples(1))
 
-    assert metrics == {"evaluation_loss": 1.0, "accuracy": 0.5}
+    assert metrics == {"evaluation_loss": 1.0, "evaluation_accuracy": 0.5}
+
+
+def test_evaluate_has_names_of_its_own_and_is_no_epoch(create_trainer, samples):
+    """Found 97 and 115: its values were those of epoch 3 of 2, among the epochs'."""
+    epochs = []
+
+    class Accuracy(Trainer):
+        def eval_epoch_end(self):
+            epochs.append(self.run_history.current_epoch)
+            self.run_history.update_metric("accuracy", len(epochs) / 4)
+            self.run_history.update_metric("evaluation_f1", 0.5)
+
+        def calculate_eval_batch_loss(self, batch):
+            return {**super().calculate_eval_batch_loss(batch), "error": 0.125}
+
+    trainer = create_trainer(trainer_class=Accuracy)
+    history = trainer.train(samples(1), num_epochs=2, eval_dataset=samples(1))
+    history.delete_metric("evaluation_f1")
+
+    metrics = trainer.evaluate(samples(1))
+
+    assert metrics == {
+        "evaluation_loss": 0.25**2,
+        "evaluation_error": 0.125,
+        "evaluation_accuracy": 0.75,
+        "evaluation_f1": 0.5,
+    }
+    assert [(r.value, r.epoch) for r in history.records("accuracy")] == [
+        (0.25, 1),
+        (0.5, 2),
+    ]
+    [record] = history.records("evaluation_accuracy")
+    assert (record.value, record.epoch, record.step) == (0.75, None, 2)
+    assert epochs == [1, 2, 1]
+    assert history.current_epoch == 3
+    assert history.metric_name_prefix == ""
+
+
+def test_a_script_reads_what_evaluate_recorded_by_its_plain_name(
+    create_trainer, samples
+):
+    """Found 97: under 0.1.61 evaluate() left nothing else to be read."""
+
+    class Accuracy(Trainer):
+        value = 0.5
+
+        def eval_epoch_end(self):
+            self.run_history.update_metric("accuracy", self.value)
+
+    trainer = create_trainer(trainer_class=Accuracy)
+    history = trainer.train(samples(1), 1, eval_dataset=samples(1))
+    trainer.value = 0.75
+    trainer.evaluate(samples(1))
+    assert history.get_latest_metric("accuracy") == 0.75
+    assert history.get_metric_values("accuracy") == [0.5]
+    trainer.value = 0.625
+    trainer.train(samples(1), 1, eval_dataset=samples(1), reset_run_history=False)
+    assert history.get_latest_metric("accuracy") == 0.625
+
+
+def test_numbers_with_an_underscore_are_not_recorded(create_trainer, samples):
+    """Found 114: what a step returned for its own use became a metric."""
+
+    class OwnUse(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            output = super().calculate_train_batch_loss(batch)
+            return {**output, "_image_id": 7, "accuracy": 0.5}
+
+    history = create_trainer(trainer_class=OwnUse).train(samples(1), num_epochs=1)
+    assert history.get_metric_names() == {"train_loss_epoch", "train_accuracy_epoch"}
 
 
 def test_train_returns_the_run_history(create_trainer, samples):

@@ -29,7 +29,7 @@ from pytorch_accelerated.resuming import (
     gradients_of,
 )
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.tracking import LossTracker, RunHistory
+from pytorch_accelerated.tracking import LossTracker, RunHistory, is_number
 from pytorch_accelerated.training_state import TrainingState
 
 
@@ -469,8 +469,10 @@ class ResumableRun:
 
     def _latest_metrics(self) -> dict[str, float]:
         return {
-            name: self.run_history.get_latest_metric(name)
+            name: values[-1]
             for name in self.run_history.get_metric_names()
+            if (values := list(self.run_history.get_metric_values(name)))
+            and is_number(values[-1])
         }
 
     def _model_state_dict(self, keep: bool = True) -> dict[str, Any]:

@@ -23,6 +23,15 @@ def num_items(batch_output: Mapping[str, Any]) -> NumItems:
     return num_items  # type: ignore[no-any-return]
 
 
+def is_recorded(name: str, value: Any) -> bool:
+    """Say whether a member of a step's output is averaged over the epoch and recorded.
+
+    The names of numbers that a step returns for its own use start with an underscore.
+    """
+    is_of_own_use = isinstance(name, str) and name.startswith("_")
+    return name not in RESERVED and not is_of_own_use and is_scalar(value)
+
+
 def is_scalar(value: Any) -> bool:
     """Say whether a member of a step's output can be averaged over the epoch."""
     if isinstance(value, Tensor):

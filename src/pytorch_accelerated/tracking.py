@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -20,6 +22,12 @@ from pytorch_accelerated.contexts import contextmanager
 
 if TYPE_CHECKING:
     import pandas as pd
+
+INTERMEDIATE_PREFIX = "intermediate_"
+EVALUATION_PREFIX = "evaluation_"
+
+# A value and its origin are added together. Of the module, since histories are copied.
+_LOCK = threading.RLock()
 
 
 class RunHistory(ABC):
@@ -41,11 +49,11 @@ class RunHistory(ABC):
         """Return the names of all metrics recorded so far."""
 
     @abstractmethod
-    def get_metric_values(self, name: str) -> Iterable[float]:
+    def get_metric_values(self, metric_name: str) -> Iterable[Any]:
         """Return all values of a metric, oldest first."""
 
     @abstractmethod
-    def get_latest_metric(self, name: str) -> float:
+    def get_latest_metric(self, metric_name: str) -> Any:
         """Return the newest value of a metric.
 
         Raises:
@@ -62,11 +70,11 @@ class RunHistory(ABC):
         """The text put before the name of each metric that is recorded."""
 
     @abstractmethod
-    def update_metric(self, name: str, value: Any) -> None:
+    def update_metric(self, metric_name: str, metric_value: Any) -> None:
         """Record a value of a metric, under its name with the prefix before it."""
 
     @abstractmethod
-    def delete_metric(self, name: str) -> None:
+    def delete_metric(self, metric_name: str) -> None:
         """Forget all values of a metric, named as it was when it was recorded."""
 
     @property
@@ -108,6 +116,20 @@ class RunHistory(ABC):
         finally:
             self.set_metric_name_prefix(previous)
 
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Used by the trainer around ``evaluate()``, which is no epoch of a run.
+
+        Names start with ``evaluation_``, and the epoch is 1 meanwhile.
+        """
+        epoch = self.current_epoch
+        self._set_epoch(1)
+        try:
+            with self.prefixed(self.metric_name_prefix + EVALUATION_PREFIX):
+                yield
+        finally:
+            self._set_epoch(epoch)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a training state keeps of this history, as plain values.
 
@@ -127,8 +149,9 @@ class MetricRecord(NamedTuple):
 
     Attributes:
         name: The name of the metric, with its prefix.
-        value: The recorded number.
-        epoch: The epoch under way at the time; the first one is 1.
+        value: The recorded value.
+        epoch: The epoch under way at the time; the first one is 1. None for what
+            ``evaluate()`` recorded, which is no epoch.
         step: The number of updates completed at the time.
         unix_time: The time of recording, in seconds since 1970-01-01 UTC.
 
@@ -136,7 +159,7 @@ class MetricRecord(NamedTuple):
     """
 
     name: str
-    value: float
+    value: Any
     epoch: int | None
     step: int | None
     unix_time: float | None
@@ -171,8 +194,10 @@ class InMemoryRunHistory(RunHistory):
         self._prefix = ""
         # Scripts extend these lists directly, hence the list made on first access and
         # the origins beside the values, which may lag behind: see `_origins_of`.
-        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self._metrics: defaultdict[str, list[Any]] = defaultdict(list)
         self._origins: dict[str, list[_Origin]] = {}
+        # Metrics whose newest value is one of `evaluate()`: where it is.
+        self._evaluated: dict[str, str] = {}
 
     def get_metric_names(self) -> AbstractSet[str]:
         """Return the names of all metrics, in the order of their first recording.
@@ -181,21 +206,25 @@ class InMemoryRunHistory(RunHistory):
         """
         return dict.fromkeys(self._names()).keys()
 
-    def get_metric_values(self, name: str) -> list[float]:
+    def get_metric_values(self, metric_name: str) -> list[Any]:
         """Return all values of a metric, oldest first; empty if there are none."""
-        return list(self._metrics.get(name, ()))
+        return list(self._metrics.get(metric_name, ()))
 
-    def get_latest_metric(self, name: str) -> float:
+    def get_latest_metric(self, metric_name: str) -> Any:
         """Return the newest value of a metric.
+
+        After ``evaluate()`` that is the one which it recorded, also by the name without
+        ``evaluation_``.
 
         Raises:
             ValueError: If nothing has been recorded under this name.
         """
+        name = self._evaluated.get(metric_name, metric_name)
         values = self._metrics.get(name)
         if not values:
             raise ValueError(
-                f"{self._no_metric_named(name)} Metrics appear once the epoch that "
-                "records them has ended."
+                f"{self._no_metric_named(metric_name)} Metrics appear once the epoch "
+                "that records them has ended."
             )
         return values[-1]
 
@@ -211,38 +240,54 @@ class InMemoryRunHistory(RunHistory):
         """The text put before the name of each metric that is recorded or deleted."""
         return self._prefix
 
-    def update_metric(self, name: str, value: Any) -> None:
+    def update_metric(self, metric_name: str, metric_value: Any) -> None:
         """Record a value of a metric, under its name with the prefix before it.
 
         Args:
-            name: The name of the metric, without the prefix.
-            value: A Python number, or a NumPy scalar or tensor with one element, which
-                is converted to one. Reading a tensor waits for the device.
-
-        Raises:
-            TypeError: If the value is anything else.
+            metric_name: The name of the metric, without the prefix.
+            metric_value: A number; a NumPy scalar or a tensor with one element becomes
+                a Python number that still answers ``item()``. Reading a tensor waits
+                for the device. Anything else is kept as it is, larger tensors on the
+                CPU; and each number in a dictionary is recorded as a metric of its own
+                too, ``<name>_<key>``.
         """
-        full_name = self._prefix + name
-        number = _as_plain_number(full_name, value)
-        origins = self._origins_of(full_name)
-        self._metrics[full_name].append(number)
-        origins.append(_Origin(self._current_epoch, self.current_step, time.time()))
+        name = self._full_name(metric_name)
+        plain_name = name.removeprefix(self._prefix)
+        outer_prefix = self._prefix.removesuffix(EVALUATION_PREFIX)
+        is_evaluation = outer_prefix != self._prefix
+        epoch = None if is_evaluation else self._current_epoch
+        value = _without_device(metric_value)
+        with _LOCK:
+            self._add(
+                [MetricRecord(name, value, epoch, self.current_step, time.time())]
+            )
+            self._evaluated.pop(name, None)
+            if is_evaluation:
+                self._evaluated[outer_prefix + plain_name] = name
+        if isinstance(value, Mapping):
+            for key, member in value.items():
+                if is_number(member):
+                    self.update_metric(f"{plain_name}_{key}", member)
 
-    def delete_metric(self, name: str) -> None:
+    def delete_metric(self, metric_name: str) -> None:
         """Forget all values of a metric.
 
         Args:
-            name: The name as it was given to :meth:`update_metric`: the prefix, if one
-                is set, is put before it.
+            metric_name: The name as it was given to :meth:`update_metric`: the prefix,
+                if one is set, is put before it.
 
         Raises:
             KeyError: If nothing has been recorded under this name.
         """
-        full_name = self._prefix + name
-        if not self._metrics.get(full_name):
-            raise KeyError(self._no_metric_named(full_name))
-        del self._metrics[full_name]
-        self._origins.pop(full_name, None)
+        name = self._full_name(metric_name)
+        if not self._metrics.get(name):
+            raise KeyError(self._no_metric_named(name))
+        with _LOCK:
+            del self._metrics[name]
+            self._origins.pop(name, None)
+            for plain_name, evaluated in list(self._evaluated.items()):
+                if evaluated == name:
+                    del self._evaluated[plain_name]
 
     @property
     def current_epoch(self) -> int:
@@ -259,6 +304,7 @@ class InMemoryRunHistory(RunHistory):
         """Forget all metrics and start again at epoch 1, step 0; keep the prefix."""
         self._metrics.clear()
         self._origins.clear()
+        self._evaluated.clear()
         self._current_epoch = 1
         self.current_step = 0
 
@@ -269,19 +315,22 @@ class InMemoryRunHistory(RunHistory):
             name: The metric to return, oldest value first. By default all metrics, one
                 after the other in the order of their names.
         """
-        return [
-            MetricRecord(metric, value, *origin)
-            for metric in self._names()
-            if name in (None, metric)
-            for value, origin in zip(
-                self._metrics[metric], self._origins_of(metric), strict=True
-            )
-        ]
+        with _LOCK:
+            return [
+                MetricRecord(metric, value, *origin)
+                for metric in self._names()
+                if name in (None, metric)
+                for value, origin in zip(
+                    self._metrics[metric], self._origins_of(metric), strict=True
+                )
+            ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole history as dictionaries, lists, strings and numbers.
 
-        :meth:`from_dict` makes an equal history of it, to the last bit of each value.
+        :meth:`from_dict` makes an equal history of it, to the last bit of each number;
+        tensors and arrays come back as nested lists. Values that are none of these,
+        such as figures, are left out.
 
         Returns:
             The counters, the prefix, and under ``"metrics"`` for each name the columns
@@ -341,12 +390,23 @@ class InMemoryRunHistory(RunHistory):
 
         Numbers keep all their digits; NaN and infinity are written as ``NaN`` and
         ``Infinity``, which Python reads back and strict JSON readers refuse. Missing
-        parent folders are made, and a file that is there already is overwritten.
+        parent folders are made, and a file that is there already is replaced once the
+        new one is whole. What it holds of values that are no numbers is as in
+        :meth:`to_dict`.
         """
-        file = Path(path)
+        file = Path(os.path.realpath(path))
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(record._asdict()) + "\n" for record in self.records()]
-        file.write_text("".join(lines), encoding="utf-8")
+        lines = [
+            json.dumps({**record._asdict(), "value": _plain(record.value)}) + "\n"
+            for record in self.records()
+            if _is_plain(_plain(record.value))
+        ]
+        temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+        try:
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load_jsonl(cls, path: str | os.PathLike[str]) -> InMemoryRunHistory:
@@ -363,6 +423,7 @@ class InMemoryRunHistory(RunHistory):
             records = [
                 _parse_record(line, f"Line {number} of {os.fspath(path)}")
                 for number, line in enumerate(file, start=1)
+                if line.strip()
             ]
         history = cls()
         history._add(records)
@@ -373,7 +434,7 @@ class InMemoryRunHistory(RunHistory):
         return history
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return the records as a table with a column for each of their fields.
+        """Return the records of numbers as a table with a column for each field.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -386,25 +447,31 @@ class InMemoryRunHistory(RunHistory):
                 "pip install 'pytorch-accelerated[pandas]'"
             ) from error
         table: pd.DataFrame = pd.DataFrame(
-            self.records(), columns=list(MetricRecord._fields)
+            [record for record in self.records() if is_number(record.value)],
+            columns=list(MetricRecord._fields),
         )
         return table
 
     def _names(self) -> list[str]:
         return [name for name, values in self._metrics.items() if values]
 
+    def _full_name(self, metric_name: str) -> str:
+        if self._prefix.endswith(EVALUATION_PREFIX):
+            metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
+        return self._prefix + metric_name
+
     def _no_metric_named(self, name: str) -> str:
         known = ", ".join(self._names()) or "nothing"
         return f"No metric named {name!r} in the run history; recorded so far: {known}."
 
     def _columns(self, name: str) -> dict[str, list[Any]]:
-        origins = self._origins_of(name)
-        return {
-            "value": [_as_plain_number(name, value) for value in self._metrics[name]],
-            "epoch": [origin.epoch for origin in origins],
-            "step": [origin.step for origin in origins],
-            "unix_time": [origin.unix_time for origin in origins],
-        }
+        kept = [
+            (plain, *origin)
+            for _, value, *origin in self.records(name)
+            if _is_plain(plain := _plain(value))
+        ]
+        keys = ("value", *_Origin._fields)
+        return {key: [row[i] for row in kept] for i, key in enumerate(keys)}
 
     def _origins_of(self, name: str) -> list[_Origin]:
         """Return the origins of a metric's values, as many as there are values."""
@@ -415,36 +482,82 @@ class InMemoryRunHistory(RunHistory):
         return origins
 
     def _add(self, records: Iterable[MetricRecord]) -> None:
-        for name, value, epoch, step, unix_time in records:
-            origins = self._origins_of(name)
-            self._metrics[name].append(value)
-            origins.append(_Origin(epoch, step, unix_time))
+        with _LOCK:
+            for name, value, epoch, step, unix_time in records:
+                origins = self._origins_of(name)
+                self._metrics[name].append(value)
+                origins.append(_Origin(epoch, step, unix_time))
 
 
-def _as_plain_number(name: str, value: Any) -> float:
-    """Return a value as a Python int or float, or say why it is not a number."""
-    number = value
+class _Float(float):
+    """A number that was recorded as a tensor, and is asked for its ``item()``."""
+
+    def item(self) -> float:
+        return float(self)
+
+
+class _Int(int):
+    """A whole number that was recorded as a tensor."""
+
+    def item(self) -> int:
+        return int(self)
+
+
+def is_number(value: Any) -> bool:
+    """Say whether the value of a metric is one number, and not an array or the like."""
+    return _number_in(value) is not None
+
+
+def _number_in(value: Any) -> float | None:
+    """Return a value as a Python int or float, or None if it is not one number."""
     if hasattr(value, "item"):
         # Arrays and tensors of several elements refuse `item()`, each in its own way.
         with contextlib.suppress(ValueError, RuntimeError):
-            number = value.item()
-    if isinstance(number, int):
-        return int(number)
-    if isinstance(number, float):
-        return float(number)
-    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    raise TypeError(
-        f"The value of the metric {name!r} must be a single number, got a "
-        f"{type(value).__name__}{shape}. Pass a Python number, a NumPy scalar or a "
-        "tensor with one element, for instance the mean."
-    )
+            value = value.item()
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else None
+
+
+def _without_device(value: Any) -> Any:
+    """Return a number as a Python number, and a copy of the rest, on the CPU."""
+    number = _number_in(value)
+    if number is not None:
+        if not hasattr(value, "item"):
+            return number
+        return _Int(number) if isinstance(number, int) else _Float(number)
+    if isinstance(value, Mapping):
+        return {key: _without_device(member) for key, member in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    is_array = isinstance(value, list) or hasattr(value, "__array__")
+    return copy.copy(value) if is_array else value
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers without ``item()``, and tensors and arrays as nested lists."""
+    number = _number_in(value)
+    if number is not None:
+        return number
+    if isinstance(value, Mapping):
+        return {str(key): _plain(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(member) for member in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(member) for member in value.values())
+    if isinstance(value, list):
+        return all(_is_plain(member) for member in value)
+    return value is None or isinstance(value, (int, float, str))
 
 
 def _parse_record(line: str, place: str) -> MetricRecord:
     """Return the record in a line of JSON, or say what is wrong in which place."""
     try:
-        record = MetricRecord(**json.loads(line))
-        return record._replace(value=_as_plain_number(record.name, record.value))
+        return MetricRecord(**json.loads(line))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{place} is not a record of a metric: {line.strip()[:80]!r}. Expected a "

@@ -96,7 +96,13 @@ from pytorch_accelerated.schedulers.scheduler_base import (
     remember_scheduled_values,
 )
 from pytorch_accelerated.step_output import NumItems
-from pytorch_accelerated.tracking import InMemoryRunHistory, LossTracker, RunHistory
+from pytorch_accelerated.tracking import (
+    EVALUATION_PREFIX,
+    INTERMEDIATE_PREFIX,
+    InMemoryRunHistory,
+    LossTracker,
+    RunHistory,
+)
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -377,11 +383,12 @@ class Trainer(ResumableRun):
         per_device_batch_size: int = 8,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Evaluate the model; every sample counts once, on any number of processes.
 
-        The metrics are added to the run history under names that start with
-        ``evaluation_``.
+        All metrics that are recorded meanwhile are added to the run history under names
+        that start with ``evaluation_``. This is no epoch: meanwhile
+        ``run_history.current_epoch`` is 1, and afterwards what it was before.
 
         Args:
             dataset: A dataset or a ready ``DataLoader``.
@@ -396,12 +403,15 @@ class Trainer(ResumableRun):
             ValueError: If there is nothing to evaluate on.
         """
         recorded = self._count_recorded_metrics()
-        with self._prepared_to_evaluate(
-            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        with (
+            self.run_history._evaluation(),
+            self._prepared_to_evaluate(
+                dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+            ),
         ):
             self._run_evaluation()
         return {
-            name: self.run_history.get_latest_metric(name)
+            name: list(self.run_history.get_metric_values(name))[-1]
             for name, count in self._count_recorded_metrics().items()
             if count > recorded.get(name, 0)
         }
@@ -697,8 +707,9 @@ class Trainer(ResumableRun):
             graph; ``model_outputs``; and ``batch_size``, the number of samples. If the
             loss is a mean over something else, such as tokens, ``num_items_in_batch``
             is how many there are, as a number or a 0-dim tensor. Every other number or
-            0-dim tensor is averaged and recorded as ``train_<name>_epoch``. Everything
-            is passed on to ``on_train_step_end``.
+            0-dim tensor is averaged and recorded as ``train_<name>_epoch``, unless its
+            name starts with an underscore. Everything is passed on to
+            ``on_train_step_end``.
         """
         return self._calculate_batch_loss(batch)
 
@@ -1131,7 +1142,10 @@ class Trainer(ResumableRun):
         """Step a scheduler that goes by a metric of the epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             name = self._name_of_plateau_metric
-            self.scheduler.step(self.run_history.get_latest_metric(name))
+            value = self._latest_metrics().get(name)
+            if value is None:  # to be told which there are
+                value = self.run_history.get_latest_metric(name)
+            self.scheduler.step(value)
 
     @property
     def _name_of_plateau_metric(self) -> str:
@@ -1288,7 +1302,7 @@ class Trainer(ResumableRun):
         self, batch_output: Mapping[str, Any], num_items: NumItems
     ) -> None:
         for name, value in batch_output.items():
-            if name in step_output.RESERVED or not step_output.is_scalar(value):
+            if not step_output.is_recorded(name, value):
                 continue
             if name not in self._scalar_trackers:
                 self._scalar_trackers[name] = LossTracker()
@@ -1301,6 +1315,8 @@ class Trainer(ResumableRun):
             metric_name: The name for the loss. Those of other scalars have their own
                 name in place of "loss".
         """
+        if self.run_history.metric_name_prefix.endswith(EVALUATION_PREFIX):
+            metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
         totals = {"loss": self._loss_tracker.totals()}
         for name, tracker in self._scalar_trackers.items():
             totals[name] = tracker.totals()
@@ -1330,7 +1346,7 @@ class Trainer(ResumableRun):
         history = self.run_history
         if not is_intermediate:
             return nullcontext()
-        return history.prefixed(history.metric_name_prefix + "intermediate_")
+        return history.prefixed(history.metric_name_prefix + INTERMEDIATE_PREFIX)
 
     def _count_recorded_metrics(self) -> dict[str, int]:
         history = self.run_history

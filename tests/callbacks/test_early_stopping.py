@@ -3,7 +3,11 @@ import math
 import pytest
 import torch
 
-from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveBestModelCallback
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveBestModelCallback,
+    StepBasedEvaluationCallback,
+)
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -151,6 +155,37 @@ def test_only_the_main_process_decides(create_trainer):
     votes = []
     trainer = create_trainer(trainer_class=OtherProcess)
     trainer.run_history.update_metric("score", torch.nan)
-    trainer._accelerator = type("Accelerator", (), {"is_main_process": False})
+    attributes = {"is_main_process": False, "is_local_main_process": False}
+    trainer._accelerator = type("Accelerator", (), attributes)
     EarlyStoppingCallback(1, watch_metric="score").on_training_run_epoch_end(trainer)
     assert votes == [False]
+
+
+def test_it_says_what_it_does(train_with_scores, capsys):
+    """Found 115."""
+    stopping = EarlyStoppingCallback(2, watch_metric="score")
+    train_with_scores([stopping], [3, 2.5, 2.75, 2.5])
+    assert capsys.readouterr().out.splitlines() == [
+        "score improved by 0.5 to 2.5",
+        "score has not improved on 2.5 for 1 of 2 epochs",
+        "score has not improved on 2.5 for 2 of 2 epochs",
+        "Stopping early: score has not improved on 2.5 for 2 epochs",
+    ]
+
+
+def test_intermediate_evaluations_can_be_watched(create_trainer, samples):
+    """Found 96: patience is counted in evaluations."""
+
+    class Scripted(Trainer):
+        losses = iter([3, 2, 2.5, 2.25, 1])
+
+        def eval_epoch_end(self):
+            self.run_history.update_metric("score", next(self.losses))
+
+    stopping = EarlyStoppingCallback(2, watch_metric="intermediate_score")
+    trainer = create_trainer(
+        [StepBasedEvaluationCallback(2), stopping], trainer_class=Scripted
+    )
+    trainer.train(samples(10), 1, eval_dataset=samples(1), per_device_batch_size=1)
+    assert trainer.num_steps == 8
+    assert stopping.best_metric == 2

@@ -5,6 +5,7 @@ from torch.utils.data import TensorDataset
 
 from pytorch_accelerated.callbacks import (
     LimitEvalStepsCallback,
+    LogMetricsCallback,
     ModelEmaCallback,
     StepBasedEvaluationCallback,
     StopTrainingError,
@@ -97,12 +98,27 @@ def test_a_frozen_submodule_stays_in_evaluation_mode(create_trainer, samples):
     assert modes == [[True, False, True]] * 2
 
 
-def test_the_loss_of_intermediate_evaluations_is_deleted(create_trainer, samples):
-    trainer = create_trainer([StepBasedEvaluationCallback(1)])
+def test_intermediate_evaluations_are_kept_with_their_update_and_logged(
+    create_trainer, samples
+):
+    """Found 96: of five values one was printed, and none was kept."""
+    logged = []
+
+    class Log(LogMetricsCallback):
+        def log_metrics(self, trainer, metrics):
+            logged.extend(metrics.items())
+
+    trainer = create_trainer([StepBasedEvaluationCallback(2), Log])
     history = trainer.train(
-        samples(2), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
+        samples(10), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
     )
-    assert set(history.get_metric_names()) == {"train_loss_epoch", "eval_loss_epoch"}
+    records = history.records("intermediate_eval_loss")
+    assert [(record.step, record.value) for record in records] == [
+        (step, 0.25**step) for step in (2, 4, 6, 8, 10)
+    ]
+    assert [value for name, value in logged if name == "intermediate_eval_loss"] == [
+        record.value for record in records
+    ]
 
 
 def test_metrics_of_intermediate_evaluations_do_not_mix_with_those_of_epochs(

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
@@ -119,6 +120,8 @@ def test_a_metric_whose_values_are_gone_is_not_logged():
     ("name", "is_train"),
     [
         ("train_loss_epoch", True),
+        ("TRAIN_loss", True),
+        ("TRAINABLE", False),
         ("ema_model_train_loss", True),
         ("training_accuracy", True),
         ("loss/train", True),
@@ -130,8 +133,27 @@ def test_a_metric_whose_values_are_gone_is_not_logged():
     ],
 )
 def test_a_train_metric_has_the_word_in_its_name(name, is_train):
-    """Defect 45."""
+    """Defect 45; found 94: "TRAIN_loss"."""
     assert _is_train_metric(name) is is_train
+
+
+def test_what_is_not_one_number_is_printed_briefly(create_trainer, samples, capsys):
+    """Found 111."""
+
+    class Matrix(Trainer):
+        def train_epoch_end(self):
+            self.run_history.update_metric("train_matrix", torch.ones(30, 30))
+            self.run_history.update_metric("train_scores", {"f1": 0.5})
+            self.run_history.update_metric("train_words", ["word"] * 100)
+
+    create_trainer([LogMetricsCallback], trainer_class=Matrix).train(samples(1), 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "train_matrix: Tensor of shape (30, 30)",
+        "train_scores: {'f1': 0.5}",
+        "train_scores_f1: 0.5",
+    ]
+    assert len(lines[3]) < 100
 
 
 def test_names_in_a_set_are_logged_in_an_order_that_does_not_change():

@@ -6,10 +6,12 @@ import torch
 
 from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
+    StepBasedEvaluationCallback,
     StopTrainingError,
     TrainerCallback,
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.trainer import Trainer
 
 
 def test_the_best_model_is_saved_and_loaded_at_the_end(
@@ -207,3 +209,36 @@ def test_it_follows_the_main_process(create_trainer, tmp_path):
     trainer.agree = lambda flag: True  # the main process says yes
     best.on_training_run_epoch_end(trainer)
     assert len(saved) == 1
+
+
+def test_intermediate_evaluations_can_be_watched(create_trainer, samples, tmp_path):
+    """Found 96: the model is saved amid the epoch, at the best of its evaluations."""
+
+    class Scripted(Trainer):
+        losses = iter([3, 2, 2.5, 9])
+
+        def eval_epoch_end(self):
+            self.run_history.update_metric("score", next(self.losses))
+
+    path = tmp_path / "best.pt"
+    best = SaveBestModelCallback(path, watch_metric="intermediate_score")
+    trainer = create_trainer(
+        [StepBasedEvaluationCallback(2), best], trainer_class=Scripted
+    )
+    trainer.train(samples(6), 1, eval_dataset=samples(1), per_device_batch_size=1)
+    assert best.best_metric == 2
+    saved = torch.load(path, weights_only=True)["model_state_dict"]["weight"]
+    assert saved.item() == trainer.get_model().weight.item() == 0.5**4
+
+
+def test_what_is_not_one_number_cannot_be_watched(create_trainer, samples, tmp_path):
+    """Found 111."""
+
+    class Scores(Trainer):
+        def eval_epoch_end(self):
+            self.run_history.update_metric("scores", {"f1": 0.5})
+
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="scores")
+    trainer = create_trainer([best], trainer_class=Scores)
+    with pytest.raises(TypeError, match=r"must be one number.*is a dict.*scores_f1"):
+        trainer.train(samples(1), 1, eval_dataset=samples(1))

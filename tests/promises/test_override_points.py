@@ -502,7 +502,7 @@ def test_an_evaluation_of_the_user_s_own(create_trainer, samples):
     trainer.train(samples(1), 1, eval_dataset=samples(9))
 
     assert trainer.run_history.get_latest_metric("num_batches") == 2
-    assert trainer.evaluate(samples(1)) == {"num_batches": 1}
+    assert trainer.evaluate(samples(1)) == {"evaluation_num_batches": 1}
 
 
 def test_runs_of_the_user_s_own(create_trainer, samples):
@@ -517,7 +517,8 @@ def test_runs_of_the_user_s_own(create_trainer, samples):
     trainer.train(samples(1), 1)
     trainer.evaluate(samples(1))
 
-    assert trainer.run_history.get_metric_values("ran") == [1, 2]
+    assert trainer.run_history.get_metric_values("ran") == [1]
+    assert trainer.run_history.get_metric_values("evaluation_ran") == [2]
     assert trainer.model.weight.item() == 1.0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated.tracking import INTERMEDIATE_PREFIX, is_number
+
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
@@ -52,11 +54,17 @@ class BestSoFar:
         return True
 
 
+def is_of_intermediate_evaluations(metric: str) -> bool:
+    """Say whether a metric is recorded amid epochs, and not at their end."""
+    return metric.startswith(INTERMEDIATE_PREFIX)
+
+
 def latest_value(trainer: Trainer, metric: str) -> Any:
     """Return the newest value of a metric in the run history.
 
     Raises:
         ValueError: If it has not been recorded; the message lists what has been.
+        TypeError: If the value is not one number.
     """
     known = trainer.run_history.get_metric_names()
     if metric not in known:
@@ -65,7 +73,14 @@ def latest_value(trainer: Trainer, metric: str) -> Any:
             f"{trainer.run_history.current_epoch}; recorded so far: "
             f"{', '.join(sorted(known)) or 'nothing'}."
         )
-    return trainer.run_history.get_latest_metric(metric)
+    value = list(trainer.run_history.get_metric_values(metric))[-1]
+    if not is_number(value):
+        raise TypeError(
+            f"watch_metric={metric!r} must be one number to be compared, and is a "
+            f"{type(value).__name__}. The numbers of a dictionary are metrics of their "
+            f"own, '{metric}_<key>'; recorded so far: {', '.join(sorted(known))}."
+        )
+    return value
 
 
 def check_watch_metric(trainer: Trainer, metric: str) -> None:

@@ -18,6 +18,7 @@ from pytorch_accelerated.callbacks.best import (
     BestSoFar,
     check_watch_metric,
     decided_by_main_process,
+    is_of_intermediate_evaluations,
     latest_value,
 )
 from pytorch_accelerated.checkpoint import (
@@ -48,7 +49,8 @@ class SaveBestModelCallback(TrainerCallback):
 
     The file also holds the value of the metric, under its name and under ``"loss"``.
     A value that is NaN or infinite is never the best. All processes follow the decision
-    of the main one.
+    of the main one. A metric of the evaluations amid epochs, such as
+    ``intermediate_eval_loss``, is looked at after each of them.
 
     Args:
         save_path: The file to save to. Missing parent folders are created.
@@ -105,6 +107,17 @@ class SaveBestModelCallback(TrainerCallback):
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if this epoch is the best so far."""
+        if not is_of_intermediate_evaluations(self.watch_metric):
+            self._save_if_best(trainer)
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save the model if a metric of intermediate evaluations is the best so far."""
+        if kwargs.get("is_intermediate", False) and is_of_intermediate_evaluations(
+            self.watch_metric
+        ):
+            self._save_if_best(trainer)
+
+    def _save_if_best(self, trainer: Trainer) -> None:
         value = latest_value(trainer, self.watch_metric)
         best = BestSoFar(
             greater_is_better=self.greater_is_better, value=self.best_metric

@@ -16,10 +16,9 @@ class StepBasedEvaluationCallback(TrainerCallback):
 
     Steps are counted over the whole run: with n = 100, after step 100, 200 and so on,
     whatever the length of an epoch. Callbacks hear of the evaluation with
-    ``is_intermediate=True``, and can read its loss in ``on_eval_epoch_end`` as
-    ``intermediate_eval_loss``; afterwards it is deleted. All other metrics recorded
-    meanwhile have ``intermediate_`` before their name, and so do not mix with those of
-    whole epochs.
+    ``is_intermediate=True``. Its loss is recorded as ``intermediate_eval_loss``, and
+    other metrics have ``intermediate_`` before their name too, so that they do not mix
+    with those of whole epochs; the run history knows the update of each value.
 
     Args:
         eval_every_n_steps: Steps (batches of a process) between evaluations, at least
@@ -57,8 +56,6 @@ class StepBasedEvaluationCallback(TrainerCallback):
         self._num_steps += 1
         if self._num_steps % self.eval_every_n_steps == 0:
             trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
-            if "intermediate_eval_loss" in trainer.run_history.get_metric_names():
-                trainer.run_history.delete_metric("intermediate_eval_loss")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps since the run was started for the first time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,11 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
-# "train_loss_epoch", "ema_model_train_loss", "training/accuracy"; not "constrained".
-_TRAIN_WORD = re.compile(r"(?<![A-Za-z])[Tt]rain(ing)?(?![a-z])")
+# "train_loss_epoch", "TRAIN_loss", "ema_model_train_loss", "training/accuracy"; not
+# "constrained".
+_TRAIN_WORD = re.compile(
+    r"(?<![A-Za-z])([Tt]rain(ing)?(?![a-z])|TRAIN(ING)?(?![A-Za-z]))"
+)
 
 
 class LogMetricsCallback(TrainerCallback):
@@ -43,10 +47,11 @@ class LogMetricsCallback(TrainerCallback):
 
         Args:
             trainer: The trainer.
-            metrics: Names and values, at least one.
+            metrics: Names and values, at least one. A value is what was recorded: a
+                number, or whatever else was given to ``update_metric``.
         """
         for name, value in metrics.items():
-            trainer.print(f"{name}: {value}")
+            trainer.print(f"{name}: {_briefly(value)}")
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave out what earlier runs have recorded."""
@@ -88,7 +93,8 @@ class LogMetricsCallback(TrainerCallback):
     def _get_latest_metrics(
         self, trainer: Trainer, names: Iterable[str]
     ) -> dict[str, Any]:
-        return {name: trainer.run_history.get_latest_metric(name) for name in names}
+        history = trainer.run_history
+        return {name: list(history.get_metric_values(name))[-1] for name in names}
 
 
 def _num_values(
@@ -101,6 +107,13 @@ def _num_values(
         if isinstance(names, set | frozenset):  # their order changes from run to run
             names = sorted(names)
     return [(name, len(list(history.get_metric_values(name)))) for name in names]
+
+
+def _briefly(value: Any) -> str:
+    """Return a value for a line: not all elements of an array."""
+    if getattr(value, "shape", ()):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    return textwrap.shorten(str(value), 80, placeholder=" ...")
 
 
 def _is_train_metric(name: str) -> bool:

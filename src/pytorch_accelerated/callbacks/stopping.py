@@ -16,6 +16,7 @@ from pytorch_accelerated.callbacks.best import (
     BestSoFar,
     check_watch_metric,
     decided_by_main_process,
+    is_of_intermediate_evaluations,
     latest_value,
 )
 from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
@@ -32,7 +33,9 @@ class EarlyStoppingCallback(TrainerCallback):
     """Stops training once a metric has not improved for some epochs.
 
     The decision is that of the main process, so that all processes stop together.
-    Callbacks listed after this one still see the epoch that it stops at.
+    Callbacks listed after this one still see the epoch that it stops at. A metric of
+    the evaluations amid epochs, such as ``intermediate_eval_loss``, is compared after
+    each of them, and patience is then counted in evaluations.
 
     Args:
         early_stopping_patience: Epochs in a row without improvement to stop after, at
@@ -100,17 +103,48 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: If there was no improvement for too long.
         """
+        if not is_of_intermediate_evaluations(self.watch_metric):
+            self._compare(trainer)
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Compare an evaluation amid the epoch, if its metric is watched.
+
+        Raises:
+            StopTrainingError: If there was no improvement for too long.
+        """
+        if kwargs.get("is_intermediate", False) and is_of_intermediate_evaluations(
+            self.watch_metric
+        ):
+            self._compare(trainer)
+
+    def _compare(self, trainer: Trainer) -> None:
         best = BestSoFar(
             greater_is_better=self.greater_is_better,
             threshold=self.early_stopping_threshold,
             value=self.best_metric,
         )
         if best.update(latest_value(trainer, self.watch_metric)):
+            self._print_improvement(trainer, best)
             self.best_metric = best.value
             self.early_stopping_patience_counter = 0
         else:
             self.early_stopping_patience_counter += 1
+            trainer.print(
+                f"{self.watch_metric} has not improved on {self.best_metric} for "
+                f"{self.early_stopping_patience_counter} of "
+                f"{self.early_stopping_patience} {self._unit}s"
+            )
         self._stop_if_patience_is_over(trainer)
+
+    def _print_improvement(self, trainer: Trainer, best: BestSoFar) -> None:
+        if self.best_metric is not None and best.value is not None:
+            gain = abs(best.value - self.best_metric)
+            trainer.print(f"{self.watch_metric} improved by {gain:.4g} to {best.value}")
+
+    @property
+    def _unit(self) -> str:
+        is_amid_epoch = is_of_intermediate_evaluations(self.watch_metric)
+        return "evaluation" if is_amid_epoch else "epoch"
 
     def _stop_if_patience_is_over(self, trainer: Trainer) -> None:
         counter = self.early_stopping_patience_counter
@@ -118,7 +152,7 @@ class EarlyStoppingCallback(TrainerCallback):
         if decided_by_main_process(trainer, is_over):
             raise StopTrainingError(
                 f"Stopping early: {self.watch_metric} has not improved on "
-                f"{self.best_metric} for {counter} epoch{'s' * (counter != 1)}"
+                f"{self.best_metric} for {counter} {self._unit}{'s' * (counter != 1)}"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -161,13 +161,13 @@ class StatefulSchedulerBase(SchedulerBase):
         state["num_updates"] = state.pop("_num_updates")
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, scheduler_state_dict: dict[str, Any]) -> None:
         """Continue from a state returned by `state_dict`.
 
         The values that belong to the restored position are set at once. Load the
         state of the optimizer first: that overwrites the scheduled values.
         """
-        state = dict(state_dict)
+        state = dict(scheduler_state_dict)
         if "num_updates" in state:
             state["_num_updates"] = state.pop("num_updates")
         super().load_state_dict(state)
