@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import find_batch_size, send_to_device
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -810,6 +810,13 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
+
+
+def num_samples_in(batch: Any) -> int:
+    """Return the length of the first tensor in a batch, 0 if it begins with none."""
+    with suppress(TypeError, ValueError, IndexError):
+        return find_batch_size(batch) or 0
+    return 0
 
 
 def exact_length_of(loader: Any) -> int | None:

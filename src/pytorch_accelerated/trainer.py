@@ -586,7 +586,7 @@ class Trainer(ResumableRun):
         # work, or calls the event itself.
         batch_output = batch_output or self._batch_output
         self._batch_output = None
-        self._count_step(step, batch_output)
+        self._count_step(step, batch, batch_output)
         if closes_window:
             self._update_weights(step)
         if batch_output is not None:
@@ -1242,17 +1242,21 @@ class Trainer(ResumableRun):
             self._window.load_state_dict(state)
         set_gradients(self.get_model(keep_torch_compile=False), gradients)
 
-    def _count_step(self, step: int, batch_output: Mapping[str, Any] | None) -> None:
+    def _count_step(
+        self, step: int, batch: Any, batch_output: Mapping[str, Any] | None
+    ) -> None:
         progress = self._progress
         progress.step = step + 1
         progress.num_steps += 1
         share = self._share_of(step)
-        # Where nothing is known of the other processes, they have as many.
-        progress.num_samples_seen += (
-            (batch_output or {}).get("batch_size", 0) * self._window.num_processes
-            if share is None
-            else share.total
-        )
+        if share is not None:
+            progress.num_samples_seen += share.total
+        else:
+            output = batch_output or {"batch_size": data.num_samples_in(batch)}
+            # Where nothing is known of the other processes, they have as many.
+            progress.num_samples_seen += (
+                output.get("batch_size", 0) * self._window.num_processes
+            )
         self.num_steps = progress.num_steps
         self.num_samples_seen = progress.num_samples_seen
 

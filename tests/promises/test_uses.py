@@ -425,11 +425,13 @@ DATA = [
     ),
 ]
 
-AS_FOR_0_1_61 = "own `_perform_forward_and_backward_passes`, as for 0.1.61"
-
 WAYS = [
     Use("own `calculate_train_batch_loss`", way=OwnStep),
-    Use(AS_FOR_0_1_61, way=OwnPasses, count=10),
+    Use(
+        "own `_perform_forward_and_backward_passes`, as for 0.1.61",
+        way=OwnPasses,
+        count=10,
+    ),
     Use(
         "own `_run_train_epoch`, a loop over the loader",
         way=OwnEpoch,
@@ -642,9 +644,6 @@ def reason_of(use, num_processes, action):
         return None
     if use.name.endswith(("`evaluate()` in a callback", "`predict()` in a callback")):
         return "found 62"
-    is_split = num_processes == 1 or "split" in use.name or "Distributed" in use.name
-    if use.name.endswith(AS_FOR_0_1_61) and is_split:
-        return "found 68: num_samples_seen stays 0"
     return None
 
 
