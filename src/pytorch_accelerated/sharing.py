@@ -128,11 +128,11 @@ def share(
             "alone, and all have the same number of batches, say so: set the attribute "
             "is_split_by_process = True on it or on its dataset."
         )
-    source: _SharedStream | _SharedBatches
+    source: SharedStream | SharedBatches
     if isinstance(loader.dataset, IterableDataset):
-        source = _SharedStream(loader, seed, num_processes, process_index)
+        source = SharedStream(loader, seed, num_processes, process_index)
     else:
-        source = _SharedBatches(loader, num_processes, process_index)
+        source = SharedBatches(loader, num_processes, process_index)
     return SharedLoader(loader, device, source, is_evaluation)
 
 
@@ -156,7 +156,7 @@ class SharedLoader(DeviceLoader):
         self,
         loader: DataLoader[Any],
         device: torch.device,
-        source: _SharedStream | _SharedBatches,
+        source: SharedStream | SharedBatches,
         is_evaluation: bool,
     ) -> None:
         super().__init__(loader, device)
@@ -204,11 +204,19 @@ class SharedLoader(DeviceLoader):
             yield batch
 
 
-class _SharedBatches(Sampler[Any]):
+class SharedBatches(Sampler[Any]):
     """The share of one process in the batches that a sampler of the user's makes.
 
     The main process takes them from the sampler, all of an epoch at its start, and
     tells the others: a sampler may draw from a generator that differs between them.
+
+    Args:
+        loader: The loader with the sampler.
+        num_processes: Number of processes.
+        process_index: Which of them this is.
+
+    Attributes:
+        shares: What this process has of each step of the epoch.
     """
 
     seed = epoch = 0  # of no use here: the order is the sampler's
@@ -227,13 +235,20 @@ class _SharedBatches(Sampler[Any]):
         self.shares: dict[int, Share] = {}
 
     def parts_of_loader(self) -> dict[str, Any]:
+        """Return what takes the place of parts of the loader, by their names."""
         return {"batch_sampler" if self._makes_batches else "sampler": self}
 
     def __len__(self) -> int:
+        """Return the number of batches of this process, by what the sampler says."""
         whole, rest = divmod(len(self._batches), self._num_processes)
         return whole if self._drop_last or rest == 0 else whole + 1
 
     def start(self, first_step: int) -> None:
+        """Take the batches of an epoch from the sampler. Collective.
+
+        Raises:
+            ValueError: If they are no lists of indices.
+        """
         self._own, self.shares = [], {}
         batches, each = self._draw(), self._num_processes
         for step, first in enumerate(range(0, len(batches), each)):
@@ -275,9 +290,11 @@ class _SharedBatches(Sampler[Any]):
         return [indices[first:last] for first, last in bounds]
 
     def share_of(self, step: int) -> Share:
+        """Return what this process has of a step."""
         return self.shares[step]
 
     def __iter__(self) -> Iterator[list[Any]]:
+        """Yield the indices of each batch of this process."""
         return iter(self._own)
 
 
@@ -295,12 +312,21 @@ class _LastBatch(NamedTuple):
     share: Share
 
 
-class _SharedStream(IterableDataset[Any]):
+class SharedStream(IterableDataset[Any]):
     """The share of one process in the samples of a stream, which it reads whole.
 
     All processes have to read the same: the random numbers that the stream draws from
     the global generators follow from the seed, the epoch and the step, and the
     generators are left as they were.
+
+    Args:
+        loader: The loader with the stream.
+        seed: The data seed of the run.
+        num_processes: Number of processes.
+        process_index: Which of them this is.
+
+    Attributes:
+        shares: What this process has of the steps that are not full, once loaded.
     """
 
     def __init__(
@@ -323,6 +349,7 @@ class _SharedStream(IterableDataset[Any]):
         self.shares: dict[int, Share] = {}
 
     def parts_of_loader(self) -> dict[str, Any]:
+        """Return what takes the place of parts of the loader, by their names."""
         return {"dataset": self, "collate_fn": _MarkingCollate(self._collate)}
 
     def __len__(self) -> int:
@@ -336,16 +363,19 @@ class _SharedStream(IterableDataset[Any]):
         return own + (max(last - first, 1) if rest else 0)
 
     def start(self, first_step: int) -> None:
+        """Let the next iteration begin at a step, where the stream has been set."""
         self._first_step = first_step
         self.shares = {}
 
     def share_of(self, step: int) -> Share:
+        """Return what this process has of a step that has been loaded."""
         return self.shares.get(step, Share(self._step_size, is_filler=False))
 
     def _bounds(self, num_samples: int) -> tuple[int, int]:
         return share_bounds(num_samples, self._num_processes, self._process_index)
 
     def __iter__(self) -> Iterator[Any]:
+        """Yield the samples of this process."""
         for samples in self._steps():
             first, last = self._bounds(len(samples))
             if len(samples) == self._step_size:
