@@ -14,6 +14,9 @@ INTEGRATIONS := .venv-integrations
 TORCHVISION_ON_CPU := $(CURDIR)/$(INTEGRATIONS)/torchvision-on-cpu
 PIP_INSTALL_INTEGRATIONS := $(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# pyright looks at the packages of the first Python on the path.
+ON_PATH := PATH="$(CURDIR)/$(BIN):$$PATH"
+
 # Tests and benchmarks use one torch thread: with more, small tensors get slower, and
 # two test processes fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -56,6 +59,10 @@ check: $(VENV)/.tools ## Lint, check the format, the types and the direction of 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(ON_PATH) pyright
+	@echo "Is every public name annotated?"
+	@$(ON_PATH) pyright --verifytypes pytorch_accelerated --ignoreexternal > $(VENV)/types.txt \
+	    || { cat $(VENV)/types.txt; exit 1; }
 	$(BIN)/lint-imports
 
 .PHONY: bench

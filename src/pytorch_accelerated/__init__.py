@@ -4,7 +4,9 @@
 """
 
 import logging
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from accelerate import notebook_launcher
 from accelerate.utils import set_seed
@@ -18,8 +20,8 @@ except PackageNotFoundError:  # used from its source, without being installed
     __version__ = "unknown"
 
 # Names that scripts written for 0.1.61 may import from here.
-accelerate_notebook_launcher = notebook_launcher
-logger = logging.getLogger(__name__)
+accelerate_notebook_launcher: Callable[..., Any] = notebook_launcher
+logger: logging.Logger = logging.getLogger(__name__)
 
 __all__ = [
     "Trainer",

@@ -249,7 +249,7 @@ class PlannedBatchSampler(Sampler[SeededIndices]):
     def __init__(
         self, plan: BatchPlan, process_index: int, seed: int, shuffle: bool
     ) -> None:
-        self.plan = plan
+        self.plan: BatchPlan = plan
         self.process_index = process_index
         self.seed = seed
         self.shuffle = shuffle
@@ -565,7 +565,7 @@ class PlannedLoader:
             loader.drop_last,
             even,
         )
-        self.batch_sampler = PlannedBatchSampler(
+        self.batch_sampler: PlannedBatchSampler = PlannedBatchSampler(
             self._plan_at_start,
             process_index,
             seed,

@@ -51,7 +51,7 @@ class PreparedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.was_compiled = hasattr(model, "_orig_mod")
+        self.was_compiled: bool = hasattr(model, "_orig_mod")
         # A compiled model passes most marks on to the one that it was made from.
         self._marked = [model, model._orig_mod] if self.was_compiled else [model]
         self._before = [

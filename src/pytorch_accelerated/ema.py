@@ -72,8 +72,8 @@ class ModelEma(nn.Module):
             )
         self.decay = decay
         self.warmup = warmup
-        self.num_updates = 0
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.num_updates: int = 0
+        self.module: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
         entries = _get_entries(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         self._copied = frozenset(
@@ -91,7 +91,7 @@ class ModelEma(nn.Module):
         )
         # Buffers of a module, so that `to()` and the state dict reach them. Their names
         # must not contain dots.
-        self.shadow = nn.Module()
+        self.shadow: nn.Module = nn.Module()
         self._shadow_keys: dict[str, str] = {}
         for name, entry in entries.items():
             if name not in self._copied and _is_low_precision(entry):

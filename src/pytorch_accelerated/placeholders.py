@@ -24,7 +24,7 @@ from enum import Enum
 from fractions import Fraction
 from functools import partial
 from numbers import Rational, Real
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -121,13 +121,20 @@ class TrainerPlaceholderValues(PlaceholderArithmetic, Enum):
     ``max_num_train_steps`` updates.
     """
 
-    NUM_EPOCHS = "epochs of the run"
-    NUM_UPDATE_STEPS_PER_EPOCH = "optimizer updates in an epoch"
-    PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = (
-        "optimizer updates in an epoch, which every process takes part in"
-    )
-    TRAIN_DATALOADER_LEN = "training batches in an epoch on each process"
-    EVAL_DATALOADER_LEN = "evaluation batches in an epoch on each process"
+    if TYPE_CHECKING:  # they pass for the numbers that they stand for
+        NUM_EPOCHS: Any
+        NUM_UPDATE_STEPS_PER_EPOCH: Any
+        PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: Any
+        TRAIN_DATALOADER_LEN: Any
+        EVAL_DATALOADER_LEN: Any
+    else:
+        NUM_EPOCHS = "epochs of the run"
+        NUM_UPDATE_STEPS_PER_EPOCH = "optimizer updates in an epoch"
+        PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = (
+            "optimizer updates in an epoch, which every process takes part in"
+        )
+        TRAIN_DATALOADER_LEN = "training batches in an epoch on each process"
+        EVAL_DATALOADER_LEN = "evaluation batches in an epoch on each process"
 
     @classmethod
     def placeholder_set(cls) -> set[str]:

@@ -94,7 +94,7 @@ class Parts:
 
     def __init__(self, saved: Iterable[Mapping[str, Any]]) -> None:
         self._saved = list(saved)
-        self.shape = torch.Size(self._saved[0][_SHAPE])
+        self.shape: torch.Size = torch.Size(self._saved[0][_SHAPE])
 
     def join(self) -> Tensor:
         """Return the whole tensor."""

@@ -138,7 +138,7 @@ class RunHistory(ABC):
         """
         return {"current_epoch": self.current_epoch, "current_step": self.current_step}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state returned by :meth:`state_dict`."""
         self.current_step = state["current_step"]
         self._set_epoch(state["current_epoch"])
@@ -347,14 +347,14 @@ class InMemoryRunHistory(RunHistory):
     def from_dict(cls, state: Mapping[str, Any]) -> InMemoryRunHistory:
         """Make a history from what :meth:`to_dict` returned."""
         history = cls()
-        history.load_state_dict(state)
+        history.load_state_dict(dict(state))
         return history
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole history, as :meth:`to_dict` does."""
         return self.to_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the whole history by what :meth:`state_dict` returned.
 
         Raises:
@@ -382,7 +382,7 @@ class InMemoryRunHistory(RunHistory):
         self.reset()
         self._add(records)
         self._current_epoch = state["current_epoch"]
-        self.current_step = state["current_step"]
+        self.current_step: int = state["current_step"]
         self._prefix = state["metric_name_prefix"]
 
     def save_jsonl(self, path: str | os.PathLike[str]) -> None:

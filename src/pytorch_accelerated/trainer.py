@@ -173,14 +173,18 @@ class Trainer(ResumableRun):
         seed: int | None = None,
         accelerator_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model
+        self.model: nn.Module = model
         self.loss_func = loss_func
         self.optimizer = optimizer
-        self.seed = None if seed is None else checks.whole_number("seed", seed)
+        self.seed: int | None = (
+            None if seed is None else checks.whole_number("seed", seed)
+        )
         self._accelerator_kwargs = dict(accelerator_kwargs or {})
         self._callbacks = callbacks
-        self.callback_handler = self._create_callback_handler()
-        self.run_history = InMemoryRunHistory() if run_history is None else run_history
+        self.callback_handler: CallbackHandler = self._create_callback_handler()
+        self.run_history: RunHistory = (
+            InMemoryRunHistory() if run_history is None else run_history
+        )
         self._accelerator: Accelerator = self._create_accelerator()
         self._engine = engines.create_engine(self._accelerator)
         self._mixed_precision = self._accelerator.mixed_precision
@@ -199,9 +203,9 @@ class Trainer(ResumableRun):
         self.num_samples_seen: int | None = None
         self.gradient_norm: Tensor | None = None
         self.eval_batch_limit: int | None = None
-        self.interrupted = False
-        self.has_failed = False
-        self.is_resumed = False
+        self.interrupted: bool = False
+        self.has_failed: bool = False
+        self.is_resumed: bool = False
         self.last_checkpoint: str | None = None
         self._pad_uneven_eval_batches = False
         self._train_dataloader: Any = None

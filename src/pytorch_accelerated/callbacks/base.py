@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 
+def event_with_data(method: Callable[..., None]) -> Callable[..., None]:
+    """Let an override of an event take what it wants of the data, in its own way.
+
+    To a type checker ``(trainer, **kwargs)``, ``(trainer, *, step, **kwargs)`` and
+    ``(trainer, batch, batch_output, step, **kwargs)`` are three different promises, of
+    which no base class could allow all. When the program runs, this does nothing.
+    """
+    return method
+
+
 class TrainerCallback(ABC):
     """Override the events that you want to hear of; all the others cost nothing.
 
@@ -64,11 +74,27 @@ class TrainerCallback(ABC):
     def on_train_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called before each batch is passed to the model."""
 
-    def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Called once per applied update, with ``num_updates=``, the updates so far."""
+    @event_with_data
+    def on_train_update_end(
+        self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
+    ) -> None:
+        """Called once per applied update.
 
+        Args:
+            trainer: The trainer.
+            num_updates: The updates of the run so far.
+            **kwargs: What later versions may send besides.
+        """
+
+    @event_with_data
     def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
+        self,
+        trainer: Trainer,
+        batch: Any,
+        batch_output: Any,
+        *,
+        step: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Called after each batch; if it closed a window, the weights have moved.
 
@@ -76,21 +102,29 @@ class TrainerCallback(ABC):
             trainer: The trainer.
             batch: The batch, on the device.
             batch_output: What ``calculate_train_batch_loss`` returned.
-            **kwargs: ``step``, the number of the batch in its epoch, counted from 0.
+            step: The number of the batch in its epoch, counted from 0.
+            **kwargs: What later versions may send besides.
         """
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called after each pass over the training data, its loss being recorded."""
 
-    def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+    @event_with_data
+    def on_eval_epoch_start(
+        self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any
+    ) -> None:
         """Called at the start of each pass over the evaluation data.
 
-        ``is_intermediate`` is True where this happens amid a training epoch.
+        Args:
+            trainer: The trainer.
+            is_intermediate: Whether this happens amid a training epoch.
+            **kwargs: What later versions may send besides.
         """
 
     def on_eval_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called before each evaluation batch is passed to the model."""
 
+    @event_with_data
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
@@ -100,13 +134,19 @@ class TrainerCallback(ABC):
             trainer: The trainer.
             batch: The batch, on the device.
             batch_output: What ``calculate_eval_batch_loss`` returned.
-            **kwargs: Nothing at present.
+            **kwargs: What later versions may send besides.
         """
 
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+    @event_with_data
+    def on_eval_epoch_end(
+        self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any
+    ) -> None:
         """Called after each pass over the evaluation data, its loss being recorded.
 
-        ``is_intermediate`` is True where this happens amid a training epoch.
+        Args:
+            trainer: The trainer.
+            is_intermediate: Whether this happens amid a training epoch.
+            **kwargs: What later versions may send besides.
         """
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -124,7 +164,14 @@ class TrainerCallback(ABC):
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called when a :class:`StopTrainingError` ends the run, before its end."""
 
-    def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
+    @event_with_data
+    def on_exception(
+        self,
+        trainer: Trainer,
+        *,
+        exception: BaseException | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Called when any other error ends the run: close what you have opened.
 
         The end of the run may follow, and the error goes on to the caller. The other
@@ -132,7 +179,8 @@ class TrainerCallback(ABC):
 
         Args:
             trainer: The trainer.
-            **kwargs: ``exception``, the error.
+            exception: The error.
+            **kwargs: What later versions may send besides.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,7 +191,7 @@ class TrainerCallback(ABC):
         """
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state returned by :meth:`state_dict`.
 
         Called before ``on_training_run_start``, which must not reset it then.

@@ -6,14 +6,14 @@ import math
 import operator
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated.arguments import names_what_was_meant
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.callbacks.best import (
     BestSoFar,
     check_watch_metric,
@@ -87,7 +87,9 @@ class SaveBestModelCallback(TrainerCallback):
         self.save_path = save_path
         self.watch_metric = watch_metric
         self.greater_is_better = greater_is_better
-        self.operator = operator.gt if greater_is_better else operator.lt
+        self.operator: Callable[[Any, Any], bool] = (
+            operator.gt if greater_is_better else operator.lt
+        )
         self.reset_on_train = reset_on_train
         self.save_optimizer = save_optimizer
         self.save_scheduler = save_scheduler
@@ -163,7 +165,7 @@ class SaveBestModelCallback(TrainerCallback):
             "best_metric_epoch": self.best_metric_epoch,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the best value and its epoch."""
         self.best_metric = state["best_metric"]
         self.best_metric_epoch = state["best_metric_epoch"]
@@ -213,8 +215,9 @@ class SaveTrainingStateCallback(TrainerCallback):
     """
 
     may_stop_alone = False
-    called_first = ("on_training_run_end",)  # before the best weights are loaded
-    called_last = ("on_train_step_end", "on_training_run_epoch_end")
+    # Before the best weights are loaded.
+    called_first: tuple[str, ...] = ("on_training_run_end",)
+    called_last: tuple[str, ...] = ("on_train_step_end", "on_training_run_epoch_end")
 
     # What subclasses that were written for 0.1.61 do not set.
     save_every_n_minutes: float | None = None
@@ -265,7 +268,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             raise ValueError(
                 f"on_save_error must be 'warn' or 'raise', got {on_save_error!r}."
             )
-        self.save_dir = Path(save_dir)
+        self.save_dir: Path = Path(save_dir)
         self.save_every_n_epochs = save_every_n_epochs
         self.save_every_n_steps = save_every_n_steps
         self.save_at_end = save_at_end
@@ -350,6 +353,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._lock.release()
             self._lock = None
 
+    @event_with_data
     def on_train_step_end(
         self,
         trainer: Trainer,
@@ -403,6 +407,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         elif self.save_at_end:
             self._save_state(trainer, self.save_dir / "final")
 
+    @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
         """Let other runs have the folder."""
         self._release_lock()
@@ -494,7 +499,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Return the number of updates so far."""
         return {"global_step": self._global_step}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from there."""
         self._global_step = state["global_step"]
 

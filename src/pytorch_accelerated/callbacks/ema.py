@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pytorch_accelerated.callbacks.base import CallbackHandler
+from pytorch_accelerated.callbacks.base import CallbackHandler, event_with_data
 from pytorch_accelerated.callbacks.best import check_watch_metric
 from pytorch_accelerated.callbacks.checkpointing import SaveBestModelCallback
 from pytorch_accelerated.distributed import same_on_all_processes
@@ -133,10 +133,12 @@ class ModelEmaCallback(SaveBestModelCallback):
                 "create the callback with evaluate_during_training=False."
             )
 
+    @event_with_data
     def on_train_update_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Move the average towards the weights."""
         self._average(trainer).update(self._averaged_model)
 
+    @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Evaluate the average after the model, at the end of a training epoch."""
         is_in_training_run = trainer._train_dataloader is not None
@@ -192,7 +194,7 @@ class ModelEmaCallback(SaveBestModelCallback):
             state["ema_model"] = self.ema_model.state_dict()
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the average, the best value and its epoch."""
         super().load_state_dict(state)
         self._saved_average = state.get("ema_model")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -49,6 +48,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
                 "given none. Pass one, or leave the callback out."
             )
 
+    @event_with_data
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
@@ -61,7 +61,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
         """Return the number of steps since the run was started for the first time."""
         return {"num_steps": self._num_steps}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue to count."""
         self._num_steps = state["num_steps"]
 
@@ -88,6 +88,7 @@ class LimitEvalStepsCallback(TrainerCallback):
         self.num_eval_steps = num_eval_steps
         self.limit_intermediate_only = limit_intermediate_only
 
+    @event_with_data
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Set the limit; the trainer puts it back when the evaluation is over."""
         if kwargs.get("is_intermediate", False) or not self.limit_intermediate_only:

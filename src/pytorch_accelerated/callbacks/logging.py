@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -62,6 +62,7 @@ class LogMetricsCallback(TrainerCallback):
         names = [name for name in self._new_names(trainer) if _is_train_metric(name)]
         self._log_latest_metrics(trainer, names)
 
+    @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the other new metrics."""
         names = self._new_names(trainer)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.errors import TrainingInterruptedError, warn
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class PreemptionCallback(TrainerCallback):
                 raise ValueError(
                     f"signals must be names of signals such as 'SIGTERM', got {name!r}."
                 )
-        self.signals = [
+        self.signals: list[signal.Signals] = [
             getattr(signal, name) for name in names if hasattr(signal, name)
         ]
 
@@ -93,6 +93,7 @@ class PreemptionCallback(TrainerCallback):
             signal.signal(number, self._replaced.get(number, signal.SIG_DFL))
             os.kill(os.getpid(), number)
 
+    @event_with_data
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
@@ -127,6 +128,7 @@ class PreemptionCallback(TrainerCallback):
             trainer.interrupted = True
         self._restore_handlers()
 
+    @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
         """Let the signals be handled as before."""
         self._restore_handlers()

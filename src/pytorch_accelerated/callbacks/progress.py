@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.data import length_of
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class ProgressBarCallback(TrainerCallback):
         self.pbar = _open_bar(trainer, length_of(trainer._train_dataloader))
         self._read_later()
 
+    @event_with_data
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
@@ -54,6 +55,7 @@ class ProgressBarCallback(TrainerCallback):
         """Close the bar of the training epoch."""
         self._close()
 
+    @event_with_data
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of an evaluation, below that of a training epoch under way."""
         self._close_eval_bar()
@@ -65,6 +67,7 @@ class ProgressBarCallback(TrainerCallback):
         )
         self._read_later()
 
+    @event_with_data
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
@@ -72,6 +75,7 @@ class ProgressBarCallback(TrainerCallback):
         if self.eval_pbar is not None and not self.eval_pbar.disable:
             self._advance(self.eval_pbar, 1, trainer)
 
+    @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bar of the evaluation."""
         self._close_eval_bar()
@@ -88,6 +92,7 @@ class ProgressBarCallback(TrainerCallback):
         """Close the bars."""
         self._close()
 
+    @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bars."""
         self._close()
@@ -151,6 +156,7 @@ class PrintProgressCallback(TrainerCallback):
         """Print the number of the epoch."""
         trainer.print(f"\nStarting epoch {trainer.run_history.current_epoch}")
 
+    @event_with_data
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that an evaluation starts, unless it is amid an epoch."""
         if not kwargs.get("is_intermediate", False):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pytorch_accelerated.arguments import names_what_was_meant
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.callbacks.best import (
     BestSoFar,
     check_watch_metric,
@@ -162,7 +162,7 @@ class EarlyStoppingCallback(TrainerCallback):
             "early_stopping_patience_counter": self.early_stopping_patience_counter,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue to count from a state returned by :meth:`state_dict`."""
         self.best_metric = state["best_metric"]
         self.early_stopping_patience_counter = state["early_stopping_patience_counter"]
@@ -185,9 +185,9 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     may_stop_alone = False
     # Before others evaluate the weights of the step.
-    called_first = ("on_train_step_end",)
+    called_first: tuple[str, ...] = ("on_train_step_end",)
     # After the others have ended the run, which must not save anything.
-    called_last = ("on_training_run_end", "on_evaluation_run_end")
+    called_last: tuple[str, ...] = ("on_training_run_end", "on_evaluation_run_end")
 
     triggered: bool = False
     _error: NonFiniteLossError | None = None
@@ -213,6 +213,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         """Start without a bad loss."""
         self.triggered = False
 
+    @event_with_data
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
@@ -245,17 +246,20 @@ class TerminateOnNaNCallback(TrainerCallback):
         self._look(trainer, self._train_losses, "training")
         self._train_losses.clear()
 
+    @event_with_data
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the training losses so far: a bad one shows in the evaluation too."""
         self._eval_losses.clear()
         self._look(trainer, self._train_losses, "training")
 
+    @event_with_data
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
         """Collect the loss; it is looked at when the evaluation ends."""
         self._eval_losses.add(batch_output)
 
+    @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses of the evaluation."""
         self._look(trainer, self._eval_losses, "evaluation")

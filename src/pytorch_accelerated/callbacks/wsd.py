@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -32,8 +32,9 @@ class WSDCheckpointCallback(TrainerCallback):
             started.
     """
 
-    called_first = ("on_training_run_end",)  # before the best weights are loaded
-    called_last = ("on_train_step_end",)
+    # Before the best weights are loaded.
+    called_first: tuple[str, ...] = ("on_training_run_end",)
+    called_last: tuple[str, ...] = ("on_train_step_end",)
 
     checkpoint_steps: Sequence[int] = ()
     decay_phase_ratio: float | None = None
@@ -48,7 +49,7 @@ class WSDCheckpointCallback(TrainerCallback):
         save_scheduler: bool = True,
         initial_checkpoint: str | Path | None = None,
     ) -> None:
-        self.save_dir = Path(save_dir)
+        self.save_dir: Path = Path(save_dir)
         self.save_optimizer = save_optimizer
         self.save_scheduler = save_scheduler
         self.initial_checkpoint = initial_checkpoint
@@ -107,6 +108,7 @@ class WSDCheckpointCallback(TrainerCallback):
             # With the optimizer came the learning rate that the earlier run ended at.
             scheduler.step_update(max(scheduler.get_current_step(), 0))
 
+    @event_with_data
     def on_train_step_end(
         self,
         trainer: Trainer,
@@ -174,6 +176,6 @@ class WSDCheckpointCallback(TrainerCallback):
         """Return the number of updates at which this run was last saved."""
         return {"last_checkpoint_step": self.last_checkpoint_step}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.last_checkpoint_step = state["last_checkpoint_step"]

@@ -49,9 +49,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = _set_aside(absolute(path))
+        self.path: Path = _set_aside(absolute(path))
         # set once every checksum was right, so that prune need not look again
-        self.is_known_whole = False
+        self.is_known_whole: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"

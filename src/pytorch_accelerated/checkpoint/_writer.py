@@ -77,8 +77,8 @@ class CheckpointWriter:
     ) -> None:
         if token is not None and not re.fullmatch(TOKEN_PATTERN, token):
             raise ValueError(f"token must come from new_token(), got {token!r}.")
-        self.path = absolute(path)
-        self.token = token or new_token()
+        self.path: Path = absolute(path)
+        self.token: str = token or new_token()
         self._checksum: Checksum = checksum
 
     @property

@@ -71,11 +71,13 @@ class CosineLrScheduler(StatefulSchedulerBase):
         num_cooldown_epochs: float = 0,
     ) -> None:
         super().__init__(optimizer)
-        self.total_iterations = count_updates(
+        self.total_iterations: float = count_updates(
             total_num_epochs, num_update_steps_per_epoch
         )
-        self.warmup_iterations = num_warmup_epochs * num_update_steps_per_epoch
-        self.num_cooldown_iterations = num_cooldown_epochs * num_update_steps_per_epoch
+        self.warmup_iterations: float = num_warmup_epochs * num_update_steps_per_epoch
+        self.num_cooldown_iterations: float = (
+            num_cooldown_epochs * num_update_steps_per_epoch
+        )
         self.k_decay = k_decay
         self.lr_min = lr_min
         self.lr_min_ratio = min_lr_ratio

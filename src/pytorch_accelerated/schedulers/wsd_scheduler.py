@@ -94,12 +94,12 @@ class WSDLrScheduler(StatefulSchedulerBase):
         is_continuation_from_checkpoint: bool = False,
     ) -> None:
         super().__init__(optimizer)
-        self.total_steps = _find_total_steps(
+        self.total_steps: int = _find_total_steps(
             num_epochs, num_update_steps_per_epoch, total_steps
         )
         self.num_epochs = num_epochs
         self.num_update_steps_per_epoch = num_update_steps_per_epoch
-        self.num_warmup_steps = (
+        self.num_warmup_steps: int = (
             self.total_steps // 100
             if num_warmup_steps is None
             else int(num_warmup_steps)
@@ -110,7 +110,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         self.use_inverse_sqrt_decay = use_inverse_sqrt_decay
         self.num_checkpoints = num_checkpoints
         self.is_continuation_from_checkpoint = is_continuation_from_checkpoint
-        self.previous_checkpoint_step = None
+        self.previous_checkpoint_step: None = None
         self._check_arguments()
         self._plan_checkpoints()
         self._warn_of_a_warmup_without_decay()
@@ -243,11 +243,11 @@ class WSDLrScheduler(StatefulSchedulerBase):
         self._plan_checkpoints()
 
     def _plan_checkpoints(self) -> None:
-        self.checkpoint_steps = estimate_checkpoint_steps(
+        self.checkpoint_steps: list[int] = estimate_checkpoint_steps(
             self.total_steps, self.num_checkpoints
         )
         starts = [0, *self.checkpoint_steps[:-1]]
-        self.checkpoint_decay_info = [
+        self.checkpoint_decay_info: list[dict[str, int]] = [
             self._describe_period(start, end)
             for start, end in zip(starts, self.checkpoint_steps, strict=True)
         ]
