@@ -111,10 +111,10 @@ def test_a_collection_sees_every_sample_of_an_evaluation_once(digits):
     metrics = trainer.evaluate(digits, per_device_batch_size=64)
 
     expected = metrics_by_hand(trainer.model, digits)
-    assert {name: metrics[name] for name in expected} == pytest.approx(
+    assert {name: metrics[f"evaluation_{name}"] for name in expected} == pytest.approx(
         expected, rel=1e-5
     )
-    assert trainer.run_history.get_metric_values("f1")[1] == pytest.approx(
+    assert trainer.run_history.get_latest_metric("f1") == pytest.approx(
         expected["f1"], rel=1e-5
     )
 
@@ -142,6 +142,7 @@ def test_metrics_on_two_processes_are_those_of_one(digits, launch):
     expected = metrics_by_hand(create_model(), digits)
     for process in (0, 1):
         recorded = json.loads((launched.folder / f"metrics_{process}.json").read_text())
-        assert recorded["num_samples"] == len(digits)
+        assert recorded["evaluation_num_samples"] == len(digits)
         for name, value in expected.items():
-            assert recorded[name] == pytest.approx(value, rel=1e-5), name
+            found = recorded[f"evaluation_{name}"]
+            assert found == pytest.approx(value, rel=1e-5), name

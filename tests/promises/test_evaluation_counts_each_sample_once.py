@@ -139,8 +139,8 @@ def expected_of(length):
         outputs = model(dataset.inputs)
     metrics = MetricCollection(
         {
-            "accuracy": MulticlassAccuracy(NUM_CLASSES),
-            "f1": MulticlassF1Score(NUM_CLASSES),
+            "evaluation_accuracy": MulticlassAccuracy(NUM_CLASSES),
+            "evaluation_f1": MulticlassF1Score(NUM_CLASSES),
         }
     )
     values = {name: v.item() for name, v in metrics(outputs, dataset.targets).items()}

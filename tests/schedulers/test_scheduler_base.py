@@ -270,3 +270,10 @@ def test_a_dropped_scheduler_is_freed(create):
     del scheduler
     gc.collect()
     assert alive() is None
+
+
+def test_the_argument_of_load_state_dict_has_the_name_of_0_1_61():
+    """Found 100."""
+    scheduler = MilestoneLrScheduler(create_optimizer(0.8))
+    scheduler.load_state_dict(scheduler_state_dict={"num_updates": 3})
+    assert get_lrs(scheduler.optimizer) == [0.4]
