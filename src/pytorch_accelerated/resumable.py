@@ -113,7 +113,7 @@ class ResumableRun:
                 self.optimizer.state_dict(), writes
             )
         if save_scheduler and self.scheduler is not None:
-            contents.update(self._scheduler_contents("scheduler_state_dict"))
+            contents.update(self._scheduler_contents())
         contents.update(checkpoint_kwargs or {})
         with self._on_all_processes_or_none():
             if writes:
@@ -178,8 +178,9 @@ class ResumableRun:
                 :meth:`finish_saving` wait for it, and raise its error.
 
         Raises:
-            TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
-                again safely.
+            NotStorableError: If ``checkpoint_kwargs``, or the state of the model, the
+                optimizer, the scheduler or a callback, holds something that could not
+                be loaded again safely.
             CheckpointError: If the folder could not be written.
         """
         self._notify("on_before_save")
@@ -246,7 +247,7 @@ class ResumableRun:
             else self._engine.whole(self.optimizer.state_dict(), keep),
             scheduler=None
             if self.scheduler is None
-            else self._scheduler_contents("scheduler").get("scheduler"),
+            else self.scheduler.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
             metadata=metadata,
             run=run,
@@ -478,8 +479,9 @@ class ResumableRun:
     def _model_state_dict(self, keep: bool = True) -> dict[str, Any]:
         return self._engine.model_state(self.get_model(keep_torch_compile=False), keep)
 
-    def _scheduler_contents(self, key: str) -> dict[str, Any]:
-        """Return the scheduler's state under a key; nothing if it cannot be saved."""
+    def _scheduler_contents(self) -> dict[str, Any]:
+        """Return the scheduler's state under its key; nothing if it cannot be saved."""
+        key = "scheduler_state_dict"
         try:
             state = checkpoint.to_storable(self.scheduler.state_dict(), key)
         except Exception as error:
@@ -488,6 +490,23 @@ class ResumableRun:
             self.print(f"The state of the scheduler is not saved: {error}")
             return {}
         return {key: state}
+
+    def _check_can_be_saved(self) -> None:
+        """Find out, at little cost, whether the run's training states would load again.
+
+        Raises:
+            NotStorableError: If not; it names what cannot be stored.
+        """
+        in_parts = self._engine.saved_in_parts
+        states = {
+            "the scheduler": self.scheduler,
+            "the callbacks": self.callback_handler,
+            "the model": None if "model" in in_parts else self.get_model(False),
+            "the optimizer": None if "optimizer" in in_parts else self.optimizer,
+        }
+        for name, owner in states.items():
+            if owner is not None:
+                checkpoint.check_storable(owner.state_dict(), f"The state of {name}")
 
     def _load_model(
         self, state_dict: Mapping[str, Any], source: str | os.PathLike[str]

@@ -4,6 +4,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -576,3 +577,120 @@ def test_a_failed_save_ends_the_run_where_it_is_to(
     )
     with pytest.raises(CheckpointError, match="epoch_1 is a file"):
         create_trainer([saving, InTheWay()]).train(samples(1), num_epochs=1)
+
+
+# ------------------------------------------------------------ what cannot be stored
+
+
+class Halving(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule of a user's, that keeps a function."""
+
+    def __init__(self, optimizer):
+        self.factor = lambda epoch: 0.5**epoch
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [self.factor(self.last_epoch) * lr for lr in self.base_lrs]
+
+
+class Odd(TrainerCallback):
+    """Has a state with an object in it, from a moment on."""
+
+    def __init__(self, since="start"):
+        self.since, self.state = since, {}
+
+    def on_training_run_start(self, trainer, **kwargs):
+        self.note("start")
+
+    def on_train_update_end(self, trainer, **kwargs):
+        self.note("first update")
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        self.note("epoch")
+
+    def note(self, moment):
+        if moment == self.since:
+            self.state = {"mine": object()}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+class NumUpdates(TrainerCallback):
+    def __init__(self):
+        self.count = 0
+
+    def on_train_update_end(self, trainer, **kwargs):
+        self.count += 1
+
+
+@pytest.mark.parametrize("on_save_error", ["warn", "raise"])
+def test_a_schedule_that_cannot_be_stored_is_refused_at_the_start_found_86(
+    create_trainer, samples, tmp_path, on_save_error
+):
+    """found 86: it was, a line per save, and no state could be resumed from."""
+    saving = SaveTrainingStateCallback(tmp_path, on_save_error=on_save_error)
+    counting = NumUpdates()
+    trainer = create_trainer([saving, counting])
+    with pytest.raises(
+        CheckpointError, match=r"state of the scheduler\['factor'\] is a .*function"
+    ):
+        trainer.train(samples(1), 1, create_scheduler_fn=Halving)
+    assert counting.count == 0
+    assert names_in(tmp_path) == []
+
+    create_trainer([counting]).train(samples(1), 1, create_scheduler_fn=Halving)
+    assert counting.count == 1
+
+
+@pytest.mark.parametrize(
+    ("since", "num_updates"), [("start", 0), ("first update", 1), ("epoch", 4)]
+)
+def test_a_callback_s_state_that_cannot_be_stored_is_found_early_found_87(
+    create_trainer, samples, tmp_path, since, num_updates
+):
+    """found 87: it ended the run at the first save, whatever on_save_error said."""
+    saving = SaveTrainingStateCallback(
+        tmp_path, save_every_n_epochs=1, save_at_end=False
+    )
+    counting = NumUpdates()
+    trainer = create_trainer([Odd(since), saving, counting])
+
+    def train():
+        trainer.train(samples(2), 2, per_device_batch_size=1)
+
+    message = r"\['Odd'\]\['mine'\] is a builtins\.object"
+    if since == "epoch":  # as any save that fails
+        with pytest.warns(UserWarning, match="goes on.*" + message):
+            train()
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            train()
+    assert counting.count == num_updates
+    assert names_in(tmp_path) == []
+
+
+class OddSGD(torch.optim.SGD):
+    """Keeps an object beside each weight from its first update on."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["mine"] = object()
+
+
+def test_an_optimizer_s_state_is_looked_at_after_the_first_update_found_87(
+    create_trainer, samples, tmp_path
+):
+    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    counting = NumUpdates()
+    trainer = create_trainer([saving, counting])
+    trainer.optimizer = OddSGD(trainer.model.parameters(), lr=0.25)
+    with pytest.raises(
+        CheckpointError, match=r"state of the optimizer\['state'\]\[0\]\['mine'\]"
+    ):
+        trainer.train(samples(9), num_epochs=1, per_device_batch_size=1)
+    assert counting.count == 1

@@ -211,7 +211,9 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     Raises:
         CheckpointError: At the start of a run, if another one writes to ``save_dir`` or
-            has left its states there, or if it cannot be written to.
+            has left its states there, or if it cannot be written to. And there, or
+            after the first update, if the state of the model, the optimizer, the
+            scheduler or a callback is such that it could not be loaded again.
     """
 
     may_stop_alone = False
@@ -231,6 +233,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     _saving: Path | None = None
     _being_written: Path | None = None
     _global_step: int = 0
+    _is_checked: bool = False
     _last_save: float = 0.0
 
     @names_what_was_meant
@@ -289,12 +292,14 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.save_dir = Path(fixed_path(self.save_dir))
         self._saving = self._being_written = None
         self._global_step = 0
+        self._is_checked = False
         self._last_save = time.monotonic()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Find the folders of earlier runs, and where this run starts."""
         if self.keep_best:
             check_watch_metric(trainer, self.watch_metric)
+        trainer._check_can_be_saved()
         if trainer._accelerator.is_main_process:
             self._take_over_folder(trainer)
             # What a longer run left here before is not newer than what comes now.
@@ -367,6 +372,9 @@ class SaveTrainingStateCallback(TrainerCallback):
             num_updates = self._global_step + 1
         if num_updates != self._global_step:
             self._global_step = num_updates
+            if not self._is_checked:  # now optimizers have their states
+                trainer._check_can_be_saved()
+                self._is_checked = True
             if self._is_step_due() or self._is_minute_due(trainer):
                 self._save(trainer, f"step_{num_updates}")
 

@@ -3,7 +3,8 @@
 Works with torch alone; the trainer uses it, and so can any other loop.
 
 ==================== ===================================================================
-single files         :func:`save_file`, :func:`load_file`, :func:`to_storable`
+single files         :func:`save_file`, :func:`load_file`, :func:`to_storable`,
+                     :func:`check_storable`
 weights of a model   :func:`save_weights`, :func:`load_weights`, :func:`fit_to_model`,
                      :func:`explain_mismatch`
 random generators    :func:`get_random_states`, :func:`set_random_states`
@@ -44,7 +45,11 @@ from pytorch_accelerated.checkpoint._random_states import (
     get_random_states,
     set_random_states,
 )
-from pytorch_accelerated.checkpoint._storable import to_storable
+from pytorch_accelerated.checkpoint._storable import (
+    NotStorableError,
+    check_storable,
+    to_storable,
+)
 from pytorch_accelerated.checkpoint._weights import (
     explain_mismatch,
     fit_to_model,
@@ -60,7 +65,9 @@ __all__ = [
     "CheckpointWriter",
     "DirectoryLock",
     "LegacyTrainingState",
+    "NotStorableError",
     "best",
+    "check_storable",
     "clean_leftovers",
     "explain_mismatch",
     "fit_to_model",
