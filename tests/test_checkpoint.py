@@ -17,6 +17,7 @@ import sys
 import traceback
 import tracemalloc
 import warnings
+import zipfile
 import zlib
 from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
@@ -197,6 +198,118 @@ def test_numpy_values_in_files_of_0_1_61_can_be_read(tmp_path):
     assert loaded["c"]
 
 
+class ForgedDtype:
+    """Pickles into the dtype of a number, said to hold objects."""
+
+    def __reduce__(self):
+        return np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63)
+
+
+def test_a_dtype_with_forged_flags_is_not_built_found_92(tmp_path):
+    """found 92: numpy made one that claimed to hold pointers to objects."""
+    torch.save({"a": ForgedDtype(), "b": [(np.float32(2),)]}, tmp_path / "x.pt")
+    loaded = ckpt.load_file(tmp_path / "x.pt")
+    assert loaded == {"a": np.dtype("f8"), "b": [(2.0,)]}
+    assert loaded["a"].flags == np.dtype("f8").flags
+    array = np.array(["text"], dtype="U4")
+    torch.save({"a": array}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt.*'U4' are not read"):
+        ckpt.load_file(tmp_path / "x.pt")
+
+
+def test_arrays_come_back_in_any_order_of_bytes_and_elements(tmp_path):
+    arrays = {
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(3, dtype=">i4"),
+    }
+    torch.save(arrays, tmp_path / "x.pt")
+    loaded = ckpt.load_file(tmp_path / "x.pt")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+        assert loaded[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "pytorch_model.bin"])
+def test_every_changed_bit_of_a_single_file_is_found_or_does_not_matter_found_85(
+    name, tmp_path
+):
+    """found 85: it was loaded as another number."""
+    state = {"weight": torch.arange(40.0).reshape(8, 5), "b": torch.ones(3).bfloat16()}
+    if name == "pytorch_model.bin":
+        state["extra"] = 1
+
+    def save():
+        if name == "model.pt":
+            ckpt.save_file(state, tmp_path / name)
+            return lambda: ckpt.load_file(tmp_path / name)
+        assert ckpt.save_weights(state, tmp_path).name == name
+        return lambda: ckpt.load_weights(tmp_path)
+
+    load = save()
+    content = (tmp_path / name).read_bytes()
+    found = 0
+    for place in random.sample(range(len(content)), 250):
+        changed = bytearray(content)
+        changed[place] ^= 1 << random.randrange(8)
+        (tmp_path / name).write_bytes(changed)
+        try:
+            loaded = load()
+        except CheckpointError as error:
+            found += name in str(error)
+            continue
+        assert loaded.keys() == state.keys()
+        for key in ("weight", "b"):
+            assert loaded[key].dtype == state[key].dtype
+            assert torch.equal(loaded[key], state[key])
+    assert found > 20
+    where = content.index(state["weight"].numpy().tobytes())
+    changed = bytearray(content)
+    changed[where + 7] ^= 64
+    (tmp_path / name).write_bytes(changed)
+    with pytest.raises(CheckpointError, match=rf"{name}.*does not match its checksum"):
+        load()
+
+
+def test_files_without_checksums_are_read_and_never_written(tmp_path):
+    """torch can be told to save a little time."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(2)}, tmp_path / "theirs.pt")
+        ckpt.save_file({"a": torch.ones(2)}, tmp_path / "ours.pt")
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(ckpt.load_file(tmp_path / "theirs.pt")["a"], torch.ones(2))
+    with zipfile.ZipFile(tmp_path / "ours.pt") as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**10),
+        torch.empty(10**10, device="meta"),
+        torch.sparse_coo_tensor(
+            torch.zeros(1, 1, dtype=torch.int64).expand(1, 10**10),
+            torch.zeros(1).expand(10**10),
+            (5,),
+            check_invariants=False,
+            is_coalesced=True,
+        ),
+    ],
+    ids=["strided", "meta", "sparse"],
+)
+def test_a_tensor_larger_than_its_memory_is_refused_found_91(tensor, tmp_path):
+    """found 91: a file of a few bytes filled the memory once its tensor was used."""
+    torch.save({"python": {"words": [tensor]}}, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 10_000
+    with pytest.raises(
+        CheckpointError, match=r"x\.pt: (a tensor in it claims|.*sparse)"
+    ):
+        ckpt.load_file(tmp_path / "x.pt")
+
+
 # ------------------------------------------------------------------------- conversion
 
 
@@ -293,6 +406,123 @@ def test_a_snapshot_does_not_change_with_training_and_keeps_sharing():
     assert torch.equal(same["a"]["weight"], before + 1)
     assert snapshot["b"].data_ptr() == snapshot["a"]["weight"].data_ptr()
     assert snapshot["a"]._metadata == state["a"]._metadata
+
+
+def test_of_a_view_only_what_it_shows_is_written_found_94(tmp_path):
+    """found 94: one element of a large tensor took as much as all of it."""
+    large = torch.arange(4e6)
+    state = {
+        "one": large[17],
+        "few": large[100:200:3],
+        "again": large[100:200:3],
+        "bytes": large.view(torch.uint8)[405:410],
+        "none": large[5:5],
+        "expanded": large[7].expand(3, 2),
+    }
+    ckpt.save_file(state, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 10_000
+    loaded = ckpt.load_file(tmp_path / "x.pt")
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert loaded["few"].data_ptr() == loaded["again"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        torch.Tensor.to_sparse_csc,
+        lambda tensor: tensor.to_sparse_bsr(2),
+    ],
+)
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.filterwarnings("ignore:Sparse .* in beta")
+def test_sparse_tensors_are_stored_found_94(make, copy, tmp_path):
+    """found 94: "Cannot access storage of SparseTensorImpl"."""
+    sparse = make(torch.eye(4))
+    ckpt.save_file(ckpt.to_storable({"a": sparse}, copy=copy), tmp_path / "x.pt")
+    ckpt.save_weights({"a": sparse}, tmp_path)
+    for loaded in (ckpt.load_file(tmp_path / "x.pt"), ckpt.load_weights(tmp_path)):
+        assert loaded["a"].layout == sparse.layout
+        assert torch.equal(loaded["a"].to_dense(), torch.eye(4))
+
+
+def nested(levels):
+    return [nested(levels - 1)] if levels else []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2**2039, "number of 2040 bits; up to 2039"),
+        (-(2**2040), "number of 2041 bits"),
+        (nested(99), "nested more than 100 levels"),
+        (torch.empty(3, dtype=torch.int4), r"torch.int4.*view\(torch.uint8\)"),
+        (torch.ones(2).to_mkldnn(), r"layout.*to_dense\(\)"),
+        (nn.LazyLinear(2).weight, "no shape yet. Let the model see a batch"),
+    ],
+    ids=["int", "negative", "deep", "int4", "mkldnn", "lazy"],
+)
+def test_what_would_not_load_again_is_refused_when_it_is_saved_found_94(
+    value, message, tmp_path
+):
+    """found 94: it was saved, or a raw error of torch's was raised."""
+    with pytest.raises(CheckpointError, match=rf"x\.pt\['a'\].* {message}"):
+        ckpt.save_file({"a": value}, tmp_path / "x.pt")
+    with pytest.raises(TypeError):
+        ckpt.check_storable({"a": value}, "x")
+
+
+def test_what_is_nearly_too_much_is_loaded_again_found_94(tmp_path):
+    contents = {"int": 2**2039 - 1, "negative": 1 - 2**2039, "deep": nested(98)}
+    ckpt.save_file(contents, tmp_path / "x.pt")
+    assert ckpt.load_file(tmp_path / "x.pt") == contents
+
+
+class Quantized(torch.Tensor):
+    """Made of codes and a scale, as the states of optimizers in 8 bits are."""
+
+    @staticmethod
+    def __new__(cls, codes, scale, kind):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape)
+
+    def __init__(self, codes, scale, kind):
+        self.codes, self.scale, self.kind = codes, scale, kind
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], [self.kind]
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size=None, stride=None):
+        return cls(inner["codes"], inner["scale"], *context)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_tensors_of_classes_that_torch_may_load_are_stored_found_87(copy, tmp_path):
+    """found 87: states of optimizers in 8 bits were refused."""
+    codes = torch.arange(4, dtype=torch.uint8)
+    tensor = Quantized(codes, torch.tensor(0.5), "dynamic")
+    with pytest.raises(
+        TypeError, match=r"dequantize\(\).*add_safe_globals\(\[Quantized\]\)"
+    ):
+        ckpt.to_storable(tensor)
+    with torch.serialization.safe_globals([Quantized]):
+        ckpt.check_storable({"a": tensor}, "x")
+        storable = ckpt.to_storable({"a": tensor}, copy=copy)
+        codes += 1
+        ckpt.save_file(storable, tmp_path / "x.pt")
+        loaded = ckpt.load_file(tmp_path / "x.pt")["a"]
+    assert type(loaded) is Quantized
+    assert (loaded.codes.tolist(), loaded.scale.item(), loaded.kind) == (
+        [0, 1, 2, 3] if copy else [1, 2, 3, 4],
+        0.5,
+        "dynamic",
+    )
 
 
 # ---------------------------------------------------------------------- random states
@@ -430,6 +660,41 @@ def test_names_of_wrapped_models_are_fitted_both_ways():
     plain.load_state_dict(state)
     wrapped.load_state_dict(ckpt.fit_to_model(wrapped, plain.state_dict()))
     assert ckpt.explain_mismatch(plain, wrapped.state_dict()) is None
+
+
+class WithExtras(nn.Module):
+    """Has extra state that is no tensor, and a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.extra = 3
+        self.register_buffer("mask", torch.eye(2).to_sparse())
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["extra"]
+
+
+def test_names_are_fitted_whatever_else_a_model_keeps_found_89():
+    """found 89: an AttributeError, and torch's words about a lazy parameter."""
+    model = WithExtras()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    state["module._extra_state"] = {"extra": 4}
+    assert ckpt.explain_mismatch(model, state) is None
+    model.load_state_dict(ckpt.fit_to_model(model, state))
+    assert model.extra == 4
+
+    lazy = nn.Sequential(nn.LazyLinear(1))
+    state = {"module.0.weight": torch.ones(1, 3), "module.0.bias": torch.zeros(1)}
+    assert ckpt.explain_mismatch(lazy, state) is None
+    lazy.load_state_dict(ckpt.fit_to_model(lazy, state))
+    assert lazy(torch.ones(1, 3)).item() == 3.0
+    assert ckpt.explain_mismatch(nn.Sequential(nn.LazyLinear(1)), {"a": 1}) == (
+        "missing in the checkpoint: 0.weight, 0.bias; not in the model: a"
+    )
 
 
 def test_weights_that_do_not_fit_are_explained_by_the_first_names():

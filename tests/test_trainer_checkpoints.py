@@ -1,5 +1,8 @@
 """Saving and resuming a run, in one process."""
 
+import sys
+import warnings
+from collections import Counter
 from functools import partial
 from unittest import mock
 
@@ -8,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
@@ -262,6 +265,30 @@ def test_auto_takes_the_newest_state_or_starts_afresh(
 
     assert train(2) == (0.5**2, 3)
     assert train(5) == (0.5**5, 6)
+
+
+def test_auto_reads_no_file_more_often_than_it_has_to_found_94(
+    create_trainer, samples, tmp_path
+):
+    """found 94: what had been found whole was read, to be checked, again."""
+
+    def train():
+        trainer = create_trainer([SaveTrainingStateCallback(tmp_path)])
+        trainer.train(samples(1), 1, resume_from="auto")
+
+    train()
+    opened = Counter()
+    is_on = True
+
+    def note(event, arguments):
+        if is_on and event == "open":
+            opened[str(arguments[0])] += 1
+
+    sys.addaudithook(note)
+    train()
+    is_on = False
+    # To compare its checksum, to look into the archive; torch itself opens it unheard.
+    assert opened[str(tmp_path / "final" / "optimizer.bin")] <= 4
 
 
 def test_auto_takes_the_newest_state_of_all_callbacks_found_84(
@@ -645,3 +672,193 @@ def test_the_state_of_a_map_style_dataset_is_no_position_in_it_found_72(
         run((), resume_from=tmp_path / "state")
 
     assert seen == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+# --- all or nothing, and as it was saved
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Keeps weights in single precision, and how often they moved, beside each."""
+
+    def __init__(self, params, lr=0.25):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            state = self.state[weight]
+            if not state:
+                state["master"] = weight.float()
+                state["codes"] = torch.zeros(2, dtype=torch.int8)
+            state["master"] -= self.param_groups[0]["lr"] * weight.grad.float()
+            state["codes"] += 1
+            weight.copy_(state["master"])
+
+
+def low_precision_trainer(callbacks=(), dtype=torch.bfloat16):
+    model = nn.Linear(1, 1, bias=False).to(dtype)
+    nn.init.ones_(model.weight)
+    optimizer = MasterWeights(model.parameters(), lr=0.001)
+
+    class InPrecision(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            inputs, targets = (each.to(dtype) for each in batch)
+            return super().calculate_train_batch_loss((inputs, targets))
+
+    return InPrecision(model, nn.MSELoss(), optimizer, callbacks)
+
+
+def test_an_optimizer_s_state_keeps_its_dtypes_found_73(samples, tmp_path):
+    """found 73: it was given the dtype of the weights, and rounded."""
+
+    def master_of(trainer):
+        (state,) = trainer.optimizer.state.values()
+        assert (state["master"].dtype, state["codes"].dtype) == (
+            torch.float32,
+            torch.int8,
+        )
+        return state["master"].item()
+
+    def train(num_epochs, **kwargs):
+        trainer = low_precision_trainer(
+            [SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, overwrite=True)]
+        )
+        trainer.train(samples(3), num_epochs, per_device_batch_size=1, **kwargs)
+        return trainer
+
+    whole = train(4)
+    resumed = train(4, resume_from=tmp_path / "epoch_1")
+    assert master_of(resumed) == master_of(whole) != whole.model.weight.item()
+
+    whole.save_checkpoint(tmp_path / "model.pt")
+    loaded = low_precision_trainer()
+    loaded.load_checkpoint(tmp_path / "model.pt")
+    assert master_of(loaded) == master_of(whole)
+
+
+def test_weights_of_another_dtype_have_states_of_theirs(samples, tmp_path):
+    """torch's own optimizers could not make an update with both."""
+
+    def train(dtype):
+        model = nn.Linear(1, 1).to(dtype)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(1, 1, dtype=dtype)).sum().backward()
+        return Trainer(model, nn.MSELoss(), optimizer, ())
+
+    trainer = train(torch.float32)
+    trainer.optimizer.step()
+    trainer.save_checkpoint(tmp_path / "model.pt")
+    other = train(torch.bfloat16)
+    other.load_checkpoint(tmp_path / "model.pt")
+    other.optimizer.step()
+    assert {state["exp_avg"].dtype for state in other.optimizer.state.values()} == {
+        torch.bfloat16
+    }
+
+
+def test_a_checkpoint_is_loaded_as_a_whole_or_not_at_all_found_90(
+    create_trainer, samples, tmp_path
+):
+    """found 90: the weights had changed when the optimizer was found not to fit."""
+    other = create_trainer()
+    other.train(samples(2), 1)
+    extra = {"params": [nn.Parameter(torch.ones(1))]}
+    other.optimizer.add_param_group(extra)
+    other.save_checkpoint(tmp_path / "model.pt")
+
+    trainer = create_trainer(lr=0.5)
+    with pytest.raises(
+        CheckpointError,
+        match=r"optimizer's state in .*model.pt does not fit.*load only the model",
+    ):
+        trainer.load_checkpoint(tmp_path / "model.pt")
+    assert trainer.model.weight.item() == 1.0
+
+    del other.optimizer.param_groups[1]
+    other.save_checkpoint(tmp_path / "model.pt", {"model_state_dict": {"a": 1}})
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        trainer.load_checkpoint(tmp_path / "model.pt")
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
+class Picky(StepLR):
+    """Accepts no state but its own."""
+
+    def load_state_dict(self, state):
+        super().load_state_dict({"step_size": state["step_size"]})
+        self.last_epoch = state["a key of its own"]
+
+    def state_dict(self):
+        return {**super().state_dict(), "a key of its own": self.last_epoch}
+
+
+def test_a_scheduler_that_does_not_fit_leaves_the_rest_as_it_was_found_90(
+    create_trainer, samples, tmp_path
+):
+    class Saves(TrainerCallback):
+        def on_training_run_end(self, trainer, **kwargs):
+            trainer.save_checkpoint(tmp_path / "model.pt")
+
+    create_trainer([Saves]).train(
+        samples(1), 1, create_scheduler_fn=partial(StepLR, step_size=3)
+    )
+
+    class Loads(TrainerCallback):
+        def on_training_run_start(self, trainer, **kwargs):
+            with pytest.raises(CheckpointError, match="does not fit the scheduler"):
+                trainer.load_checkpoint(tmp_path / "model.pt")
+            assert trainer.model.weight.item() == 1.0
+            assert trainer.optimizer.param_groups[0]["lr"] == 0.125
+            assert trainer.scheduler.step_size == 7
+            raise StopTrainingError
+
+    create_trainer([Loads], lr=0.125).train(
+        samples(1), 1, create_scheduler_fn=partial(Picky, step_size=7)
+    )
+
+
+# --- after the run
+
+
+class StopsAfter(TrainerCallback):
+    def __init__(self, num_updates):
+        self.num_updates = num_updates
+
+    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
+        if trainer.num_updates == self.num_updates:
+            raise StopTrainingError
+
+
+@pytest.mark.parametrize("own_sampler", [False, True])
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_what_is_saved_after_a_run_is_that_run_found_93(
+    noise, create_classifier, tmp_path, own_sampler, own_generator, evaluates
+):
+    """found 93: it was the evaluation after it; an order of the user's was lost."""
+
+    def train(callbacks=(), **kwargs):
+        torch.manual_seed(4)
+        model = create_classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks, seed=5)
+        data = noise(18)
+        if own_sampler:
+            generator = torch.Generator().manual_seed(1) if own_generator else None
+            sampler = RandomSampler(data, generator=generator)
+            kwargs["train_dataloader_kwargs"] = {"sampler": sampler}
+        trainer.train(data, 2, per_device_batch_size=4, **kwargs)
+        return trainer
+
+    stopped = train([StopsAfter(8)])
+    if evaluates:
+        stopped.evaluate(noise(6))
+    stopped.save_training_state(tmp_path / "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # batches are loaded again
+        resumed = train(resume_from=tmp_path / "state")
+
+    torch.testing.assert_close(
+        resumed.model.state_dict(), train().model.state_dict(), rtol=0, atol=0
+    )
+    assert resumed.num_updates == 10

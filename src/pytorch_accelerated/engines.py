@@ -108,9 +108,18 @@ class Engine:
         """Load a whole state dict into a plain model."""
         model.load_state_dict(state)
 
-    def load_optimizer(self, optimizer: Any, state: Mapping[str, Any]) -> None:
-        """Load a whole state dict into an optimizer."""
-        optimizer.load_state_dict(state)
+    def load_optimizer(
+        self, optimizer: Any, state: Mapping[str, Any], *, keep_dtypes: bool = True
+    ) -> None:
+        """Load a whole state dict into an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            state: What its ``state_dict`` returned.
+            keep_dtypes: Whether tensors stay of the dtypes that they have in it. If
+                not, they take those of the weights.
+        """
+        load_with_dtypes(optimizer, state, keep_dtypes=keep_dtypes)
 
     def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
         """Write this process's part of a training state. Called on all processes."""
@@ -141,8 +150,9 @@ class Engine:
         contents = sharding.read_parts(files)
         sharding.load_model(model, contents["model"])
         if optimizer is not None:
-            optimizer.load_state_dict(
-                sharding.optimizer_state_like(optimizer, contents["optimizer"])
+            load_with_dtypes(
+                optimizer,
+                sharding.optimizer_state_like(optimizer, contents["optimizer"]),
             )
 
 
@@ -219,11 +229,14 @@ class ShardedEngine(Engine):
 
         sharding.load_model(model, state)
 
-    def load_optimizer(self, optimizer: Any, state: Mapping[str, Any]) -> None:
+    def load_optimizer(
+        self, optimizer: Any, state: Mapping[str, Any], *, keep_dtypes: bool = True
+    ) -> None:
         """Load a whole state; each process takes its part."""
         from pytorch_accelerated import sharding
 
-        optimizer.load_state_dict(sharding.optimizer_state_like(optimizer, state))
+        state = sharding.optimizer_state_like(optimizer, state)
+        super().load_optimizer(optimizer, state, keep_dtypes=keep_dtypes)
 
     def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
         """Write this process's part of the weights and of the optimizer's state."""
@@ -407,6 +420,51 @@ class DeepSpeedEngine(Engine):
         path, _ = self._prepared[1].load_checkpoint(str(folder), tag="state")
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}.")
+
+
+def have_same_dtypes(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Say whether the weights in two state dicts of a model have the same dtypes."""
+    return all(
+        getattr(one.get(name), "dtype", None) == getattr(value, "dtype", None)
+        for name, value in other.items()
+    )
+
+
+def load_with_dtypes(
+    optimizer: Any, state: Mapping[str, Any], *, keep_dtypes: bool = True
+) -> None:
+    """Load a state dict into an optimizer, with the dtypes that are in it.
+
+    torch gives all tensors the dtype of their weight: states in single precision of
+    weights in half precision would be rounded.
+
+    Args:
+        optimizer: The optimizer.
+        state: What its ``state_dict`` returned.
+        keep_dtypes: False lets torch have its way: right for weights whose dtype is no
+            longer that of the saved run.
+    """
+    optimizer.load_state_dict(state)
+    if not keep_dtypes:
+        return
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, weight in zip(numbers, weights, strict=True):
+        if number in state["state"]:
+            _restore_dtypes(optimizer.state[weight], state["state"][number])
+
+
+def _restore_dtypes(loaded: Any, saved: Mapping[Any, Any]) -> None:
+    for key, value in saved.items():
+        now = loaded.get(key)
+        if isinstance(value, Mapping) and isinstance(now, dict):
+            _restore_dtypes(now, value)
+        elif (
+            isinstance(value, Tensor)
+            and isinstance(now, Tensor)
+            and now.dtype != value.dtype
+        ):
+            loaded[key] = value.to(now.device)
 
 
 def _refuse_clip_value(clip_value: float | None, engine: str) -> None:

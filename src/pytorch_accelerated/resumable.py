@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pytorch_accelerated import checkpoint, data, distributed
+from pytorch_accelerated import checkpoint, data, distributed, engines
 from pytorch_accelerated.accumulation import AccumulationWindow
 from pytorch_accelerated.callbacks import CallbackHandler, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.checkpointing import savers_of
@@ -55,10 +55,12 @@ class ResumableRun:
     _loss_tracker: LossTracker
     _scalar_trackers: dict[str, LossTracker]
     _train_dataloader: Any
+    _last_trained_on: tuple[Any, BatchLayout | None]
     _eval_dataloader: Any
     _num_runs: int
     _run_number: int
     _run_id: str | None
+    _found: checkpoint.Checkpoint | None
     _asked_to_resume_from: str | os.PathLike[str] | None
     _update_limit: int | None
     _data_seed: int
@@ -138,7 +140,8 @@ class ResumableRun:
             All that the file holds.
 
         Raises:
-            CheckpointError: If the file cannot be read, or does not fit the model.
+            CheckpointError: If the file cannot be read, or does not fit the model, the
+                optimizer or the scheduler. Nothing has changed then.
         """
         contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
         if "model_state_dict" not in contents:
@@ -148,13 +151,12 @@ class ResumableRun:
                 "weights themselves, load them with "
                 "model.load_state_dict(torch.load(path))."
             )
-        self._load_model(contents["model_state_dict"], checkpoint_path)
-        load_optimizer = load_optimizer and "optimizer_state_dict" in contents
-        if load_optimizer and self.optimizer is not None:
-            self._load_optimizer(contents["optimizer_state_dict"], checkpoint_path)
-        load_scheduler = load_scheduler and "scheduler_state_dict" in contents
-        if load_scheduler and self.scheduler is not None:
-            self.scheduler.load_state_dict(contents["scheduler_state_dict"])
+        self._load_states(
+            checkpoint_path,
+            contents["model_state_dict"],
+            contents.get("optimizer_state_dict") if load_optimizer else None,
+            contents.get("scheduler_state_dict") if load_scheduler else None,
+        )
         return contents
 
     def save_training_state(
@@ -230,9 +232,10 @@ class ResumableRun:
     def _training_state(self, metadata: dict[str, Any]) -> TrainingState:
         scaler = self._accelerator.scaler
         in_parts, keep = self._engine.saved_in_parts, self._accelerator.is_main_process
+        _, layout = self._trained_on()
         run: dict[str, Any] = {
             "progress": self._progress_to_save().to_dict(),
-            "layout": self._batch_layout().to_dict() if self.run_config else None,
+            "layout": layout.to_dict() if layout else None,
             "data_seed": self._data_seed,
             "num_runs": self._num_runs,
             "run_id": self._run_id,
@@ -245,9 +248,7 @@ class ResumableRun:
             optimizer=None
             if self.optimizer is None or "optimizer" in in_parts
             else self._engine.whole(self.optimizer.state_dict(), keep),
-            scheduler=None
-            if self.scheduler is None
-            else self.scheduler.state_dict(),
+            scheduler=None if self.scheduler is None else self.scheduler.state_dict(),
             scaler=None if scaler is None else scaler.state_dict(),
             metadata=metadata,
             run=run,
@@ -278,11 +279,18 @@ class ResumableRun:
             "loss": self._loss_tracker.state_dict(),
             **{name: t.state_dict() for name, t in self._scalar_trackers.items()},
         }
-        if hasattr(self._train_dataloader, "place_after"):
-            state["place"] = self._train_dataloader.place_after(progress.step)
+        loader, _ = self._trained_on()
+        if hasattr(loader, "place_after"):
+            state["place"] = loader.place_after(progress.step)
         if progress.step % self._window.num_steps:
             state["gradients"] = gradients_of(self.get_model(keep_torch_compile=False))
         return state
+
+    def _trained_on(self) -> tuple[Any, BatchLayout | None]:
+        """Return the loader of the last training run, and how it cut its epochs."""
+        if self._train_dataloader is None:
+            return self._last_trained_on
+        return self._train_dataloader, self._batch_layout()
 
     def _batch_layout(self) -> BatchLayout:
         config = self.run_config
@@ -314,7 +322,10 @@ class ResumableRun:
         Raises:
             CheckpointError: If the folder is not whole, or does not fit the model.
         """
-        state = TrainingState.read(input_dir, allow_pickle=allow_pickle)
+        found, self._found = self._found, None
+        if found is None or str(found.path) != str(input_dir):
+            found = checkpoint.Checkpoint(input_dir)
+        state = TrainingState.read(found, allow_pickle=allow_pickle)
         if state.parts is not None:
             self._engine.load_parts(
                 self.get_model(keep_torch_compile=False),
@@ -322,12 +333,12 @@ class ResumableRun:
                 Path(state.parts),
                 len(state.processes),
             )
-        else:
-            self._load_model(state.model or {}, input_dir)
-        if self.optimizer is not None and state.optimizer is not None:
-            self._load_optimizer(dict(state.optimizer), input_dir)
-        if self.scheduler is not None and state.scheduler is not None:
-            self.scheduler.load_state_dict(state.scheduler)
+        self._load_states(
+            input_dir,
+            (state.model or {}) if state.parts is None else None,
+            state.optimizer,
+            state.scheduler,
+        )
         if self._accelerator.scaler is not None and state.scaler is not None:
             self._accelerator.scaler.load_state_dict(state.scaler)
         own = state.of_process(
@@ -360,11 +371,11 @@ class ResumableRun:
                 "SaveTrainingStateCallback of this trainer has saved; it has no such "
                 "callback. Add one, or give the path of a training state."
             )
-        found: str | None = None
         if self._accelerator.is_main_process:
-            newest = checkpoint.newest(*folders)
-            found = None if newest is None else str(newest.path)
-        found = distributed.object_from_main_process(found)
+            self._found = checkpoint.newest(*folders)
+        found: str | None = distributed.object_from_main_process(
+            None if self._found is None else str(self._found.path)
+        )
         if found is None:
             names = ", ".join(map(str, folders))
             self.print(f"No training state in {names}: starting afresh")
@@ -446,7 +457,8 @@ class ResumableRun:
                 loader.use_data_seed(data_seed)
 
     def _random_states(self) -> dict[str, Any]:
-        generators = data.generators_of(self._train_dataloader)
+        loader, _ = self._trained_on()
+        generators = data.generators_of(loader)
         return {
             **checkpoint.get_random_states(),
             "loader": [generator.get_state() for generator in generators],
@@ -508,26 +520,41 @@ class ResumableRun:
             if owner is not None:
                 checkpoint.check_storable(owner.state_dict(), f"The state of {name}")
 
-    def _load_model(
-        self, state_dict: Mapping[str, Any], source: str | os.PathLike[str]
+    def _load_states(
+        self,
+        source: str | os.PathLike[str],
+        model_state: Mapping[str, Any] | None,
+        optimizer_state: Mapping[str, Any] | None,
+        scheduler_state: Mapping[str, Any] | None,
     ) -> None:
-        model = self.get_model(keep_torch_compile=False)
-        state_dict = checkpoint.fit_to_model(model, state_dict)
-        if mismatch := checkpoint.explain_mismatch(model, state_dict):
-            raise CheckpointError(f"{source} does not fit the model: {mismatch}")
-        self._engine.load_model(model, state_dict)
+        """Load what is given and there is a use for, or nothing if some does not fit.
 
-    def _load_optimizer(
-        self, state_dict: dict[str, Any], source: str | os.PathLike[str]
-    ) -> None:
-        try:
-            self._engine.load_optimizer(self.optimizer, state_dict)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"The optimizer's state in {source} does not fit the optimizer: "
-                f"{error}. Create it with the same kind and parameter groups, or load "
-                "only the model."
-            ) from error
+        Raises:
+            CheckpointError: If something does not fit.
+        """
+        model = self.get_model(keep_torch_compile=False)
+        keep_dtypes = True
+        if model_state is not None:
+            model_state = checkpoint.fit_to_model(model, model_state)
+            if mismatch := checkpoint.explain_mismatch(model, model_state):
+                raise CheckpointError(f"{source} does not fit the model: {mismatch}")
+            keep_dtypes = engines.have_same_dtypes(model_state, model.state_dict())
+        with ExitStack() as undo:
+            if self.optimizer is not None and optimizer_state is not None:
+                load = partial(
+                    self._engine.load_optimizer, self.optimizer, keep_dtypes=keep_dtypes
+                )
+                before = self.optimizer.state_dict()
+                undo.callback(engines.load_with_dtypes, self.optimizer, before)
+                _load("optimizer", load, optimizer_state, source)
+            if self.scheduler is not None and scheduler_state is not None:
+                before = dict(self.scheduler.state_dict())
+                undo.callback(self.scheduler.load_state_dict, before)
+                load = self.scheduler.load_state_dict
+                _load("scheduler", load, scheduler_state, source)
+            undo.pop_all()
+        if model_state is not None:
+            self._engine.load_model(model, model_state)
 
     @contextmanager
     def _on_all_processes_or_none(self) -> Iterator[None]:
@@ -538,3 +565,18 @@ class ResumableRun:
         except Exception as raised:
             error = raised
         self.raise_on_all(error)
+
+
+def _load(
+    what: str,
+    load: Callable[[dict[str, Any]], object],
+    state: Mapping[str, Any],
+    source: str | os.PathLike[str],
+) -> None:
+    try:
+        load(dict(state))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"The {what}'s state in {source} does not fit the {what}: {error}. Create "
+            "it with the same kind and parameter groups, or load only the model."
+        ) from error

@@ -86,6 +86,7 @@ from pytorch_accelerated.placeholders import (
 from pytorch_accelerated.progress import RunProgress, Stage
 from pytorch_accelerated.resumable import ResumableRun
 from pytorch_accelerated.resuming import (
+    BatchLayout,
     set_gradients,
     skip_batches,
 )
@@ -209,6 +210,7 @@ class Trainer(ResumableRun):
         self.last_checkpoint: str | None = None
         self._pad_uneven_eval_batches = False
         self._train_dataloader: Any = None
+        self._last_trained_on: tuple[Any, BatchLayout | None] = None, None
         self._eval_dataloader: Any = None
         self._train_dl_kwargs: dict[str, Any] | None = None
         self._eval_dl_kwargs: dict[str, Any] | None = None
@@ -218,6 +220,7 @@ class Trainer(ResumableRun):
         self._run_number = 0
         self._run_id: str | None = None
         self._asked_to_resume_from: str | os.PathLike[str] | None = None
+        self._found: checkpoint.Checkpoint | None = None
         self._data_seed = 0
         self._progress = RunProgress()
         self._plateau_metric = "eval_loss_epoch"
@@ -1064,12 +1067,15 @@ class Trainer(ResumableRun):
         self._noted_error = None
         self.callback_handler.raises_at_once = self._accelerator.num_processes == 1
         self._loaders_made = []
+        if not is_training:  # it is still that run which may be saved
+            self._last_trained_on = self._trained_on()
         self._train_dataloader = self._eval_dataloader = None
         self._train_dl_kwargs = self._eval_dl_kwargs = None
         if not is_training:
             return
         self.has_failed = self.is_resumed = False
         self._progress = RunProgress()
+        self._epoch_random_states = None
         self._run_number = 0
         # Further runs go on with the weights of the first.
         self._run_id = self._run_id or secrets.token_hex(8)
@@ -1102,7 +1108,6 @@ class Trainer(ResumableRun):
             if hasattr(loader, "stop_workers"):
                 loader.stop_workers()
         self._loaded_state, self._resume_state = {}, {}
-        self._epoch_random_states = None
         self._batch_output = None
         self._shrinker = None
         try:

@@ -104,20 +104,29 @@ class TrainingState:
 
     @classmethod
     def read(
-        cls, folder: str | os.PathLike[str], *, allow_pickle: bool = False
+        cls,
+        folder: str | os.PathLike[str] | checkpoint.Checkpoint,
+        *,
+        allow_pickle: bool = False,
     ) -> TrainingState:
         """Read a folder, after checking that it is whole.
 
         Args:
-            folder: Written by this library or, without a manifest, by 0.1.61.
+            folder: Written by this library or, without a manifest, by 0.1.61. One that
+                has been found whole already is not checked again.
             allow_pickle: Read parts of a state of 0.1.61 that run code to be loaded.
 
         Raises:
             CheckpointError: If the folder is missing, damaged or not to be trusted.
         """
-        if checkpoint.is_legacy_training_state(folder):
+        saved = (
+            folder
+            if isinstance(folder, checkpoint.Checkpoint)
+            else checkpoint.Checkpoint(folder)
+        )
+        if checkpoint.is_legacy_training_state(saved.path):
             legacy = checkpoint.read_legacy_training_state(
-                folder, allow_pickle=allow_pickle
+                saved.path, allow_pickle=allow_pickle
             )
             random_states = legacy.random_states
             return cls(
@@ -131,8 +140,8 @@ class TrainingState:
                     for process in range(max(random_states, default=-1) + 1)
                 ],
             )
-        saved = checkpoint.Checkpoint(folder)
-        saved.verify()
+        if not saved.is_known_whole:
+            saved.verify()
         contents: dict[str, Any] = {
             name: saved.load(file) if file in saved.files else None
             for name, file in _FILES.items()

@@ -8,6 +8,7 @@ import torch
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     SaveBestModelCallback,
+    TrainerCallback,
     WSDCheckpointCallback,
 )
 from pytorch_accelerated.checkpoint import Checkpoint
@@ -44,6 +45,22 @@ def train(create_trainer, samples):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_change_of_the_working_directory_does_not_move_them_found_94(
+    train, tmp_path, monkeypatch
+):
+    """found 94: the second half was saved elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class Moves(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    train(WSDCheckpointCallback("checkpoints"), [Moves()])
+    assert len(names_in(tmp_path / "checkpoints")) == 4
+    assert names_in(tmp_path / "elsewhere") == []
 
 
 def test_the_turning_points_of_the_schedule_are_saved(train, tmp_path):
@@ -240,7 +257,7 @@ def test_a_second_run_of_a_trainer_counts_its_own_updates(train, samples, tmp_pa
     assert names_in(tmp_path / "second") == names
 
 
-def test_it_can_be_called_by_hand_before_the_scheduler_is_stepped():
+def test_it_can_be_called_by_hand_before_the_scheduler_is_stepped(tmp_path):
     optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1)
     scheduler = WSDLrScheduler(optimizer, total_steps=10, decay_phase_ratio=0.2)
     saved = []
@@ -251,13 +268,13 @@ def test_it_can_be_called_by_hand_before_the_scheduler_is_stepped():
         save_training_state=lambda path, **kwargs: saved.append(path),
         save_checkpoint=lambda path, **kwargs: saved.append(path),
     )
-    callback = WSDCheckpointCallback("folder")
+    callback = WSDCheckpointCallback(tmp_path)
     callback.on_training_run_start(trainer)
     scheduler.step()
     for step in range(10):
         callback.on_train_step_end(trainer, step=step)
         scheduler.step()
     assert saved == [
-        "folder/checkpoint_8_wsd_pre_decay",
-        "folder/checkpoint_10_wsd_post_decay.pt",
+        str(tmp_path / "checkpoint_8_wsd_pre_decay"),
+        str(tmp_path / "checkpoint_10_wsd_post_decay.pt"),
     ]

@@ -1,5 +1,6 @@
 """Damaged checkpoints are found, named, and passed over by "auto"."""
 
+import copy
 import json
 import random
 import shutil
@@ -11,7 +12,9 @@ from scenario import Scenario, difference, fingerprint
 from torch import nn
 
 from pytorch_accelerated import checkpoint
+from pytorch_accelerated.callbacks import TrainerCallback, WSDCheckpointCallback
 from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.schedulers import WSDLrScheduler
 from pytorch_accelerated.training_state import TrainingState
 
 SCENARIO = Scenario(num_epochs=2, save_every_n_steps=3)
@@ -120,6 +123,59 @@ def what_is_wrong(newest, before, file, damage):
         named = file.name if damage is not raise_format_version else "newer version"
         return None if named in str(error) else f"{told}: the error is {error}"
     return f"{told}: it was loaded"
+
+
+class Post(TrainerCallback):
+    """Saves a checkpoint at the end of the run."""
+
+    called_first = ("on_training_run_end",)
+
+    def on_training_run_end(self, trainer, **kwargs):
+        trainer.save_checkpoint(trainer.callback_handler.callbacks[-1].path)
+
+    def __init__(self, path):
+        self.path = path
+
+
+@pytest.fixture(scope="module")
+def single_files(tmp_path_factory):
+    """What save_checkpoint and the callbacks that keep models have written."""
+    folder = tmp_path_factory.mktemp("single")
+    SCENARIO.with_(callbacks=(Post(folder / "mine.pt"),)).run(folder)
+    schedule = WSDLrScheduler.create_scheduler_fn(num_checkpoints=1)
+    trainer = SCENARIO.create_trainer(folder / "wsd")
+    trainer.callback_handler.add_callback(WSDCheckpointCallback(folder / "wsd"))
+    trainer.train(
+        *(SCENARIO.train_dataset(), 2, SCENARIO.eval_dataset()),
+        create_scheduler_fn=schedule,
+    )
+    files = [folder / name for name in ("mine.pt", "best.pt", "ema.pt")]
+    return [*files, *(folder / "wsd").glob("*_wsd_post_decay.pt")]
+
+
+@pytest.mark.fault("damaged, truncated or missing file, newer format")
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, overwrite])
+def test_damage_of_a_single_file_is_found_or_does_not_matter_found_85(
+    damage, single_files, tmp_path, trials
+):
+    """found 85: a number that was flipped was loaded."""
+    assert len(single_files) == 4
+    for file in single_files:
+        whole = checkpoint.load_file(file)
+        for _ in range(trials.count(25)):
+            damaged = tmp_path / file.name
+            shutil.copy(file, damaged)
+            damage(damaged)
+            trainer = SCENARIO.create_trainer(tmp_path)
+            before = copy.deepcopy(trainer.model.state_dict())
+            try:
+                loaded = trainer.load_checkpoint(damaged)
+            except CheckpointError as error:
+                wrong = None if file.name in str(error) else str(error)
+                after = trainer.model.state_dict()
+                trials.add(wrong or difference(before, after))
+            else:  # padding, for one
+                trials.add(difference(whole, loaded))
 
 
 @pytest.mark.fault("damaged, truncated or missing file, newer format")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
+from pytorch_accelerated.callbacks.checkpointing import fixed_path
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -55,6 +56,7 @@ class WSDCheckpointCallback(TrainerCallback):
         self.initial_checkpoint = initial_checkpoint
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self.save_dir = Path(fixed_path(self.save_dir))
         self.decay_info = ()
         self.last_checkpoint_step = None
 

@@ -18,7 +18,7 @@ from pytorch_accelerated.checkpoint._disk import (
     list_folder,
     remove_folder,
 )
-from pytorch_accelerated.checkpoint._files import CheckpointNotFoundError, load_file
+from pytorch_accelerated.checkpoint._files import CheckpointNotFoundError, read_file
 from pytorch_accelerated.checkpoint._manifest import (
     MANIFEST_NAME,
     ForeignManifestError,
@@ -28,7 +28,7 @@ from pytorch_accelerated.checkpoint._manifest import (
 from pytorch_accelerated.checkpoint._weights import (
     SAFETENSORS_NAME,
     TORCH_NAME,
-    load_weights,
+    read_weights,
 )
 from pytorch_accelerated.errors import CheckpointError, warn
 
@@ -193,14 +193,14 @@ class Checkpoint:
 
     def load(self, name: str) -> Any:
         """Load a file that ``CheckpointWriter.write`` wrote; see :func:`load_file`."""
-        return load_file(self.file(name))
+        return read_file(self.file(name), checksums=not self.is_known_whole)
 
     def load_weights(self, subfolder: str = "") -> OrderedDict[str, Any]:
         """Load what ``CheckpointWriter.write_weights`` wrote, to the CPU."""
         prefix = f"{subfolder}/" if subfolder else ""
         is_safetensors = self.has(prefix + SAFETENSORS_NAME)
         name = prefix + (SAFETENSORS_NAME if is_safetensors else TORCH_NAME)
-        return load_weights(self.file(name))
+        return read_weights(self.file(name), checksums=not self.is_known_whole)
 
 
 def _set_aside(path: Path) -> Path:

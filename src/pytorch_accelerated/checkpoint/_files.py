@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pytorch_accelerated.checkpoint._disk import (
@@ -17,7 +16,8 @@ from pytorch_accelerated.checkpoint._disk import (
     replacing,
     write_errors_explained,
 )
-from pytorch_accelerated.checkpoint._guards import check_archive, check_nesting
+from pytorch_accelerated.checkpoint._guards import check_archive, check_content
+from pytorch_accelerated.checkpoint._numpy_values import STAND_INS, with_numpy_values
 from pytorch_accelerated.checkpoint._storable import to_storable
 from pytorch_accelerated.errors import CheckpointError
 
@@ -57,34 +57,55 @@ def save_file(obj: Mapping[Any, Any], path: str | os.PathLike[str]) -> Path:
 
 def write_storable(storable: Any, path: Path) -> None:
     """Write what :func:`to_storable` returned; neither atomic nor flushed."""
-    with open(path, "wb") as file:
-        # An open file, not its name, because torch then lets the OSError be found.
-        torch.save(storable, file)
+    had_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # those of the entries are checked
+    try:
+        with open(path, "wb") as file:
+            # An open file, not its name: torch then lets the OSError be found.
+            torch.save(storable, file)
+    finally:
+        torch.serialization.set_crc32_options(had_checksums)
 
 
 def load_file(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
     """Load what :func:`save_file` (or ``torch.save``) wrote, to the CPU.
 
-    Nothing in the file can run code: only tensors, plain values and numpy arrays are
-    built; anything else is refused. So is what would take more memory than the size of
-    the file: compressed entries, which ``torch.save`` does not write.
+    Nothing in the file can run code: only tensors, plain values and numpy arrays of
+    numbers are built, and tensors of classes that were registered with
+    ``torch.serialization.add_safe_globals``; anything else is refused. So is what would
+    take more memory than the size of the file: compressed entries, which ``torch.save``
+    does not write, and tensors larger than their memory.
+
+    The checksums that ``torch.save`` writes are checked.
 
     Args:
         path: The file.
-        mmap: Map the file into memory, so that only what is used of it is read.
+        mmap: Map the file into memory, so that only what is used of it is read. No
+            checksum is checked then.
 
     Raises:
         CheckpointNotFoundError: If there is no such file.
         CheckpointError: If the file is damaged, needs code to be loaded, or if there is
             not enough memory for it.
     """
-    path = absolute(path)
+    return read_file(absolute(path), mmap=mmap, checksums=not mmap)
+
+
+def read_file(path: Path, *, mmap: bool = False, checksums: bool = True) -> Any:
+    """Load a file as :func:`load_file` does.
+
+    Args:
+        path: The file.
+        mmap: Map it into memory.
+        checksums: Whether its checksums are checked; not needed if those of a manifest
+            were.
+    """
     try:
-        check_archive(path)
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+        check_archive(path, checksums=checksums)
+        with torch.serialization.safe_globals(STAND_INS):
             content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-        check_nesting(content, path)
-        return content
+        check_content(content, path)
+        return with_numpy_values(content)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -117,24 +138,3 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
 
 def _first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-def _numpy_globals() -> list[Any]:
-    """List what a pickled numpy number or array is built from; none of it runs code.
-
-    Scripts stored numpy values in files of earlier versions, where they could be
-    saved but not loaded.
-    """
-    reduce_scalar = np.float64(0).__reduce__()[0]
-    reduce_array = np.zeros(1).__reduce__()[0]
-    kinds = "?bhilqBHILQefd"
-    return [
-        reduce_scalar,
-        reduce_array,
-        np.ndarray,
-        np.dtype,
-        *dict.fromkeys(type(np.dtype(kind)) for kind in kinds),
-    ]
-
-
-_NUMPY_GLOBALS = _numpy_globals()

@@ -7,6 +7,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
 from pytorch_accelerated.errors import CheckpointError
 
 # Far more than states have, and less than Python's own functions can follow.
@@ -36,14 +39,19 @@ def kind_if_not_plain(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else "no plain file"
 
 
-def check_archive(path: Path) -> None:
-    """Refuse an archive that unpacks to more than the file holds.
+def check_archive(path: Path, *, checksums: bool = True) -> None:
+    """Refuse an archive that is damaged, or unpacks to more than the file holds.
 
     ``torch.save`` writes each entry as it is, once. Reading a compressed one would take
     up to a thousand times the size of the file.
 
+    Args:
+        path: The file.
+        checksums: Whether to read all of it and compare the checksums of the entries.
+
     Raises:
-        CheckpointError: If an entry is compressed, or if entries overlap.
+        CheckpointError: If an entry is compressed, if entries overlap, or if one does
+            not match its checksum.
         zipfile.BadZipFile: If the archive is damaged.
     """
     with open(path, "rb") as file:
@@ -64,16 +72,28 @@ def check_archive(path: Path) -> None:
             f"Refused to load {path}: its entries claim {claimed:,} bytes, more bytes "
             f"than the {size:,} of the file, or do not start where it does."
         )
+    # torch can be told to leave them out, and writes zeros then.
+    if checksums and any(entry.CRC for entry in entries):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(
+                f"{path} is damaged: {damaged} in it does not match its checksum. Load "
+                "another checkpoint."
+            )
 
 
-def check_nesting(content: Any, path: Path) -> None:
-    """Refuse content that is small in memory and endless to walk through.
+def check_content(content: Any, path: Path) -> None:
+    """Refuse content that is small in memory and endless to walk through or to copy.
 
     Raises:
-        CheckpointError: If it is nested too deeply, if it holds itself, or if it holds
-            the same parts over and over.
+        CheckpointError: If it is nested too deeply, if it holds itself, if it holds
+            the same parts over and over, or tensors larger than their memory.
     """
-    num_values, height = _measure(content, DEEPEST_NESTING, {})
+    try:
+        num_values, height = _measure(content, DEEPEST_NESTING, {})
+    except _LargerThanItsMemoryError as error:
+        raise CheckpointError(f"Refused to load {path}: {error}.") from None
     if height > DEEPEST_NESTING:
         raise CheckpointError(
             f"Refused to load {path}: its values are nested more than "
@@ -90,6 +110,8 @@ def _measure(
     value: Any, levels_left: int, known: dict[int, tuple[int, int]]
 ) -> tuple[int, int]:
     """Count the values in a container, shared ones each time, and its levels."""
+    if isinstance(value, torch.Tensor):
+        _check_memory(value)
     if not isinstance(value, dict | list | tuple | set):
         return 1, 0
     if levels_left < 0:
@@ -104,3 +126,38 @@ def _measure(
                 num_values, height = num_values + more, max(height, levels)
         known[id(value)] = num_values, height + 1
     return known[id(value)]
+
+
+class _LargerThanItsMemoryError(Exception):
+    """A tensor has more elements than there are in memory."""
+
+
+def _check_memory(tensor: torch.Tensor) -> None:
+    """Refuse a tensor that shows the same few bytes as gigabytes of elements."""
+    parts = _parts_of(tensor)
+    for part in parts:
+        _check_memory(part)
+    if parts or tensor.is_nested:
+        return
+    claimed = tensor.numel() * tensor.element_size()
+    if tensor.is_quantized:
+        claimed //= 4  # as many elements may share a byte
+    held = 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+    if claimed > held:
+        raise _LargerThanItsMemoryError(
+            f"a tensor in it claims {claimed:,} bytes and has {held:,}. If you trust "
+            "where it comes from, read it with torch.load and save a clone() of the "
+            "tensor"
+        )
+
+
+def _parts_of(tensor: Any) -> list[torch.Tensor]:
+    if is_traceable_wrapper_subclass(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []

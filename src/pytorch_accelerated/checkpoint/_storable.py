@@ -42,7 +42,6 @@ _LAYOUTS = {
     torch.sparse_bsr,
     torch.sparse_bsc,
 }
-_ALIGNMENT = 16
 # torch's safe loader reads no number of more than 255 bytes.
 _LARGEST_BITS = 2039
 
@@ -113,7 +112,9 @@ class _Converter:
     def __init__(self, copy: bool) -> None:
         self._copy = copy
         # What there will be of each storage, and what it is to hold.
-        self._views: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._views: dict[
+            tuple[int, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]
+        ] = {}
         self._open: set[int] = set()
         self._kinds: list[tuple[type, Callable[[Any, str], Any]]] = [
             (torch.Tensor, self._tensor),
@@ -222,9 +223,9 @@ class _Converter:
         if end - first < tensor.nbytes:  # expanded: its elements share memory
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         plain = torch.empty(0, dtype=tensor.dtype, device="cpu")
-        self._views.setdefault(tensor.untyped_storage()._cdata, []).append(
-            (plain, tensor)
-        )
+        # torch saves a storage as one of elements of one kind.
+        place = tensor.untyped_storage()._cdata, tensor.dtype
+        self._views.setdefault(place, []).append((plain, tensor))
         return plain
 
     def _wrapper(self, tensor: Any, what: str) -> torch.Tensor:
@@ -243,12 +244,11 @@ class _Converter:
         """Give the tensors their values, of each storage only what they use."""
         for views in self._views.values():
             spans = [_span(tensor) for _, tensor in views]
-            # A storage may start with any kind of element.
-            first = min(start for start, _ in spans) // _ALIGNMENT * _ALIGNMENT
+            first = min(start for start, _ in spans)
             host = self._on_host(views[0][1], first, max(end for _, end in spans))
             for plain, tensor in views:
                 offset = tensor.storage_offset() - first // tensor.element_size()
-                plain.set_(host, offset, tensor.size(), tensor.stride())  # type: ignore[call-overload]
+                plain.set_(host, offset, tensor.size(), tensor.stride())
 
     def _on_host(
         self, tensor: torch.Tensor, first: int, end: int
@@ -259,7 +259,7 @@ class _Converter:
         if is_whole and storage.device.type == "cpu" and not self._copy:
             return storage
         part = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        part.set_(storage, first, (end - first,), (1,))  # type: ignore[call-overload]
+        part.set_(storage, first, (end - first,), (1,))
         return part.to("cpu", copy=True).untyped_storage()
 
 
@@ -315,10 +315,10 @@ def _can_be_saved(dtype: torch.dtype) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first byte of a storage that a tensor uses, and the end of the last."""
+    """Return where in its storage a tensor starts and ends, in bytes."""
     first = tensor.storage_offset()
     if tensor.numel() == 0:
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    end = first + 1 + sum((n - 1) * step for n, step in steps)
-    return first * tensor.element_size(), end * tensor.element_size()
+    last = first + sum((n - 1) * step for n, step in steps)
+    return int(first) * tensor.element_size(), int(last + 1) * tensor.element_size()

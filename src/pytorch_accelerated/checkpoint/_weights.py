@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytorch_accelerated.checkpoint._disk import (
     absolute,
@@ -23,7 +25,7 @@ from pytorch_accelerated.checkpoint._disk import (
 )
 from pytorch_accelerated.checkpoint._files import (
     CheckpointNotFoundError,
-    load_file,
+    read_file,
     write_storable,
 )
 from pytorch_accelerated.checkpoint._storable import to_storable
@@ -41,7 +43,8 @@ _INNER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 # texts in the header of a file, which no weight may be named like
 _FORMAT_KEY = "format"
 _VERSIONS_KEY = "_metadata"
-_RESERVED_NAMES = {_FORMAT_KEY, _VERSIONS_KEY, "__metadata__"}
+_CHECKSUM_KEY = "_checksum"
+_RESERVED_NAMES = {_FORMAT_KEY, _VERSIONS_KEY, _CHECKSUM_KEY, "__metadata__"}
 _DTYPES = {
     torch.float64,
     torch.float32,
@@ -78,7 +81,20 @@ def save_weights(state_dict: Mapping[str, Any], folder: str | os.PathLike[str]) 
         TypeError: If a value could not be loaded safely again.
         CheckpointError: If the file could not be written.
     """
-    folder = absolute(folder)
+    return write_weights(state_dict, absolute(folder), checksum=True)
+
+
+def write_weights(
+    state_dict: Mapping[str, Any], folder: Path, *, checksum: bool
+) -> Path:
+    """Save weights as :func:`save_weights` does.
+
+    Args:
+        state_dict: What ``model.state_dict()`` returns.
+        folder: Where to.
+        checksum: Whether the file is to hold its checksum, as it must where no manifest
+            does.
+    """
     state = to_storable(state_dict, "state_dict")
     content = _as_safetensors(state) if _is_text(folder) else None
     name, other = SAFETENSORS_NAME, TORCH_NAME
@@ -90,7 +106,10 @@ def save_weights(state_dict: Mapping[str, Any], folder: str | os.PathLike[str]) 
             if content is None:
                 write_storable(state, temporary)
             else:
-                _write_safetensors(*content, temporary)
+                tensors, header = content
+                if checksum:
+                    header[_CHECKSUM_KEY] = _checksum(tensors, header)
+                _write_safetensors(tensors, header, temporary)
         (folder / other).unlink(missing_ok=True)
     return path
 
@@ -100,7 +119,8 @@ def load_weights(folder: str | os.PathLike[str]) -> OrderedDict[str, Any]:
 
     Reads ``model.safetensors`` or ``pytorch_model.bin``, also those that Accelerate or
     transformers wrote. Weights that :func:`save_weights` found tied are tied again;
-    other writers leave all but one name of tied weights out.
+    other writers leave all but one name of tied weights out. Checksums that
+    :func:`save_weights` or ``torch.save`` wrote are checked.
 
     Args:
         folder: The folder, or one of these files itself.
@@ -109,7 +129,17 @@ def load_weights(folder: str | os.PathLike[str]) -> OrderedDict[str, Any]:
         CheckpointNotFoundError: If there is neither of the two files.
         CheckpointError: If the file is damaged, or needs code to be loaded.
     """
-    folder = absolute(folder)
+    return read_weights(absolute(folder))
+
+
+def read_weights(folder: Path, *, checksums: bool = True) -> OrderedDict[str, Any]:
+    """Load weights as :func:`load_weights` does.
+
+    Args:
+        folder: The folder or file.
+        checksums: Whether the checksum in the file is checked; not needed if that of a
+            manifest was.
+    """
     if folder.is_dir():
         path = folder / SAFETENSORS_NAME
         if not path.exists():
@@ -122,8 +152,8 @@ def load_weights(folder: str | os.PathLike[str]) -> OrderedDict[str, Any]:
             f"{TORCH_NAME}."
         )
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    state = load_file(path)
+        return _read_safetensors(path, checksums)
+    state = read_file(path, checksums=checksums)
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(state).__name__} instead of a state dict. Load "
@@ -150,7 +180,7 @@ def _as_safetensors(
     """
     header = {_FORMAT_KEY: "pt"}
     tensors: dict[str, torch.Tensor] = {}
-    first_names: dict[tuple[Any, ...], str] = {}
+    first_names: dict[tuple[Any, ...] | None, str] = {}
     for name, tensor in state.items():
         if not _can_hold(tensor) or name in _RESERVED_NAMES:
             return None
@@ -175,8 +205,19 @@ def _can_hold(value: Any) -> bool:
     )
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what two names of one and the same tensor have in common."""
+def _place(tensor: Any) -> tuple[Any, ...] | None:
+    """Return what two names of one and the same tensor have in common.
+
+    None for what has no place in memory that could tell.
+    """
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or nn.parameter.is_lazy(tensor)
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+        or is_traceable_wrapper_subclass(tensor)
+    ):
+        return None
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
@@ -196,6 +237,17 @@ def _span(tensor: torch.Tensor) -> int:
     return (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
 
 
+def _checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
+    """Return the checksum of all that a file holds, in whatever order."""
+    names = sorted(tensors)
+    kinds = [(name, str(tensors[name].dtype), *tensors[name].shape) for name in names]
+    value = zlib.crc32(json.dumps([sorted(header.items()), kinds]).encode())
+    for name in names:
+        content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(content, value)
+    return f"crc32:{value:08x}"
+
+
 def _write_safetensors(
     tensors: dict[str, torch.Tensor], header: dict[str, str], path: Path
 ) -> None:
@@ -208,11 +260,14 @@ def _write_safetensors(
     path.chmod(mode)
 
 
-def _read_safetensors(path: Path) -> OrderedDict[str, Any]:
+def _read_safetensors(path: Path, checksums: bool) -> OrderedDict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             state = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a mapping)
+        expected = header.pop(_CHECKSUM_KEY, None)
+        if checksums and expected not in (None, _checksum(state, header)):
+            raise ValueError("it does not match its checksum")
         for name, first_name in header.items():
             if name not in _RESERVED_NAMES and first_name in state:
                 state[name] = state[first_name]
@@ -248,6 +303,7 @@ def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
         return state_dict
     fitted = _renamed(model, expected, state_dict)
     by_place = {_place(v): fitted[k] for k, v in expected.items() if k in fitted}
+    by_place.pop(None, None)
     for name, tensor in expected.items():
         if name not in fitted and _place(tensor) in by_place:
             fitted[name] = by_place[_place(tensor)]

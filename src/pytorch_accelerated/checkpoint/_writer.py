@@ -35,7 +35,7 @@ from pytorch_accelerated.checkpoint._manifest import (
     write_manifest,
 )
 from pytorch_accelerated.checkpoint._storable import to_storable
-from pytorch_accelerated.checkpoint._weights import save_weights
+from pytorch_accelerated.checkpoint._weights import write_weights
 from pytorch_accelerated.errors import CheckpointError, warn
 
 
@@ -135,7 +135,8 @@ class CheckpointWriter:
             state_dict: What ``model.state_dict()`` returns.
             subfolder: Where in the checkpoint; needed for a second model.
         """
-        save_weights(state_dict, self._inside(subfolder) if subfolder else self.folder)
+        folder = self._inside(subfolder) if subfolder else self.folder
+        write_weights(state_dict, folder, checksum=False)
 
     def commit(self, progress: Mapping[str, Any], world_size: int = 1) -> Checkpoint:
         """Make the checkpoint complete and give it its name (main process).
