@@ -248,9 +248,12 @@ def test_every_changed_bit_of_a_single_file_is_found_or_does_not_matter_found_85
     load = save()
     content = (tmp_path / name).read_bytes()
     found = 0
-    for place in random.sample(range(len(content)), 250):
+    # Those of the table of contents are few, and each has a meaning.
+    places = range(0, 8 * len(content), 29)
+    last = range(8 * max(0, len(content) - 900), 8 * len(content), 3)
+    for bit in [*places, *last]:
         changed = bytearray(content)
-        changed[place] ^= 1 << random.randrange(8)
+        changed[bit // 8] ^= 1 << bit % 8
         (tmp_path / name).write_bytes(changed)
         try:
             loaded = load()

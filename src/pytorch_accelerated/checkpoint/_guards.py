@@ -15,6 +15,7 @@ from pytorch_accelerated.errors import CheckpointError
 # Far more than states have, and less than Python's own functions can follow.
 DEEPEST_NESTING = 100
 _MOST_VALUES = 10**8
+_IS_FOLDER = 0x10
 _START_OF_ARCHIVE = b"PK\x03\x04"
 
 
@@ -64,6 +65,12 @@ def check_archive(path: Path, *, checksums: bool = True) -> None:
             raise CheckpointError(
                 f"Refused to load {path}: {entry.filename} in it is compressed, which "
                 "torch.save never does, and might fill the memory."
+            )
+        # torch reads nothing of a folder, and takes what is in the memory for it.
+        if entry.is_dir() or entry.external_attr & _IS_FOLDER:
+            raise CheckpointError(
+                f"{path} is damaged: {entry.filename} in it is a folder. Load another "
+                "checkpoint."
             )
     claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
     # An archive in an archive could have another table of contents for torch.
