@@ -434,22 +434,22 @@ class QuickAfterAll(Dataset):
 
     def __init__(self):
         self.num_fetched = 0
+        self.clock = 0.0
 
     def __len__(self):
         return 1
 
     def __getitem__(self, index):
         self.num_fetched += 1
-        time.sleep(0.01 if self.num_fetched <= 2 else 0)
+        self.clock += 0.01 if self.num_fetched <= 2 else 0
         return index
 
 
-def test_a_quick_dataset_that_was_held_up_gets_no_workers():
-    with (
-        mock.patch.object(data, "usable_cores", return_value=2),
-        mock.patch.object(data, "HAND_OVER_SECONDS", 9e-3),
-    ):
-        assert data.choose_num_workers(QuickAfterAll(), {"batch_size": 1}) == 0
+def test_a_quick_dataset_that_was_held_up_gets_no_workers(monkeypatch):
+    dataset = QuickAfterAll()
+    monkeypatch.setattr(data, "usable_cores", lambda: 2)
+    monkeypatch.setattr(data.time, "perf_counter", lambda: dataset.clock)
+    assert data.choose_num_workers(dataset, {"batch_size": 1}) == 0
 
 
 class WaitsForThread(Dataset):

@@ -1,17 +1,11 @@
 """What an error in the middle of a run says besides torch's own words."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from pytorch_accelerated.trainer import Trainer
-
-pytestmark = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="errors have notes from Python 3.11"
-)
 
 
 def advice_on(dataset, loss_func=None, method="train"):

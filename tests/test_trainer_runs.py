@@ -1,6 +1,5 @@
 """How long a run is, what it counts, and how it evaluates."""
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -737,5 +736,4 @@ def test_an_error_that_cannot_be_written_to_is_raised_as_it_is_found_104(
 
     assert caught.value.code == 3
     assert "FrozenInstanceError" not in capsys.readouterr().out
-    if sys.version_info >= (3, 11):
-        assert "The run ended in epoch 1" in caught.value.__notes__[0]
+    assert "The run ended in epoch 1" in caught.value.__notes__[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -10,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
+
+_NOTES_ARE_SHOWN = sys.version_info >= (3, 11)
 
 
 def contextmanager(
@@ -63,8 +66,14 @@ class _Context(AbstractContextManager[Value]):
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note to an error, also to one that is a frozen dataclass."""
+    """Add a note to an error, also to one that is a frozen dataclass.
+
+    Before Python 3.11 nothing shows notes: there it ends the message, if the error has
+    no other arguments.
+    """
     set_attribute(error, "__notes__", [*getattr(error, "__notes__", ()), note])
+    if not _NOTES_ARE_SHOWN and [type(part) for part in error.args] in ([], [str]):
+        set_attribute(error, "args", ("\n".join([*error.args, note]),))
 
 
 def set_attribute(error: BaseException, name: str, value: Any) -> None:

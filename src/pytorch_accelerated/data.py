@@ -43,6 +43,7 @@ from torch.utils.data import (
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from pytorch_accelerated import workers
+from pytorch_accelerated.contexts import add_note
 
 
 class _AutoNumWorkers(int):
@@ -381,8 +382,7 @@ class _BatchDataset(Dataset[Any]):
             for index in indices:
                 samples.append(dataset[index])  # noqa: PERF401 (an error counts them)
         except Exception as error:
-            if hasattr(error, "add_note"):  # from Python 3.11
-                error.add_note(f"Raised by sample {indices[len(samples)]}.")
+            add_note(error, f"Raised by sample {indices[len(samples)]}.")
             raise
         return samples
 

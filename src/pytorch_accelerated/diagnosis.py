@@ -86,8 +86,6 @@ def explain(
 ) -> None:
     """Add to an error where the run stood, what other processes say, and what to do.
 
-    Before Python 3.11 errors cannot have notes; other processes are told all the same.
-
     Args:
         error: The error that ends the run.
         epoch: Number of the epoch in the run history.
@@ -100,7 +98,7 @@ def explain(
         f"batches and {progress.num_updates} updates"
     )
     said_by_others = last_words.exchange(error, where)
-    if not isinstance(error, Exception) or not hasattr(error, "add_note"):
+    if not isinstance(error, Exception):
         return
     notes = [
         f"The run ended {where}. Last training state: {last_checkpoint or 'none'}.",

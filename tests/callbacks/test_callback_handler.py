@@ -1,6 +1,5 @@
 import copy
 import pickle
-import sys
 from unittest.mock import MagicMock, Mock
 
 import pytest
@@ -220,7 +219,6 @@ def test_a_missing_attribute_inside_a_callback_surfaces_as_it_is():
     assert info.traceback[-1].name == "on_train_epoch_end"
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
 def test_an_error_names_the_callback_and_the_event():
     class Broken(TrainerCallback):
         def on_train_epoch_end(self, trainer, **kwargs):

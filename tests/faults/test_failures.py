@@ -68,8 +68,6 @@ def test_the_other_process_ends_with_an_error_and_a_new_run_goes_on(tmp_path, tr
         assert codes[victim] == -signal.SIGKILL, "the trial is too late"
         # The first keeps what they say to each other.
         said = "Process 1 has said nothing" if victim else "Process 0 has ended"
-        if sys.version_info < (3, 11):
-            said = ""
         printed = job.log.read_text()
         if codes[1 - victim] != 1 or said not in printed:
             trials.add(f"exit codes {codes}: {printed[-2000:]}")
@@ -201,17 +199,16 @@ def fail_in_worker(scenario, folder, spoil, error, texts):
     if error is RuntimeError:
         pid = (folder / "pid").read_text()
         assert re.search(rf"\(pid\S* {pid}\) (is killed by|exited unexpectedly)", told)
-    if sys.version_info >= (3, 11):
-        assert all(text in told for text in texts), told
-        assert "The run ended in epoch 1 (training), after " in told
+    assert all(text in told for text in texts), told
+    assert "The run ended in epoch 1 (training), after " in told
     # The error, which is still here, does not keep the workers.
     assert multiprocessing.active_children() == []
     assert type(trainer.model) is torch.nn.Sequential
 
 
 def is_noted(text, error):
-    """Say whether a note of an error has a text; there are none before Python 3.11."""
-    return sys.version_info < (3, 11) or text in "\n".join(error.__notes__)
+    """Say whether a note of an error has a text."""
+    return text in "\n".join(error.__notes__)
 
 
 # ----------------------------------------------------------------- code that raises

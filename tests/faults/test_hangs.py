@@ -23,10 +23,6 @@ from pytorch_accelerated.callbacks import PreemptionCallback, TrainerCallback
 HERE = Path(__file__).parent
 LONG = 1000
 
-of_notes = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="errors have notes from Python 3.11"
-)
-
 
 # ---------------------------------------------------------------------- workers
 
@@ -56,10 +52,9 @@ def end_by_timeout(scenario, folder):
     # The error, which is still here, does not keep the workers.
     assert multiprocessing.active_children() == []
     assert type(trainer.model) is nn.Sequential
-    if sys.version_info >= (3, 11):
-        notes = "\n".join(caught.value.__notes__)
-        assert "The run ended in epoch 1 (training), after " in notes
-        assert "`py-spy dump --pid`" in notes
+    notes = "\n".join(caught.value.__notes__)
+    assert "The run ended in epoch 1 (training), after " in notes
+    assert "`py-spy dump --pid`" in notes
 
 
 @pytest.mark.fault("a loader's worker hangs")
@@ -188,7 +183,6 @@ TOGETHER = {
 }
 
 
-@of_notes
 @pytest.mark.fault("one of several processes hangs, raises or leaves alone")
 def test_the_others_end_within_the_timeout_and_say_who_is_missing(tmp_path, trials):
     started = [
@@ -224,7 +218,6 @@ def what_is_wrong(job, process, texts, hangs):
     return f"not said: {missing}: {printed[-3000:]}" if missing else None
 
 
-@of_notes
 @pytest.mark.fault("one of several processes hangs, raises or leaves alone")
 def test_a_launcher_ends_a_job_of_which_one_process_hangs(tmp_path, trials):
     done = subprocess.run(

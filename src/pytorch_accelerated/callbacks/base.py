@@ -391,9 +391,8 @@ def _gravity(error: BaseException) -> tuple[bool, ...]:
 
 
 def _note_origin(error: Exception, listener: Callable[..., Any], event: str) -> None:
-    if hasattr(error, "add_note"):  # from Python 3.11
-        owner = type(getattr(listener, "__self__", listener)).__name__
-        add_note(error, f"Raised by the callback {owner} in the event {event}.")
+    owner = type(getattr(listener, "__self__", listener)).__name__
+    add_note(error, f"Raised by the callback {owner} in the event {event}.")
 
 
 def _rank(callback: Any, event: str) -> int:
