@@ -204,3 +204,18 @@ def test_a_window_can_be_saved_and_continued():
     second.back_propagate(6.0, 1, 2)
 
     assert second.close(1) == pytest.approx((1 * 3 + 6 * 2) / 5)
+
+
+@pytest.mark.parametrize(
+    ("promised", "shares"),
+    [(4, [1 / 3] * 3 + [1]), (9, [1 / 3] * 4), (2, [1 / 2] * 2 + [1 / 3] * 2)],
+)
+def test_a_length_that_is_exceeded_is_not_believed_found_70(promised, shares):
+    """Where gradients cannot be corrected, it says how many steps a window has."""
+    window = AccumulationWindow(3, corrects_gradients=False)
+    window.start_epoch(None, promised)
+    loss = torch.ones(())
+
+    weighted = [window.weigh(loss, step, 2, are_samples=True) for step in range(4)]
+
+    assert torch.stack(weighted).tolist() == pytest.approx(shares)

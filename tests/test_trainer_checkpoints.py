@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    TensorDataset,
+)
 
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
@@ -862,3 +868,45 @@ def test_what_is_saved_after_a_run_is_that_run_found_93(
         resumed.model.state_dict(), train().model.state_dict(), rtol=0, atol=0
     )
     assert resumed.num_updates == 10
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.filterwarnings("ignore:To find its place")
+def test_a_run_on_a_sampler_and_data_that_draw_numbers_can_be_resumed_found_70(
+    create_classifier, noise, tmp_path, at, accumulation
+):
+    """To look for the last batch ahead draws nothing that would be drawn again."""
+    data = Augmented(noise(20))
+
+    def run(callbacks=(), resume_from=None):
+        model = create_classifier(dropout=0.3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks, seed=5)
+        trainer.train(
+            data,
+            2,
+            per_device_batch_size=4,
+            gradient_accumulation_steps=accumulation,
+            train_dataloader_kwargs={"sampler": RandomOrder(data), "num_workers": 0},
+            resume_from=resume_from,
+        )
+        return trainer
+
+    with pytest.raises(Killed):
+        run([StopsAt("on_train_step_end", tmp_path / "state", at)])
+
+    assert_same_end(run(resume_from=tmp_path / "state"), run())
+
+
+class RandomOrder(Sampler):
+    """Draws each index when it is asked for it."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        return (int(torch.randint(len(self.data), ())) for _ in range(len(self.data)))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
 from pytorch_accelerated import trainer as trainer_module
-from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
 from pytorch_accelerated.trainer import Trainer
 from pytorch_accelerated.utils import (
     LIMIT_BATCHES_ENV_VAR,
@@ -538,3 +538,61 @@ def test_gather_keeps_structures_and_values_that_look_like_padding(create_traine
     for padding in (None, -2.0, float("nan")):
         gathered = trainer.gather({"a": [tensor]}, padding_value=padding)
         torch.testing.assert_close(gathered, {"a": [tensor]}, equal_nan=True)
+
+
+# --- lengths that are wrong
+
+
+class Promises:
+    """A loader that says that it has another number of batches than it yields."""
+
+    def __init__(self, promised, num_batches):
+        self.promised, self.num_batches, self.num_fetched = promised, num_batches, 0
+
+    def __len__(self):
+        return self.promised
+
+    def __iter__(self):
+        for _ in range(self.num_batches):
+            self.num_fetched += 1
+            yield torch.ones(1, 1), torch.zeros(1, 1)
+
+
+@pytest.mark.parametrize("callbacks", [(), (LimitBatchesCallback(100),)])
+@pytest.mark.parametrize(("promised", "actual"), [(8, 6), (6, 8), (8, 7), (1, 5)])
+def test_every_batch_of_a_loader_counts_whatever_its_length_says_found_70(
+    create_trainer, callbacks, promised, actual
+):
+    """The weight halves at each of two updates in an epoch."""
+    trainer = create_trainer(callbacks)
+    trainer.train(Promises(promised, actual), 2, gradient_accumulation_steps=4)
+
+    assert trainer.num_updates == 4
+    assert trainer.num_steps == 2 * actual
+    assert trainer.model.weight.item() == pytest.approx(0.5**4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_limit_fetches_no_batch_beyond_it_found_70(create_trainer, accumulation):
+    loader = Promises(8, 8)
+    trainer = create_trainer([LimitBatchesCallback(4)])
+    trainer.train(loader, 1, gradient_accumulation_steps=accumulation)
+
+    assert loader.num_fetched == 4
+    assert trainer.num_updates == -(-4 // accumulation)
+
+
+def test_no_batch_is_fetched_before_the_update_of_a_whole_window_found_70(
+    create_trainer,
+):
+    """A state that is saved there has what has been trained on, and no more."""
+    fetched = []
+
+    class Notes(TrainerCallback):
+        def on_train_update_end(self, trainer, **kwargs):
+            fetched.append(loader.num_fetched)
+
+    loader = Promises(8, 7)
+    create_trainer([Notes]).train(loader, 1, gradient_accumulation_steps=3)
+
+    assert fetched == [3, 6, 7]

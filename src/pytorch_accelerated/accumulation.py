@@ -80,10 +80,11 @@ class AccumulationWindow:
 
         Args:
             plan: The sizes of all batches on all processes, if known.
-            num_batches: Batches of this process in the epoch, if known.
+            num_batches: Batches of this process in the epoch, if known. Without a plan,
+                this may turn out to be wrong.
             is_exact: Whether no batch can be smaller than planned.
         """
-        self._plan = plan if num_batches is not None else None
+        self._plan = plan
         self._is_exact = is_exact
         self._num_batches = num_batches
         self._items = 0
@@ -194,9 +195,7 @@ class AccumulationWindow:
     def _share_of_step(self, step: int, num_items: NumItems) -> Tensor:
         """Return the weight of a batch, where all steps of a window count the same."""
         total = self._add_up(torch.as_tensor(num_items, dtype=torch.float64))
-        first, last = (0, self.num_steps - 1)
-        if self._num_batches is not None:
-            first, last = self._window_around(step)
+        first, last = self._window_around(step)
         share = num_items * self.num_processes / (total + (total == 0))
         return share / (last - first + 1)
 
@@ -205,9 +204,11 @@ class AccumulationWindow:
         return self._plan.window_size(*self._window_around(step))
 
     def _window_around(self, step: int) -> tuple[int, int]:
-        assert self._num_batches is not None
         first = step - step % self.num_steps
-        return first, min(first + self.num_steps, self._num_batches) - 1
+        past_last = first + self.num_steps
+        if self._num_batches is not None and step < self._num_batches:
+            past_last = min(past_last, self._num_batches)
+        return first, past_last - 1
 
     def _correction(self, step: int) -> float | Tensor:
         if self._counts_items:

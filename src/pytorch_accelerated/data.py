@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -804,6 +805,28 @@ def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
     yield batch, True
 
 
+class LookAhead(Iterator[Any]):
+    """Batches of which it can be said whether there are more.
+
+    Args:
+        batches: The batches; one of them is fetched ahead where it is asked.
+    """
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self._ahead: list[Any] = []
+
+    def __next__(self) -> Any:
+        """Return the next batch."""
+        return self._ahead.pop() if self._ahead else next(self._batches)
+
+    def is_exhausted(self) -> bool:
+        """Say whether there is no other batch."""
+        if not self._ahead:
+            self._ahead = list(islice(self._batches, 1))
+        return not self._ahead
+
+
 def length_of(loader: Any) -> int | None:
     """Return the number of batches of a loader, or None where it is unknown."""
     try:
@@ -819,14 +842,13 @@ def num_samples_in(batch: Any) -> int:
     return 0
 
 
-def exact_length_of(loader: Any) -> int | None:
-    """Return the number of batches of a loader if it can be relied on, or None.
+def plan_of(loader: Any) -> BatchPlan | None:
+    """Return the plan that the batches of a loader follow, None if it is not ours.
 
-    The length of an iterable dataset may be an estimate.
+    Only then is the length of the loader more than a promise of somebody else's.
     """
-    if isinstance(getattr(loader, "dataset", None), IterableDataset):
-        return None
-    return length_of(loader)
+    plan = getattr(loader, "plan", None)
+    return plan if isinstance(plan, BatchPlan) else None
 
 
 class DataLoaderSlice:

@@ -67,6 +67,7 @@ class ResumableRun:
     _loaded_state: dict[str, Any]
     _resume_state: dict[str, Any]
     _epoch_random_states: dict[str, Any] | None
+    _ahead_random_states: dict[str, Any] | None
     _background_writer: checkpoint.BackgroundWriter
     _being_saved: str | None
 
@@ -275,6 +276,7 @@ class ResumableRun:
         if progress.step == 0 or progress.stage is not Stage.TRAINING:
             return state
         state["epoch_random_states"] = self._epoch_random_states
+        state["ahead_random_states"] = self._ahead_random_states
         state["trackers"] = {
             "loss": self._loss_tracker.state_dict(),
             **{name: t.state_dict() for name, t in self._scalar_trackers.items()},

@@ -52,6 +52,7 @@ from pytorch_accelerated import (
     data,
     distributed,
     engines,
+    modes,
     oversights,
     precision,
     sharing,
@@ -77,6 +78,7 @@ from pytorch_accelerated.errors import (
     NonFiniteLossError,
     StopTrainingError,
     TrainingInterruptedError,
+    warn,
 )
 from pytorch_accelerated.memory import BatchesTooLargeError, BatchShrinker
 from pytorch_accelerated.placeholders import (
@@ -238,6 +240,7 @@ class Trainer(ResumableRun):
         self._loaded_state: dict[str, Any] = {}
         self._resume_state: dict[str, Any] = {}
         self._epoch_random_states: dict[str, Any] | None = None
+        self._ahead_random_states: dict[str, Any] | None = None
         self._background_writer = checkpoint.BackgroundWriter()
         self._being_saved: str | None = None
 
@@ -329,6 +332,8 @@ class Trainer(ResumableRun):
             gradient_clip_norm,
         )
         checks.check_dataset_is_not_empty(eval_dataset, "eval_dataset")
+        if self._num_runs == 0 and self.optimizer is not None:
+            modes.warn_of_sleeping_submodules(self.model, self.optimizer)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.create_scheduler_fn = create_scheduler_fn
@@ -526,7 +531,12 @@ class Trainer(ResumableRun):
         if self._progress.step == 0 or self._progress.stage is not Stage.TRAINING:
             self._restore_random_states()
         if self._progress.stage is Stage.TRAINING:
+            # Here, for a loop over the loader that the user has written.
+            self._set_epoch_of(self._train_dataloader)
+            num_updates = self._progress.num_updates
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
+            if self._progress.num_updates == num_updates and not is_over:
+                self._warn_of_uncounted_updates()
         if self._progress.stage is not Stage.ENDED:
             is_evaluated = self._progress.stage is Stage.EVALUATED
             if self.eval_dataset is not None and not is_evaluated:
@@ -548,6 +558,8 @@ class Trainer(ResumableRun):
         Returns:
             Whether the updates that the run may make are used up.
         """
+        if self._progress.stage is not Stage.TRAINING:
+            self._progress.start_next_epoch()  # a run of the user's own does not say so
         self._call(self.train_epoch_start)
         self._reset_trackers()
         self._notify("on_train_epoch_start")
@@ -570,8 +582,7 @@ class Trainer(ResumableRun):
             self._shrinker.shrink()  # type: ignore[union-attr]
 
     def _run_steps_that_are_due(self, train_dl: Any) -> bool:
-        for step, batch, is_last in self._batches_that_are_due(train_dl):
-            closes_window = self._window.is_closed_by(step, is_last=is_last)
+        for step, batch, closes_window in self._batches_that_are_due(train_dl):
             self._run_train_step(batch, step, closes_window)
             if closes_window:
                 if self._agrees_after_updates:
@@ -697,8 +708,7 @@ class Trainer(ResumableRun):
         Submodules that are in evaluation mode while the model itself is in training
         mode, such as frozen batch norms, were put there on purpose and stay there.
         """
-        if not self.get_model(keep_torch_compile=False).training:
-            self.model.train()
+        modes.start_training(self.model, self.get_model(keep_torch_compile=False))
 
     def calculate_train_batch_loss(self, batch: Any) -> dict[str, Any]:
         """Return the loss of a training batch.
@@ -1075,7 +1085,7 @@ class Trainer(ResumableRun):
             return
         self.has_failed = self.is_resumed = False
         self._progress = RunProgress()
-        self._epoch_random_states = None
+        self._epoch_random_states = self._ahead_random_states = None
         self._run_number = 0
         # Further runs go on with the weights of the first.
         self._run_id = self._run_id or secrets.token_hex(8)
@@ -1194,44 +1204,53 @@ class Trainer(ResumableRun):
         return self._engine.without_gradient_sync(self.model)
 
     def _batches_that_are_due(self, train_dl: Any) -> Iterator[tuple[int, Any, bool]]:
-        """Yield the number of each batch, the batch, and whether it is the last.
+        """Yield the number of each batch, the batch, and whether it closes its window.
 
         A resumed epoch starts where it was interrupted.
         """
         first_step = self._progress.step
-        if isinstance(getattr(train_dl, "plan", None), data.BatchPlan):
-            train_dl.set_epoch(
-                self.run_history.current_epoch, first_step, self._progress.first_sample
-            )
+        self._set_epoch_of(train_dl)
         # First, since the length is that of the data at the start of the iteration.
-        batches = self._start_iteration(train_dl, first_step)
-        num_batches = data.exact_length_of(train_dl)
-        plan = getattr(train_dl, "plan", None)
+        batches = data.LookAhead(self._start_iteration(train_dl, first_step))
+        plan, num_batches = data.plan_of(train_dl), data.length_of(train_dl)
         self._window.start_epoch(
             plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
         )
         self._restore_open_window()
+        if self._resume_state.get("ahead_random_states") is not None:
+            self._restore_random_states("ahead_random_states")
+            self._is_exhausted(batches)
         # In the middle of an epoch they are those after the loader was started.
         self._restore_random_states()
-        if num_batches is None:
-            for step, (batch, is_last) in enumerate(
-                data.mark_last(batches), first_step
-            ):
-                yield step, batch, is_last
-        else:
-            for step, batch in zip(
-                range(first_step, num_batches), batches, strict=False
-            ):
-                yield step, batch, step == num_batches - 1
+        for step, batch in enumerate(batches, first_step):
+            self._ahead_random_states = None
+            closes_window = self._window.is_closed_by(step, is_last=False) or (
+                self._is_exhausted(batches) if plan is None else step + 1 == num_batches
+            )
+            yield step, batch, closes_window
         if self._progress.is_at_epoch_start:
             raise ValueError("The training loader yielded no batch: it has no data.")
 
-    def _start_iteration(self, train_dl: Any, first_step: int) -> Iterator[Any]:
+    def _is_exhausted(self, batches: data.LookAhead) -> bool:
+        """Say whether there is no other batch, by fetching it ahead.
+
+        A state that is saved meanwhile has the random states that it is drawn from.
+        """
+        self._ahead_random_states = self._random_states()
+        return batches.is_exhausted()
+
+    def _set_epoch_of(self, train_dl: Any) -> None:
+        """Tell a training loader which epoch it is to yield, and from where."""
         epoch = self.run_history.current_epoch
-        if isinstance(getattr(train_dl, "plan", None), data.BatchPlan):
-            return iter(train_dl)
-        if hasattr(train_dl, "set_epoch"):
+        if data.plan_of(train_dl) is not None:
+            progress = self._progress
+            train_dl.set_epoch(epoch, progress.step, progress.first_sample)
+        elif hasattr(train_dl, "set_epoch"):
             train_dl.set_epoch(epoch)
+
+    def _start_iteration(self, train_dl: Any, first_step: int) -> Iterator[Any]:
+        if data.plan_of(train_dl) is not None:
+            return iter(train_dl)
         # An order of the user's may follow from the random states at its start.
         self._restore_random_states("epoch_random_states")
         place = self._resume_state.pop("place", None)
@@ -1242,6 +1261,25 @@ class Trainer(ResumableRun):
         batches: Iterator[Any] = iter(train_dl)
         skip_batches(batches, first_step, train_dl)
         return batches
+
+    def _warn_of_uncounted_updates(self) -> None:
+        """Say what is not followed by an override of the epoch, after the first one."""
+        if self._progress.epochs_done > 0 or not self._overrides("_run_train_epoch"):
+            return
+        event = "on_train_update_end"
+        ignored = [
+            getattr(listener, "__qualname__", event)
+            for listener in self.callback_handler.listeners(event)
+        ]
+        if self._update_limit is not None:
+            ignored.insert(0, f"max_num_train_steps={self._update_limit}")
+        if ignored:
+            warn(
+                "Your _run_train_epoch made no update that the trainer could count, so "
+                f"these are not followed: {', '.join(ignored)}. Call "
+                "super()._run_train_epoch(train_dl) for the loop and override the "
+                "methods of a step, or return True to end the run."
+            )
 
     def _restore_open_window(self) -> None:
         """Put back what a saved run had accumulated of a window."""
@@ -1342,17 +1380,15 @@ class Trainer(ResumableRun):
     @contextmanager
     def _modes_and_trackers_kept(self) -> Iterator[None]:
         """Put modes and the batch limit back, and give the block its own trackers."""
-        modes = [(module, module.training) for module in self.model.modules()]
         trackers = self._loss_tracker, self._scalar_trackers
         limit = self.eval_batch_limit
         self._loss_tracker, self._scalar_trackers = LossTracker(), {}
         try:
-            yield
+            with modes.kept(self.model, self.get_model(keep_torch_compile=False)):
+                yield
         finally:
             self.eval_batch_limit = limit
             self._loss_tracker, self._scalar_trackers = trackers
-            for module, mode in modes:
-                module.training = mode
 
     def _metrics_apart(self, is_intermediate: bool) -> AbstractContextManager[Any]:
         """Keep the metrics of an intermediate evaluation out of the epochs' series."""

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated.callbacks import StepBasedEvaluationCallback, TrainerCallback
-from pytorch_accelerated.errors import StopTrainingError
+from pytorch_accelerated.errors import StopTrainingError, TrainingWarning
+from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -100,6 +101,158 @@ def test_evaluate_leaves_a_model_in_evaluation_mode_as_it_was():
     model = with_batch_norms().eval()
     Trainer(model, nn.MSELoss(), None, ()).evaluate(samples(4))
     assert not any(m.training for m in model.modules())
+
+
+class LowRank(nn.Module):
+    """Adds B @ A to a frozen weight, merged into it for evaluation, as loralib does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1), requires_grad=False)
+        self.a = nn.Parameter(torch.ones(1, 1), requires_grad=False)
+        self.b = nn.Parameter(torch.zeros(1, 1))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.b @ self.a if mode else self.b @ self.a
+            self.merged = not mode
+        return self
+
+    def forward(self, inputs):
+        outputs = inputs @ self.weight
+        return outputs if self.merged else outputs + inputs @ self.b @ self.a
+
+
+@pytest.mark.parametrize("callbacks", [(), (StepBasedEvaluationCallback(1),)])
+def test_a_module_that_overrides_train_is_told_after_each_evaluation_found_61(
+    callbacks,
+):
+    """Each update halves a weight that is merged while it is evaluated only."""
+    model = nn.Sequential(LowRank())
+    optimizer = torch.optim.SGD([model[0].b], lr=0.25)
+    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks)
+    history = trainer.train(samples(2), 3, eval_dataset=samples(1))
+    trainer.evaluate(samples(1))
+
+    assert history.get_metric_values("train_loss_epoch") == [1, 0.25, 0.25**2]
+    assert history.get_metric_values("eval_loss_epoch") == [0.25, 0.25**2, 0.25**3]
+    assert model[0].b.item() == 0.5**3 - 1
+    assert not model[0].merged
+
+
+class FreezesItsNorm(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("eval_dataset", [None, samples(2)])
+def test_a_model_that_freezes_a_norm_in_train_is_asked_at_each_epoch_found_61(
+    eval_dataset,
+):
+    model = FreezesItsNorm(*with_batch_norms())
+    trainer = Trainer(model, nn.MSELoss(), sgd(model, 0.01), ())
+    trainer.train(samples(8), 2, eval_dataset=eval_dataset, per_device_batch_size=4)
+
+    assert torch.equal(model[1].running_mean, torch.zeros(2))
+    assert not torch.equal(model[3].running_mean, torch.zeros(2))
+
+
+def test_modes_of_an_evaluation_on_its_own_are_those_of_before_found_61():
+    """Also those that the model's train() would set in another way."""
+    model = FreezesItsNorm(*with_batch_norms())
+    model[2].eval()
+    before = [module.training for module in model.modules()]
+    trainer = Trainer(model, nn.MSELoss(), None, ())
+    trainer.evaluate(samples(2))
+    trainer.predict(samples(2))
+
+    assert [module.training for module in model.modules()] == before
+
+
+class WithBackbone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"backbone": with_batch_norms()})
+        self.head = nn.Linear(1, 1)
+
+    def forward(self, inputs):
+        return self.head(self.body["backbone"](inputs))
+
+
+def train_on_a_backbone(model, trainer_class=Trainer):
+    trainer = trainer_class(model, nn.MSELoss(), sgd(model, 0.01), ())
+    trainer.train(samples(4), 1)
+    trainer.train(samples(4), 1)
+
+
+def test_a_backbone_that_arrives_in_evaluation_mode_is_warned_of_found_61():
+    model = WithBackbone()
+    model.body["backbone"].eval()
+    with pytest.warns(TrainingWarning, match=r"body\.backbone .*\.train\(\)") as caught:
+        train_on_a_backbone(model)
+
+    assert len(caught) == 1
+    assert not model.body["backbone"].training
+
+
+def freeze_all_but_the_head(model):
+    freezer = ModelFreezer(model)
+    freezer.freeze(set_modules_as_eval=True)
+
+
+def freeze_all_but_the_head_and_norms_too(model):
+    freezer = ModelFreezer(model, freeze_batch_norms=True)
+    freezer.freeze(set_modules_as_eval=True)
+
+
+def set_norms_to_evaluation(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+
+
+def freeze_by_hand(model):
+    model.body.requires_grad_(False).eval()
+
+
+def set_what_knows_no_modes_to_evaluation(model):
+    model.head = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.0)).eval()
+
+
+def set_all_to_evaluation(model):
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        freeze_all_but_the_head,
+        freeze_all_but_the_head_and_norms_too,
+        set_norms_to_evaluation,
+        freeze_by_hand,
+        set_what_knows_no_modes_to_evaluation,
+        set_all_to_evaluation,
+    ],
+)
+def test_what_was_put_into_evaluation_mode_on_purpose_is_not_warned_of_found_61(
+    prepare,
+):
+    model = WithBackbone()
+    prepare(model)
+    train_on_a_backbone(model)
+
+
+def test_a_backbone_whose_mode_is_set_by_a_hook_is_not_warned_of_found_61():
+    class SetsMode(Trainer):
+        def train_epoch_start(self):
+            super().train_epoch_start()
+            self.model.body.eval()
+
+    train_on_a_backbone(WithBackbone(), SetsMode)
 
 
 # -------------------------------------------------------------------------- gradients

@@ -9,13 +9,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     ProgressBarCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.data import epoch_order
+from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.tracking import RunHistory
 from pytorch_accelerated.trainer import Trainer
@@ -844,3 +846,115 @@ def test_optimisation_by_hand_found_113(create_trainer, samples):
         (1 + 0.25) / 2,
         (0.25**2 + 0.25**3) / 2,
     ]
+
+
+# --- loops of the user's own
+
+
+class OwnLoop(Trainer):
+    """Trains as the published documentation shows, and keeps the inputs it sees."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.orders = []
+
+    def _run_train_epoch(self, train_dl):
+        self.orders.append([])
+        for batch in train_dl:
+            self.orders[-1] += batch[0].flatten().tolist()
+            self.calculate_train_batch_loss(batch)["loss"].backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+class OwnRun(Trainer):
+    """Runs the epochs of the published version by itself."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.orders = []
+
+    def _run_training(self):
+        for _ in range(self.run_config.num_epochs):
+            self.orders.append([])
+            self._run_train_epoch(self._train_dataloader)
+            self._run_eval_epoch(self._eval_dataloader)
+            self.run_history._increment_epoch()
+
+    def calculate_train_batch_loss(self, batch):
+        self.orders[-1] += batch[0].flatten().tolist()
+        return super().calculate_train_batch_loss(batch)
+
+
+def numbered(count):
+    return TensorDataset(
+        torch.arange(count, dtype=torch.float32)[:, None], torch.zeros(count, 1)
+    )
+
+
+@pytest.mark.parametrize("trainer_class", [OwnLoop, OwnRun])
+def test_each_epoch_of_a_loop_of_one_s_own_has_its_own_order_found_68(
+    create_trainer, trainer_class
+):
+    """The order that the trainer's own loop would see."""
+    trainer = create_trainer(lr=0.0, trainer_class=trainer_class, seed=3)
+    history = trainer.train(
+        numbered(8), 3, eval_dataset=numbered(2), per_device_batch_size=2
+    )
+
+    expected = [epoch_order(8, 3, epoch).tolist() for epoch in (1, 2, 3)]
+    assert trainer.orders == expected
+    assert len(history.get_metric_values("eval_loss_epoch")) == 3
+
+
+def test_augmentation_differs_between_epochs_of_a_loop_of_one_s_own_found_68(
+    create_trainer, samples
+):
+    class Random(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return torch.rand(1), torch.zeros(1)
+
+    trainer = create_trainer(lr=0.0, trainer_class=OwnLoop, seed=3)
+    trainer.train(Random(), 2)
+
+    first, second = trainer.orders
+    assert not set(first) & set(second)
+
+
+class CountsUpdates(TrainerCallback):
+    def on_train_update_end(self, trainer, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "arguments", "ignored"),
+    [
+        ((), {"max_num_train_steps": 2}, "max_num_train_steps=2"),
+        ([CountsUpdates], {}, "CountsUpdates.on_train_update_end"),
+    ],
+)
+def test_what_a_loop_of_one_s_own_does_not_follow_is_warned_of_found_68(
+    create_trainer, callbacks, arguments, ignored
+):
+    trainer = create_trainer(callbacks, trainer_class=OwnLoop)
+    with pytest.warns(TrainingWarning, match=f"{ignored}.*super") as caught:
+        trainer.train(numbered(8), 3, **arguments)
+
+    assert len(caught) == 1
+
+
+def test_loops_of_one_s_own_that_can_be_counted_are_not_warned_of_found_68(
+    create_trainer,
+):
+    class Around(Trainer):
+        def _run_train_epoch(self, train_dl):
+            return super()._run_train_epoch(train_dl)
+
+    trainer = create_trainer([CountsUpdates], trainer_class=Around)
+    trainer.train(numbered(8), 3, max_num_train_steps=2)
+    assert trainer.num_updates == 2
+
+    create_trainer(trainer_class=OwnLoop).train(numbered(8), 3)
