@@ -22,9 +22,10 @@ DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
 
 def load_digits():
     """Return the 1,797 images, scaled to 0..1, of shape (1, 8, 8), and their labels."""
-    digits = np.load(DIGITS_FILE)
-    images = torch.from_numpy(digits["images"]).float().div(16).unsqueeze(1)
-    return TensorDataset(images, torch.from_numpy(digits["labels"]).long())
+    with np.load(DIGITS_FILE) as digits:
+        images, labels = digits["images"], digits["labels"]
+    images = torch.from_numpy(images).float().div(16).unsqueeze(1)
+    return TensorDataset(images, torch.from_numpy(labels).long())
 
 
 def create_model():

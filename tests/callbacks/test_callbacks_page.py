@@ -22,10 +22,8 @@ def test_the_code_of_the_page_runs(samples, tmp_path, monkeypatch):
         "train_dataset": samples(2),
         "validation": samples(2),
         "test_dataset": samples(2),
-        "torch": torch,
         "Trainer": Trainer,
         "TrainerCallback": callbacks.TrainerCallback,
-        "SaveTrainingStateCallback": callbacks.SaveTrainingStateCallback,
         "DEFAULT_CALLBACKS": DEFAULT_CALLBACKS,
     }
     Trainer(model, None, None, None).save_checkpoint("ema_model.pt")
