@@ -346,7 +346,9 @@ class Outcome(NamedTuple):
 
 ONCE = Outcome("once")
 LOADS_AGAIN = Outcome("once, warned", warning="To find its place, the run loads")
-BETWEEN_EPOCHS = Outcome("once, between epochs")
+UNCOUNTED = "made no update that the trainer could count"  # on_train_update_end waits
+WARNS_OF_UPDATES = Outcome("once, warned", warning=UNCOUNTED)
+BETWEEN_EPOCHS = Outcome("once, between epochs, warned", warning=UNCOUNTED)
 REFUSED_READY = Outcome("refused", error="is_split_by_process = True")
 REFUSED_SETTING = Outcome(
     "refused", error="divide the batch size by the number of processes"
@@ -436,12 +438,12 @@ WAYS = [
         "own `_run_train_epoch`, a loop over the loader",
         way=OwnEpoch,
         count=10,
-    ).on_all(resume=BETWEEN_EPOCHS),
+    ).on_all(train=WARNS_OF_UPDATES, resume=BETWEEN_EPOCHS),
     Use(
         "own `_run_train_epoch` that calls the trainer's step",
         way=OwnEpochOfOurSteps,
         count=10,
-    ).on_all(resume=BETWEEN_EPOCHS),
+    ).on_all(train=WARNS_OF_UPDATES, resume=BETWEEN_EPOCHS),
     Use("`evaluate()` in a callback", way=partial(with_callback, evaluate_another)),
     Use(
         "`_run_eval_epoch()` in a callback",
@@ -710,9 +712,8 @@ def in_way(data, way):
 
     def outcomes(num_processes):
         of_data = {a: data.outcome(num_processes, a) for a in ACTIONS}
-        if of_data["train"].error is None and way.outcome(1, "resume") != ONCE:
-            of_data["resume"] = way.outcome(1, "resume")
-        return of_data
+        is_refused = of_data["train"].error is not None
+        return of_data if is_refused else {**of_data, **(way.one or {})}
 
     return way._replace(
         name=f"{data.name}, {way.name}",
