@@ -123,6 +123,22 @@ _EVENTS_OF_A_STEP = (
     "on_train_step_end",
 )
 
+# What evaluate() and predict() set, besides what they leave for their caller to read.
+_REPLACED_BY_AN_EVALUATION = (
+    "model",
+    "eval_dataset",
+    "collate_fn",
+    "run_config",
+    "interrupted",
+    "_noted_error",
+    "_batch_output",
+    "_loaders_made",
+    "_train_dataloader",
+    "_eval_dataloader",
+    "_train_dl_kwargs",
+    "_eval_dl_kwargs",
+)
+
 DEFAULT_CALLBACKS: tuple[type[TrainerCallback], ...] = (
     MoveModulesToDeviceCallback,
     TerminateOnNaNCallback,
@@ -400,7 +416,8 @@ class Trainer(ResumableRun):
 
         All metrics that are recorded meanwhile are added to the run history under names
         that start with ``evaluation_``. This is no epoch: meanwhile
-        ``run_history.current_epoch`` is 1, and afterwards what it was before.
+        ``run_history.current_epoch`` is 1, and afterwards what it was before. Amid a
+        training run, called from a callback or a hook, it leaves that as it was.
 
         Args:
             dataset: A dataset or a ready ``DataLoader``.
@@ -479,10 +496,10 @@ class Trainer(ResumableRun):
         if dataset is None:
             raise ValueError("A dataset or a DataLoader is needed, got None.")
         checks.check_dataset_is_not_empty(dataset, "dataset")
-        self.eval_dataset = dataset
-        self.collate_fn = collate_fn
-        self._begin_run(is_training=False)
-        try:
+        with self._run_under_way_kept():
+            self.eval_dataset = dataset
+            self.collate_fn = collate_fn
+            self._begin_run(is_training=False)
             self._eval_dataloader = self.create_eval_dataloader(
                 batch_size=per_device_batch_size, eval_dl_kwargs=dataloader_kwargs
             )
@@ -497,8 +514,24 @@ class Trainer(ResumableRun):
             )
             self._check_eval_batch_size()
             yield
+
+    @contextmanager
+    def _run_under_way_kept(self) -> Iterator[None]:
+        """End the run that begins in the block, or put back the one that it is amid."""
+        if self._prepared_model is None:
+            try:
+                yield
+            finally:
+                self._end_run()
+            return
+        outer = {name: getattr(self, name) for name in _REPLACED_BY_AN_EVALUATION}
+        random_states = checkpoint.get_random_states()
+        try:
+            yield
         finally:
-            self._end_run()
+            self._stop_workers()
+            vars(self).update(outer)
+            checkpoint.set_random_states(random_states)
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""
@@ -913,25 +946,26 @@ class Trainer(ResumableRun):
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         """Hand the model, the optimizer and the loaders to Accelerate."""
-        accelerator = self._accelerator
-        self._prepared_model = distributed.PreparedModel(self.model)
-        self._plain_optimizer = self.optimizer
-        if self._train_dataloader is None:
-            self.model = self._engine.prepare_for_evaluation(self.model)
-        else:
-            self.model, self.optimizer = self._engine.prepare(
-                self.model, self.optimizer
-            )
-            self._backward_is_plain = distributed.is_plain(accelerator)
-            if self._backward_is_plain:
-                # Accelerate's wrapper would do nothing else than cost time.
-                self.optimizer = self._plain_optimizer
-            # What an earlier run or a learning rate finder may have left.
-            self.optimizer.zero_grad()  # type: ignore[union-attr]
+        if self._prepared_model is None:  # else this is amid another run
+            self._prepare_model_and_optimizer()
         self._train_dataloader = self._prepare_dataloader(self._train_dataloader)
         self._eval_dataloader = self._prepare_dataloader(
             self._eval_dataloader, is_evaluation=True
         )
+
+    def _prepare_model_and_optimizer(self) -> None:
+        self._prepared_model = distributed.PreparedModel(self.model)
+        self._plain_optimizer = self.optimizer
+        if self._train_dataloader is None:
+            self.model = self._engine.prepare_for_evaluation(self.model)
+            return
+        self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer)
+        self._backward_is_plain = distributed.is_plain(self._accelerator)
+        if self._backward_is_plain:
+            # Accelerate's wrapper would do nothing else than cost time.
+            self.optimizer = self._plain_optimizer
+        # What an earlier run or a learning rate finder may have left.
+        self.optimizer.zero_grad()  # type: ignore[union-attr]
 
     def _prepare_dataloader(self, loader: Any, is_evaluation: bool = False) -> Any:
         accelerator = self._accelerator
@@ -1114,9 +1148,7 @@ class Trainer(ResumableRun):
             distributed.forget_prepared(self._accelerator)
         if self.optimizer is not None and self.scheduler is not None:
             remember_scheduled_values(self.optimizer)
-        for loader in (self._train_dataloader, self._eval_dataloader):
-            if hasattr(loader, "stop_workers"):
-                loader.stop_workers()
+        self._stop_workers()
         self._loaded_state, self._resume_state = {}, {}
         self._batch_output = None
         self._shrinker = None
@@ -1128,6 +1160,11 @@ class Trainer(ResumableRun):
         except KeyboardInterrupt:
             self._background_writer.abandon()
             raise
+
+    def _stop_workers(self) -> None:
+        for loader in (self._train_dataloader, self._eval_dataloader):
+            if hasattr(loader, "stop_workers"):
+                loader.stop_workers()
 
     def _seed_run(self) -> None:
         if self.seed is None:

@@ -89,8 +89,8 @@ class ProgressBarCallback(TrainerCallback):
         self._close()
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Close the bars."""
-        self._close()
+        """Close the bar of the evaluation, which may be amid a training epoch."""
+        self._close_eval_bar()
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:

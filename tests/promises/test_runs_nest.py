@@ -1,0 +1,209 @@
+"""An evaluation amid a run leaves that run as if nothing had happened (found 62)."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pytorch_accelerated.callbacks import (
+    ModelEmaCallback,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.errors import NonFiniteLossError
+from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.trainer import Trainer
+
+
+def noise(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 6, generator=generator)
+    return TensorDataset(inputs, torch.randint(3, (count,), generator=generator))
+
+
+def evaluate(trainer):
+    trainer.evaluate(noise(10, seed=2), per_device_batch_size=2)
+
+
+def evaluate_a_loader(trainer):
+    """Shuffled, which draws from the global generator."""
+    trainer.evaluate(DataLoader(noise(10, seed=2), batch_size=5, shuffle=True))
+
+
+def predict(trainer):
+    trainer.predict(noise(10, seed=2), collate_fn=lambda samples: samples[0][0][None])
+
+
+def evaluate_within_an_evaluation(trainer):
+    class Nested(TrainerCallback):
+        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
+            predict(trainer)
+
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.append(Nested())
+    evaluate(trainer)
+    callbacks.pop()
+
+
+class At(TrainerCallback):
+    """Does something in an event, each time or the first time that it comes."""
+
+    def __init__(self, event, action, once=False):
+        self.action, self.once, self.num_calls = action, once, 0
+        setattr(self, event, self.act)
+
+    def act(self, trainer, **kwargs):
+        self.num_calls += 1
+        if self.num_calls == 1 or not self.once:
+            self.action(trainer)
+
+
+class KeepsRun(TrainerCallback):
+    """Keeps what other callbacks may read of a run, at the end of each epoch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_training_run_epoch_end(self, trainer, **kwargs):
+        config = trainer.run_config.to_dict()
+        lengths = len(trainer._train_dataloader), len(trainer._eval_dataloader)
+        self.seen.append((config, lengths, len(trainer.eval_dataset)))
+
+
+def train(callbacks=(), accumulation=2, **kwargs):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)
+        )
+    keeps = KeepsRun()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    trainer = Trainer(
+        model, nn.CrossEntropyLoss(), optimizer, [*callbacks, keeps], seed=5
+    )
+    trainer.train(
+        noise(22),
+        2,
+        eval_dataset=noise(6, seed=3),
+        per_device_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        gradient_clip_norm=0.1,
+        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
+        **kwargs,
+    )
+    metrics = [
+        record[:4]
+        for record in trainer.run_history.records()
+        if not record[0].startswith("evaluation_")
+    ]
+    return {
+        "model": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimizer": trainer.optimizer.state_dict(),
+        "modes": [module.training for module in trainer.model.modules()],
+        "metrics": metrics,
+        "seen": keeps.seen,
+        "counts": (trainer.num_updates, trainer.num_steps, trainer.num_samples_seen),
+        "random": torch.get_rng_state(),
+        "dataset": len(trainer.eval_dataset),
+    }
+
+
+def assert_same(run, other):
+    for name in ("model", "optimizer"):
+        torch.testing.assert_close(run[name], other[name], rtol=0, atol=0)
+    for name in ("modes", "metrics", "seen", "counts", "dataset"):
+        assert run[name] == other[name], name
+    assert torch.equal(run["random"], other["random"])
+
+
+EVENTS = [
+    "on_training_run_start",
+    "on_train_epoch_start",
+    "on_train_step_start",
+    "on_train_update_end",
+    "on_train_step_end",
+    "on_train_epoch_end",
+    "on_eval_epoch_start",
+    "on_eval_epoch_end",
+    "on_training_run_epoch_end",
+    "on_training_run_end",
+]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("action", [evaluate, predict])
+def test_a_run_goes_on_bit_for_bit_after_an_evaluation_from_a_callback(event, action):
+    once = event.startswith("on_eval_epoch")  # these are events of the evaluation too
+    assert_same(train([At(event, action, once)]), train())
+
+
+@pytest.mark.parametrize("action", [evaluate_a_loader, evaluate_within_an_evaluation])
+@pytest.mark.parametrize("event", ["on_train_step_end", "on_train_epoch_end"])
+def test_so_it_does_whatever_the_evaluation_draws_or_nests(event, action):
+    assert_same(train([At(event, action)]), train())
+
+
+def test_an_evaluation_in_a_hook_of_the_trainer():
+    class Evaluates(Trainer):
+        def train_epoch_end(self):
+            self.result = self.evaluate(noise(6, seed=3))
+
+    model = nn.Linear(6, 3)
+    trainer = Evaluates(
+        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), ()
+    )
+    history = trainer.train(noise(8), 1, eval_dataset=noise(6, seed=3))
+
+    expected = history.get_latest_metric("eval_loss_epoch")
+    assert trainer.result == {"evaluation_loss": expected}
+
+
+def test_an_evaluation_that_fails_leaves_the_run_as_it_was():
+    def fail(trainer):
+        with pytest.raises(TypeError):
+            trainer.evaluate(TensorDataset(torch.ones(2, 6)))
+
+    assert_same(train([At("on_train_step_end", fail)]), train())
+
+
+def train_on_two_processes(event, action, accumulation):
+    return train([] if action is None else [At(event, action)], accumulation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["on_train_step_end", "on_train_epoch_end"])
+def test_so_it_does_on_two_processes(on_processes, event):
+    run = on_processes(2, train_on_two_processes, event, evaluate, 1)
+    assert_same(run[0], on_processes(2, train_on_two_processes, event, None, 1)[0])
+
+
+def test_the_average_of_the_weights_is_not_evaluated_on_other_data(tmp_path):
+    def run(callbacks):
+        ema = ModelEmaCallback(decay=0.9, save_path=tmp_path / "ema.pt")
+        return train([ema, *callbacks])
+
+    assert_same(run([At("on_train_epoch_end", evaluate)]), run([]))
+
+
+def test_a_loss_that_is_not_finite_is_found_after_an_evaluation(
+    create_trainer, samples
+):
+    """One at the step before it; the callback looks once a second by itself."""
+
+    class BadAtSecondStep(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            output = super().calculate_train_batch_loss(batch)
+            if self.num_steps == 1:
+                output["loss"] = output["loss"] * float("nan")
+            return output
+
+        def calculate_eval_batch_loss(self, batch):
+            return {"loss": torch.ones(()), "batch_size": 1}
+
+    def evaluate_ones(trainer):
+        trainer.evaluate(samples(1))
+
+    callbacks = [TerminateOnNaNCallback, At("on_train_step_end", evaluate_ones)]
+    trainer = create_trainer(callbacks, trainer_class=BadAtSecondStep)
+    with pytest.raises(NonFiniteLossError, match=r"training loss .* at step 1"):
+        trainer.train(samples(3), 1, per_device_batch_size=1)
