@@ -640,33 +640,15 @@ def check_predict(use, cells):
 # ------------------------------------------------------------------------- the tests
 
 
-def reason_of(use, num_processes, action):
-    """Say what is known to be wrong with a cell."""
-    if use.outcome(num_processes, action).error or action in ("evaluate", "predict"):
-        return None
-    if use.name.endswith(("`evaluate()` in a callback", "`predict()` in a callback")):
-        return "found 62"
-    return None
-
-
-def red(reason):
-    return [] if reason is None else [pytest.mark.xfail(reason=reason)]
-
-
-def cells_of(uses, num_processes):
+def cells_of(uses):
     return [
-        pytest.param(
-            use,
-            action,
-            id=f"{use.name}-{action}",
-            marks=red(reason_of(use, num_processes, action)),
-        )
+        pytest.param(use, action, id=f"{use.name}-{action}")
         for use in uses
         for action in ACTIONS
     ]
 
 
-@pytest.mark.parametrize(("use", "action"), cells_of(USES, 1))
+@pytest.mark.parametrize(("use", "action"), cells_of(USES))
 def test_one_process(use, action, tmp_path):
     check_cell(use, action, [run_cell(use, action, tmp_path)])
 
@@ -694,12 +676,12 @@ def on_two(on_processes, tmp_path):
     return cells_of
 
 
-@pytest.mark.parametrize(("use", "action"), cells_of(DATA, 2))
+@pytest.mark.parametrize(("use", "action"), cells_of(DATA))
 def test_two_processes(use, action, on_two):
     check_cell(use, action, on_two(use, action, DATA))
 
 
-@pytest.mark.parametrize(("use", "action"), cells_of(WAYS, 2))
+@pytest.mark.parametrize(("use", "action"), cells_of(WAYS))
 def test_two_processes_with_a_way_of_their_own(use, action, on_two):
     check_cell(use, action, on_two(use, action, WAYS))
 
@@ -730,13 +712,13 @@ CROSSED = [in_way(data, way) for way in WAYS for data in KINDS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED, 1))
+@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED))
 def test_one_process_with_all_data_in_all_ways(use, action, tmp_path):
     check_cell(use, action, [run_cell(use, action, tmp_path)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED, 2))
+@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED))
 def test_two_processes_with_all_data_in_all_ways(use, action, on_two):
     check_cell(use, action, on_two(use, action, CROSSED))
 
@@ -775,14 +757,8 @@ def train_with_all(folder):
 
 
 def events_and_hows():
-    def reason_of(how, event):
-        is_right = how is evaluate_the_same or event == "on_training_run_end"
-        return None if is_right else "found 62"
-
     return [
-        pytest.param(
-            how, event, id=f"{how.__name__}-{event}", marks=red(reason_of(how, event))
-        )
+        pytest.param(how, event, id=f"{how.__name__}-{event}")
         for how in HOWS
         for event in EVENTS
     ]
