@@ -51,18 +51,51 @@ CHANGES = "test_changes_of_the_data_are_seen.py::"
 AGREEMENT = "test_agreement.py::"
 MEMORY = "test_smaller_batches_when_memory_runs_out.py::"
 FOLDERS = "../faults/test_shared_folders.py::"
+NEST = "test_runs_nest.py::"
+RESUMES = "../test_trainer_checkpoints.py::"
 STATES = "../callbacks/test_save_training_state.py::"
 SHARED = "test_processes_share_the_data.py::"
 WSD = "../schedulers/test_wsd_scheduler.py::"
 WSD_CHECKPOINTS = "../callbacks/test_wsd_checkpoints.py::"
 
 MUTATIONS = [
+    # -------------------------------------------------------------------------- runs
+    Mutation(
+        "evaluation amid a run: what it replaced is not put back",
+        "trainer.py",
+        "            vars(self).update(outer)\n",
+        "",
+        NEST + "test_a_run_goes_on_bit_for_bit_after_an_evaluation_from_a_callback",
+    ),
+    Mutation(
+        "evaluation amid a run: it moves random states",
+        "trainer.py",
+        "            checkpoint.set_random_states(random_states)\n",
+        "",
+        NEST + "test_so_it_does_whatever_the_evaluation_draws_or_nests",
+    ),
+    Mutation(
+        "evaluation amid a run: modules that override train() are not told",
+        "modes.py",
+        "        model.train(modes[0][1])\n",
+        "        for module, mode in modes:\n            module.training = mode\n",
+        MODES + "test_a_module_that_overrides_train_is_told_after_each_evaluation"
+        "_found_61",
+    ),
     # ------------------------------------------------------------------ accumulation
+    Mutation(
+        "window: a batch that is fetched ahead draws its numbers again",
+        "trainer.py",
+        '            self._restore_random_states("ahead_random_states")\n',
+        "",
+        RESUMES + "test_a_run_on_a_sampler_and_data_that_draw_numbers_can_be_resumed"
+        "_found_70",
+    ),
     Mutation(
         "window: a partial one is weighted as if it were full",
         "accumulation.py",
-        "return first, min(first + self.num_steps, self._num_batches) - 1",
-        "return first, first + self.num_steps - 1",
+        "past_last = min(past_last, self._num_batches)",
+        "past_last = min(past_last, past_last)",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
@@ -127,12 +160,12 @@ MUTATIONS = [
     Mutation(
         "update: gradients are clipped before they are whole",
         "trainer.py",
-        "        self._window.close(step, self.model.parameters())\n"
+        "        self._window.close(step, self._parameters_to_update())\n"
         "        if self._clips_gradients:\n"
         "            self._clip_gradients()\n",
         "        if self._clips_gradients:\n"
         "            self._clip_gradients()\n"
-        "        self._window.close(step, self.model.parameters())\n",
+        "        self._window.close(step, self._parameters_to_update())\n",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
@@ -145,9 +178,9 @@ MUTATIONS = [
     Mutation(
         "update: left-over gradients are not cleared before a run",
         "trainer.py",
-        "            self.optimizer.zero_grad()  # type: ignore[union-attr]\n"
-        "        self._train_dataloader =",
-        "        self._train_dataloader =",
+        "        # What an earlier run or a learning rate finder may have left.\n"
+        "        self.optimizer.zero_grad()  # type: ignore[union-attr]\n",
+        "",
         MODES + "test_a_gradient_that_was_left_does_not_enter_the_first_update",
     ),
     # ------------------------------------------------------------------------ losses
@@ -207,9 +240,9 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluation: the modes of submodules are not put back",
-        "trainer.py",
-        "                module.training = mode\n",
-        "                module.training = True\n",
+        "modes.py",
+        "        _set(modes)\n",
+        "        pass\n",
         MODES + "test_a_frozen_batch_norm_stays_frozen_through_evaluations"
         "_amid_an_epoch",
     ),

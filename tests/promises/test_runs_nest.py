@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pytorch_accelerated.callbacks import (
     ModelEmaCallback,
@@ -26,8 +26,10 @@ def evaluate(trainer):
 
 
 def evaluate_a_loader(trainer):
-    """Shuffled, which draws from the global generator."""
-    trainer.evaluate(DataLoader(noise(10, seed=2), batch_size=5, shuffle=True))
+    """Its sampler draws from the global generator."""
+    data = noise(10, seed=2)
+    sampler = RandomSampler(data, replacement=True)
+    trainer.evaluate(DataLoader(data, batch_size=5, sampler=sampler))
 
 
 def predict(trainer):
