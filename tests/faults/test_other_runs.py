@@ -55,7 +55,7 @@ def test_each_sample_is_seen_once_with_other_batches(changes, tmp_path, trials):
         state = tmp_path / f"{stop}" / "states" / f"step_{stop}"
         resumed = SCENARIO.with_(callbacks=(after,), **changes)
         with pytest.warns(UserWarning, match="keeps its place in the data"):
-            resumed.run(tmp_path / "resumed", resume_from=state)
+            resumed.run(tmp_path / f"resumed {stop}", resume_from=state)
         everything = sorted(Augmented(44).inputs[:, 0].tolist())
         seen = before.seen[1] + after.seen[1]
         trials.add(None if sorted(seen) == everything else f"{len(seen)} samples")
@@ -120,15 +120,16 @@ def test_a_state_saved_amid_a_window_goes_on_with_its_gradients(tmp_path, trials
         called_last = ("on_train_step_end",)
 
         def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            trainer.save_training_state(tmp_path / f"batch_{trainer.num_steps}")
+            trainer.save_training_state(folder / f"batch_{trainer.num_steps}")
 
     for counts_items in (False, True):
+        folder = tmp_path / f"{counts_items}"
         scenario = SCENARIO.with_(save_every_n_steps=None, counts_items=counts_items)
         saving = scenario.with_(callbacks=(SaveAt(),))
-        expected = fingerprint(saving.run(tmp_path))
+        expected = fingerprint(saving.run(folder))
         for number in (1, 2, 10, 11, 13, 20):
-            state = tmp_path / f"batch_{number}"
-            trainer = scenario.run(tmp_path / "again", resume_from=state)
+            state = folder / f"batch_{number}"
+            trainer = scenario.run(folder / f"again {number}", resume_from=state)
             trials.add(difference(expected["weights"], fingerprint(trainer)["weights"]))
 
 
