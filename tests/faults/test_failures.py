@@ -264,7 +264,9 @@ class Observed:
                 heard.append(exception)
 
         own = (PreemptionCallback, self.bars, Listen, *callbacks)
-        self.scenario = Scenario(callbacks=own, **changes)
+        # Another run goes on in the folder before this trainer does again.
+        kwargs = {"save_kwargs": (("overwrite", True),), **changes}
+        self.scenario = Scenario(callbacks=own, **kwargs)
         self.folder = tmp_path
         self.trainer = self.scenario.create_trainer(tmp_path)
 
