@@ -148,7 +148,7 @@ def test_a_misspelt_event_found_102(create_trainer, samples, name, meant, bases)
     trainer = create_trainer([misspelt])
 
     with pytest.warns(
-        TrainingWarning, match=rf"Mine\.{name} is called by nobody.*mean {meant}\?"
+        TrainingWarning, match=rf"Mine\.{name} is no event.*mean {meant}\?"
     ) as caught:
         trainer.train(samples(2), 1)
     trainer.train(samples(2), 1)  # said once
@@ -173,7 +173,7 @@ def test_a_misspelt_method_of_the_trainer_found_102(
     trainer = create_trainer(trainer_class=misspelt)
 
     with pytest.warns(
-        TrainingWarning, match=rf"Mine\.{name} is called by nobody.*mean {meant},"
+        TrainingWarning, match=rf"Mine\.{name} is not what.*mean {meant},"
     ) as caught:
         trainer.train(samples(2), 1)
     trainer.train(samples(2), 1)
@@ -243,3 +243,11 @@ def test_events_of_a_trainer_s_own_may_have_any_name(create_trainer, samples):
     create_trainer([Hears], trainer_class=HasEvents).train(samples(2), 1)
 
     assert heard == [1]
+
+
+def test_a_trainer_with_many_attributes_is_looked_through(network, train):
+    trainer = create(network, SGD(network[0].parameters(), lr=0.1))
+    vars(trainer).update({f"own_{number}": number for number in range(100)})
+    trainer.of_head = SGD(network[2].parameters(), lr=0.1)
+
+    train(trainer)

@@ -388,3 +388,15 @@ def test_expressions_equal_the_same_arithmetic_on_numbers(left, right, symbol):
     run = prepared_run(num_epochs=left, updates=right)
     for a, b in [(EPOCHS, UPDATES), (left, UPDATES), (EPOCHS, right)]:
         assert filled_in(calculate(a, b), run) == calculate(left, right)
+
+
+def test_one_cycle_takes_a_length_that_is_not_whole_rounded_up():
+    """5 of 8 updates an epoch are 5/8 of it, so 10 of 16 batches: a third are 3 1/3."""
+    schedule = partial(
+        OneCycleLR,
+        max_lr=0.1,
+        epochs=TrainerPlaceholderValues.NUM_EPOCHS,
+        steps_per_epoch=TrainerPlaceholderValues.TRAIN_DATALOADER_LEN / 3,
+    )
+    filled = filled_in(schedule, prepared_run(updates=8, limit=5))
+    assert filled.keywords["epochs"] * filled.keywords["steps_per_epoch"] == 4

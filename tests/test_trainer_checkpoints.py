@@ -910,3 +910,45 @@ class RandomOrder(Sampler):
 
     def __iter__(self):
         return (int(torch.randint(len(self.data), ())) for _ in range(len(self.data)))
+
+
+def test_an_optimizer_made_of_others_is_loaded_by_its_own_method(
+    create_trainer, samples, tmp_path
+):
+    class Both:
+        """Two optimizers behind one face, whose state has a form of its own."""
+
+        def __init__(self, *optimizers):
+            self.optimizers = optimizers
+            self.defaults = {}
+
+        @property
+        def param_groups(self):
+            return [group for each in self.optimizers for group in each.param_groups]
+
+        def step(self):
+            for each in self.optimizers:
+                each.step()
+
+        def zero_grad(self):
+            for each in self.optimizers:
+                each.zero_grad()
+
+        def state_dict(self):
+            return {"both": [each.state_dict() for each in self.optimizers]}
+
+        def load_state_dict(self, state):
+            for each, own in zip(self.optimizers, state["both"], strict=True):
+                each.load_state_dict(own)
+
+    def create():
+        trainer = create_trainer()
+        (weight,) = trainer.model.parameters()
+        trainer.optimizer = Both(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+        return trainer
+
+    first = create()
+    first.save_checkpoint(tmp_path / "both.pt")
+    second = create()
+    second.load_checkpoint(tmp_path / "both.pt")
+    assert second.optimizer.state_dict() == first.optimizer.state_dict()

@@ -737,3 +737,11 @@ def test_an_error_that_cannot_be_written_to_is_raised_as_it_is_found_104(
     assert caught.value.code == 3
     assert "FrozenInstanceError" not in capsys.readouterr().out
     assert "The run ended in epoch 1" in caught.value.__notes__[0]
+
+
+def test_an_evaluation_after_a_run_that_could_not_start(create_trainer, samples):
+    trainer = create_trainer()
+    with pytest.raises(ValueError, match="no batches"):
+        trainer.train(samples(4), 1, train_dataloader_kwargs={"drop_last": True})
+
+    assert trainer.evaluate(samples(4)) == {"evaluation_loss": 1.0}

@@ -445,7 +445,8 @@ def load_with_dtypes(
             longer that of the saved run.
     """
     optimizer.load_state_dict(state)
-    if not keep_dtypes:
+    # One that is made of several optimizers may have a state of another form.
+    if not keep_dtypes or not {"param_groups", "state"} <= state.keys():
         return
     numbers = [n for group in state["param_groups"] for n in group["params"]]
     weights = [p for group in optimizer.param_groups for p in group["params"]]

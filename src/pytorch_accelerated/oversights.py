@@ -88,10 +88,6 @@ _OTHER_METHODS = {
     "eval_step": "calculate_eval_batch_loss",
     "calculate_eval_loss": "calculate_eval_batch_loss",
     "predict_step": "calculate_predictions",
-    "train_dataloader": "create_train_dataloader",
-    "get_train_dataloader": "create_train_dataloader",
-    "val_dataloader": "create_eval_dataloader",
-    "get_eval_dataloader": "create_eval_dataloader",
 }
 
 _looked_at: weakref.WeakSet[type] = weakref.WeakSet()
@@ -115,8 +111,9 @@ def warn_of_untrained_parameters(trainer: Trainer) -> None:
     if not wanting:
         return
     for owner in (trainer, *trainer.callback_handler):
-        for held in _parameters_in(getattr(owner, "__dict__", {})):
-            wanting.pop(id(held), None)
+        for attribute in getattr(owner, "__dict__", {}).values():
+            for held in _parameters_in(attribute, depth=2):
+                wanting.pop(id(held), None)
     if wanting:
         names = [name.replace("_orig_mod.", "") for name in wanting.values()]
         rest = ", ..." if len(names) > _NUM_NAMES_SHOWN else ""
@@ -178,8 +175,8 @@ def _warn_of_methods(trainer_class: type, own: set[str]) -> None:
         meant = meant or _closest(name, METHODS_CALLED, _LIKE_A_METHOD)
         if meant in missing:
             warn(
-                f"{trainer_class.__name__}.{name} is called by nobody. Did you mean "
-                f"{meant}, which the trainer calls?"
+                f"{trainer_class.__name__}.{name} is not what the trainer calls. Did "
+                f"you mean {meant}, which it calls?"
             )
 
 
@@ -191,8 +188,8 @@ def _warn_of_events(callback_class: type, own: set[str]) -> None:
         meant = _OTHER_EVENTS.get(name) or _closest(name, events, _LIKE_AN_EVENT)
         if meant is not None and meant not in _own_methods(callback_class):
             warn(
-                f"{callback_class.__name__}.{name} is called by nobody, since there "
-                f"is no such event. Did you mean {meant}?"
+                f"{callback_class.__name__}.{name} is no event of the trainer. Did you "
+                f"mean {meant}?"
             )
 
 

@@ -272,7 +272,8 @@ def _with_the_true_length(call: partial[Any]) -> tuple[tuple[Any, ...], dict[str
     if isinstance(call.func, type) and issubclass(call.func, OneCycleLR):
         epochs, steps = keywords.get("epochs"), keywords.get("steps_per_epoch")
         if isinstance(epochs, _PLACEHOLDERS) and steps is not None:
-            keywords = {**keywords, "epochs": 1, "steps_per_epoch": epochs * steps}
+            total = 0 - (epochs * steps // -1)  # rounded up to a whole number
+            keywords = {**keywords, "epochs": 1, "steps_per_epoch": total}
     elif any(
         member is length
         for member in _members_of(call)

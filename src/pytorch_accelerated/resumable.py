@@ -290,7 +290,8 @@ class ResumableRun:
 
     def _trained_on(self) -> tuple[Any, BatchLayout | None]:
         """Return the loader of the last training run, and how it cut its epochs."""
-        if self._train_dataloader is None:
+        # A run that fails before it starts has a loader and no config.
+        if self._train_dataloader is None or self.run_config is None:
             return self._last_trained_on
         return self._train_dataloader, self._batch_layout()
 

@@ -17,7 +17,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,16 @@ from torch.utils.data.datapipes.datapipe import IterDataPipe
 from torch.utils.data.graph import traverse_dps
 
 from pytorch_accelerated import distributed
-from pytorch_accelerated.data import DeviceLoader, Share, derive_seed, share_bounds
+from pytorch_accelerated.data import (
+    DeviceLoader,
+    Share,
+    derive_seed,
+    length_of,
+    share_bounds,
+)
+
+# That are taken from a sampler which may have no end.
+_STEPS_AT_A_TIME = 256
 
 # Stages of webdataset's pipelines after which each process has what is its own.
 _SPLITTING_STAGES = {"split_by_node", "ResampledShards"}
@@ -207,8 +216,9 @@ class SharedLoader(DeviceLoader):
 class SharedBatches(Sampler[Any]):
     """The share of one process in the batches that a sampler of the user's makes.
 
-    The main process takes them from the sampler, all of an epoch at its start, and
-    tells the others: a sampler may draw from a generator that differs between them.
+    The main process takes them from the sampler and tells the others, since a sampler
+    may draw from a generator that differs between them: all of an epoch at its start,
+    or, of a sampler without a length, which may have no end, some at a time.
 
     Args:
         loader: The loader with the sampler.
@@ -231,6 +241,8 @@ class SharedBatches(Sampler[Any]):
         self._num_processes = num_processes
         self._process_index = process_index
         self._drop_last = bool(getattr(self._batches, "drop_last", False))
+        self._undrawn: Iterator[Any] = iter(())
+        self._is_drawn = False
         self._own: list[list[Any]] = []
         self.shares: dict[int, Share] = {}
 
@@ -244,14 +256,18 @@ class SharedBatches(Sampler[Any]):
         return whole if self._drop_last or rest == 0 else whole + 1
 
     def start(self, first_step: int) -> None:
-        """Take the batches of an epoch from the sampler. Collective.
+        """Take the first batches of an epoch from the sampler. Collective.
 
         Raises:
             ValueError: If they are no lists of indices.
         """
-        self._own, self.shares = [], {}
+        self._own, self.shares, self._is_drawn = [], {}, False
+        self._undrawn = iter(self._batches)
+        self._draw_more()
+
+    def _draw_more(self) -> None:
         batches, each = self._draw(), self._num_processes
-        for step, first in enumerate(range(0, len(batches), each)):
+        for first in range(0, len(batches), each):
             group = batches[first : first + each]
             if len(group) < each:
                 if self._drop_last:
@@ -259,19 +275,24 @@ class SharedBatches(Sampler[Any]):
                 group = self._spread([index for batch in group for index in batch])
             own = group[self._process_index]
             total = sum(len(batch) for batch in group)
-            self.shares[step] = Share(total, is_filler=not own)
+            self.shares[len(self._own)] = Share(total, is_filler=not own)
             self._own.append(own or next(batch for batch in group if batch)[-1:])
 
     def _draw(self) -> list[list[Any]]:
         batches: list[Any] = []
         error: Exception | None = None
+        has_length = length_of(self._batches) is not None
+        number = None if has_length else _STEPS_AT_A_TIME * self._num_processes
         if self._process_index == 0:
             try:
-                batches = [self._checked(batch) for batch in self._batches]
+                drawn = islice(self._undrawn, number)
+                batches = [self._checked(batch) for batch in drawn]
             except Exception as raised:
                 error = raised
         distributed.raise_on_all(error)
-        return distributed.object_from_main_process(batches)
+        batches = distributed.object_from_main_process(batches)
+        self._is_drawn = number is None or len(batches) < number
+        return batches
 
     def _checked(self, batch: Any) -> list[Any]:
         if not isinstance(batch, (list, tuple)):
@@ -295,7 +316,12 @@ class SharedBatches(Sampler[Any]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Yield the indices of each batch of this process."""
-        return iter(self._own)
+        for step in count():
+            if step == len(self._own) and not self._is_drawn:
+                self._draw_more()
+            if step == len(self._own):
+                return
+            yield self._own[step]
 
 
 class _OfLastStep(NamedTuple):
@@ -343,10 +369,12 @@ class SharedStream(IterableDataset[Any]):
         self._drop_last = loader.drop_last
         self._num_processes = num_processes
         self._process_index = process_index
-        self._first_step = 0
         self.seed = seed
         self.epoch = 1
         self.shares: dict[int, Share] = {}
+        # Seed, epoch and first step of the iteration, which workers that are kept for
+        # several epochs have to see too.
+        self._place = torch.zeros(3, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def parts_of_loader(self) -> dict[str, Any]:
         """Return what takes the place of parts of the loader, by their names."""
@@ -364,7 +392,7 @@ class SharedStream(IterableDataset[Any]):
 
     def start(self, first_step: int) -> None:
         """Let the next iteration begin at a step, where the stream has been set."""
-        self._first_step = first_step
+        self._place.copy_(torch.tensor([self.seed, self.epoch, first_step]))
         self.shares = {}
 
     def share_of(self, step: int) -> Share:
@@ -387,8 +415,8 @@ class SharedStream(IterableDataset[Any]):
 
     def _steps(self) -> Iterator[list[Any]]:
         worker = get_worker_info()
-        place = (self.seed, self.epoch, 0 if worker is None else worker.id)
-        step = self._first_step
+        seed, epoch, step = self._place.tolist()
+        place = (seed, epoch, 0 if worker is None else worker.id)
         with _seeded(derive_seed(*place, step)):
             stream = iter(self._stream)
         while True:

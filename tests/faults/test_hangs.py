@@ -112,6 +112,8 @@ class RaisesInStep(Trainer):
 class Uneven:
     """A loader of the user's that yields more batches on one process."""
 
+    is_split_by_process = True
+
     def __init__(self, process):
         self.num_batches = 5 + 2 * (int(os.environ["RANK"]) == process)
 

@@ -3,6 +3,7 @@
 Each sample is its own number, so what was seen is what the steps were given.
 """
 
+import itertools
 import random
 from functools import partial
 from itertools import chain
@@ -503,3 +504,51 @@ def test_the_batch_of_a_process_without_a_sample_is_empty():
     columns = emptied((torch.ones(1, 2), ["a"]))
     assert isinstance(columns, tuple)
     assert [len(column) for column in columns] == [0, 0]
+
+
+# ------------------------------------------------------------- without end, or kept on
+
+
+class Endless(Sampler):
+    """Yields 0, 1, 2, ... and starts again after 99, for ever."""
+
+    def __iter__(self):
+        return (number % 100 for number in itertools.count())
+
+
+def test_a_sampler_without_end_is_drawn_from_as_needed(on_processes, monkeypatch):
+    monkeypatch.setattr("pytorch_accelerated.sharing._STEPS_AT_A_TIME", 3)
+
+    def train():
+        trainer = Seen()
+        trainer.train(
+            Numbers(100),
+            1,
+            per_device_batch_size=2,
+            max_num_train_steps=5,
+            train_dataloader_kwargs={"sampler": Endless()},
+        )
+        return trainer.trained
+
+    first, second = on_processes(2, train)
+    assert first == [[0, 1], [4, 5], [8, 9], [12, 13], [16, 17]]
+    assert second == [[2, 3], [6, 7], [10, 11], [14, 15], [18, 19]]
+
+
+def test_workers_that_are_kept_draw_other_numbers_in_each_epoch(on_processes):
+    def train():
+        trainer = Seen()
+        kwargs = {"num_workers": 1, "persistent_workers": True}
+        trainer.train(
+            ShuffledStream(8),
+            2,
+            per_device_batch_size=2,
+            train_dataloader_kwargs=kwargs,
+        )
+        return trainer.trained
+
+    first, second = on_processes(2, train)
+    for epoch in (0, 1):
+        seen = [*first[2 * epoch : 2 * epoch + 2], *second[2 * epoch : 2 * epoch + 2]]
+        assert sorted(chain(*seen)) == list(range(8))
+    assert first[:2] != first[2:]
