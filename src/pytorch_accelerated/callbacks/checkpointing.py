@@ -318,7 +318,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     @property
     def identity(self) -> str:
-        """How often it saves: what tells its states from those of other callbacks."""
+        """Says how often it saves, which tells its states from those of others."""
         return (
             f"{self.save_every_n_epochs} epochs, {self.save_every_n_steps} steps, "
             f"{self.save_every_n_minutes} minutes"
