@@ -119,5 +119,5 @@ def callback_of_updates(folder):
 
 
 def training_states(folder):
-    save = SaveTrainingStateCallback(save_dir=folder / "states")
+    save = SaveTrainingStateCallback(folder / "states", overwrite=True)
     return per_update_and_epoch(callbacks=[save])
