@@ -321,9 +321,9 @@ MUTATIONS = [
     # ---------------------------------------------------------------------- counting
     Mutation(
         "counting: samples of this process only",
-        "accumulation.py",
-        "        return self._plan.window_size(step, step)\n",
-        "        return batch_size\n",
+        "data.py",
+        "            self.plan.window_size(step, step),\n",
+        "            self.plan.size(step, self.batch_sampler.process_index),\n",
         COUNTS + "test_two_processes_count_what_the_job_did",
     ),
     Mutation(
@@ -336,10 +336,10 @@ MUTATIONS = [
     Mutation(
         "counting: updates go on from the run before",
         "trainer.py",
-        "        self._progress = RunProgress()\n        self._publish_progress()\n",
+        "        self._progress = RunProgress()\n        self._epoch_",
         "        self._progress = RunProgress(\n"
         "            num_updates=self._progress.num_updates\n        )\n"
-        "        self._publish_progress()\n",
+        "        self._epoch_",
         COUNTS + "test_limits_are_those_of_each_call",
     ),
     # -------------------------------------------------------------- seeds and order
@@ -437,7 +437,7 @@ MUTATIONS = [
     Mutation(
         "agreement: an error stays settled for the next run",
         "distributed.py",
-        "    error._is_on_all_processes = False  # type: ignore[attr-defined]\n",
+        '    set_attribute(error, "_is_on_all_processes", False)\n',
         "    pass\n",
         AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
     ),
@@ -517,8 +517,8 @@ MUTATIONS = [
     Mutation(
         "states: the lock is kept after a run that failed",
         "callbacks/checkpointing.py",
-        "        self._has_failed = True\n        self._release_lock()\n",
-        "        self._has_failed = True\n",
+        'folder."""\n        self._release_lock()\n',
+        'folder."""\n',
         FOLDERS + "test_the_folder_is_free_again_after_a_run_that_failed",
     ),
     Mutation(
@@ -568,8 +568,8 @@ MUTATIONS = [
     Mutation(
         "sharing: each process draws the order of a sampler itself",
         "sharing.py",
-        "        return distributed.object_from_main_process(batches)\n",
-        "        return [self._checked(batch) for batch in self._batches]\n",
+        "        batches = distributed.object_from_main_process(batches)\n",
+        "        batches = [self._checked(batch) for batch in self._batches]\n",
         SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
     ),
     Mutation(
