@@ -366,7 +366,7 @@ class Break(TrainerCallback):
 @pytest.mark.fault("a hook, callback or tracker raises")
 @pytest.mark.parametrize(
     "attribute",
-    ["update_metric", "get_latest_metric", "_increment_epoch", "current_epoch"],
+    ["update_metric", "get_metric_values", "_increment_epoch", "current_epoch"],
 )
 def test_an_error_in_the_run_history_leaves_everything_in_order(
     attribute, tmp_path, trials, capsys
