@@ -2,8 +2,12 @@ import inspect
 import warnings
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
+from pytorch_accelerated import errors
+from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.errors import TrainingWarning, warn
 from pytorch_accelerated.trainer import Trainer
 
@@ -22,3 +26,93 @@ def test_one_line_makes_all_warnings_errors():
         warnings.simplefilter("error", TrainingWarning)
         with pytest.raises(TrainingWarning, match="something"):
             warn("something")
+
+
+class Raises(nn.Linear):
+    def __init__(self, error):
+        super().__init__(1, 1)
+        self.error = error
+
+    def forward(self, inputs):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), MemoryError()],
+    ids=["on the device", "on the host"],
+)
+def test_on_python_3_10_an_out_of_memory_error_has_it_all_in_its_message_found_108(
+    monkeypatch, error
+):
+    monkeypatch.setattr(errors, "_NOTES_ARE_SHOWN", False)
+    said = str(error)
+    model = Raises(error)
+    dataset = TensorDataset(torch.ones(8, 1), torch.ones(8, 1))
+    trainer = Trainer(
+        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), ()
+    )
+
+    with pytest.raises(type(error)) as caught:
+        trainer.train(dataset, num_epochs=1, per_device_batch_size=4)
+
+    message = str(caught.value)
+    assert message.startswith(said)
+    assert "The run ended in epoch 1 (training)" in message
+    assert "Last training state: none" in message
+    assert "per_device_batch_size=2 and gradient_accumulation_steps=2" in message
+
+
+class FailsAtThree(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise ValueError("a broken file")
+        return torch.ones(1), torch.ones(1)
+
+
+class Fails(TrainerCallback):
+    def on_train_step_end(self, trainer, **kwargs):
+        raise ValueError("a broken callback")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "callbacks", "texts"),
+    [
+        (FailsAtThree(), (), ["a broken file", "Raised by sample 3."]),
+        (
+            TensorDataset(torch.ones(1, 1), torch.ones(1, 1)),
+            [Fails],
+            [
+                "a broken callback",
+                "callback Fails in the event on_train_step_end",
+            ],
+        ),
+    ],
+    ids=["dataset", "callback"],
+)
+def test_on_python_3_10_an_error_says_in_its_message_where_it_is_from_found_108(
+    monkeypatch, dataset, callbacks, texts
+):
+    monkeypatch.setattr(errors, "_NOTES_ARE_SHOWN", False)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match=texts[0]) as caught:
+        Trainer(model, nn.MSELoss(), optimizer, callbacks).train(
+            dataset, 1, train_dataloader_kwargs={"num_workers": 0}
+        )
+
+    assert all(text in str(caught.value) for text in texts), str(caught.value)
+
+
+def test_an_error_that_is_no_text_keeps_its_arguments(monkeypatch):
+    monkeypatch.setattr(errors, "_NOTES_ARE_SHOWN", False)
+    error = OSError(28, "No space left on device", "model.safetensors")
+
+    errors.add_note(error, "The run ended.")
+
+    assert (error.errno, error.filename) == (28, "model.safetensors")
+    assert str(error) == "[Errno 28] No space left on device: 'model.safetensors'"

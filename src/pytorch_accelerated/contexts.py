@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
-
-_NOTES_ARE_SHOWN = sys.version_info >= (3, 11)
 
 
 def contextmanager(
@@ -63,19 +60,3 @@ class _Context(AbstractContextManager[Value]):
                 raise
             error.with_traceback(traceback)
         return False
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Add a note to an error, also to one that is a frozen dataclass.
-
-    Before Python 3.11 nothing shows notes: there it ends the message, if the error has
-    no other arguments.
-    """
-    set_attribute(error, "__notes__", [*getattr(error, "__notes__", ()), note])
-    if not _NOTES_ARE_SHOWN and [type(part) for part in error.args] in ([], [str]):
-        set_attribute(error, "args", ("\n".join([*error.args, note]),))
-
-
-def set_attribute(error: BaseException, name: str, value: Any) -> None:
-    """Set an attribute of an error, also of one that is a frozen dataclass."""
-    object.__setattr__(error, name, value)

@@ -7,7 +7,7 @@ import re
 import torch
 
 from pytorch_accelerated import last_words
-from pytorch_accelerated.contexts import add_note
+from pytorch_accelerated.errors import add_note
 from pytorch_accelerated.progress import RunProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 

@@ -26,12 +26,13 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from pytorch_accelerated.contexts import contextmanager, set_attribute
+from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
     StopTrainingError,
     TrainingInterruptedError,
+    set_attribute,
 )
 
 Result = TypeVar("Result")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import warnings
 from types import FrameType
+from typing import Any
 
 
 class StopTrainingError(Exception):
@@ -75,6 +76,8 @@ class TrainingWarning(UserWarning):
     """
 
 
+_NOTES_ARE_SHOWN = sys.version_info >= (3, 11)
+
 # Whose lines a user cannot change.
 _BETWEEN = {"pytorch_accelerated", "accelerate", "contextlib", "functools", "torch"}
 
@@ -90,3 +93,19 @@ def warn(message: str) -> None:
 def _package_of(frame: FrameType) -> str:
     name: str = frame.f_globals.get("__name__", "")
     return name.partition(".")[0]
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an error, also to one that is a frozen dataclass.
+
+    Before Python 3.11 nothing shows notes: there it ends the message, if the error has
+    no other arguments.
+    """
+    set_attribute(error, "__notes__", [*getattr(error, "__notes__", ()), note])
+    if not _NOTES_ARE_SHOWN and [type(part) for part in error.args] in ([], [str]):
+        set_attribute(error, "args", ("\n".join([*error.args, note]),))
+
+
+def set_attribute(error: BaseException, name: str, value: Any) -> None:
+    """Set an attribute of an error, also of one that is a frozen dataclass."""
+    object.__setattr__(error, name, value)

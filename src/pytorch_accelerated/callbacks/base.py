@@ -8,9 +8,12 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.contexts import add_note
 from pytorch_accelerated.distributed import is_on_all_processes
-from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.errors import (
+    NonFiniteLossError,
+    StopTrainingError,
+    add_note,
+)
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
