@@ -46,7 +46,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated import (
-    backends,
     checkpoint,
     checks,
     data,
@@ -54,8 +53,6 @@ from pytorch_accelerated import (
     engines,
     modes,
     oversights,
-    precision,
-    sharing,
     step_output,
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
@@ -72,7 +69,9 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 from pytorch_accelerated.contexts import contextmanager
+from pytorch_accelerated.data import sharing
 from pytorch_accelerated.diagnosis import explain
+from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
@@ -942,7 +941,7 @@ class Trainer(ResumableRun):
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator; override to configure it in code."""
         checks.check_accelerator_kwargs(self._accelerator_kwargs)
-        return backends.create_accelerator(**self._accelerator_kwargs)
+        return launch.create_accelerator(**self._accelerator_kwargs)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         """Hand the model, the optimizer and the loaders to Accelerate."""
@@ -1106,7 +1105,7 @@ class Trainer(ResumableRun):
     # --------------------------------------------------------- the parts of the story
 
     def _begin_run(self, is_training: bool = True) -> None:
-        precision.use_precision(self._accelerator, self._mixed_precision)
+        launch.use_precision(self._accelerator, self._mixed_precision)
         self.interrupted = False
         self._noted_error = None
         self.callback_handler.raises_at_once = self._accelerator.num_processes == 1

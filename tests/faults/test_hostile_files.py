@@ -19,8 +19,9 @@ import torch
 from processes import Job
 from scenario import Scenario
 
-from pytorch_accelerated import checkpoint, sharding
+from pytorch_accelerated import checkpoint
 from pytorch_accelerated.checkpoint import _manifest as manifests
+from pytorch_accelerated.engines import fsdp
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.training_state import TrainingState
 
@@ -194,7 +195,7 @@ def read_legacy(path, allow_pickle):
 WAYS_TO_LOAD = {
     "load_file": ("any.pt", checkpoint.load_file),
     "load_weights": ("pytorch_model.bin", checkpoint.load_weights),
-    "read_parts": ("process_0.pt", lambda path: sharding.read_parts([path])),
+    "read_parts": ("process_0.pt", lambda path: fsdp.read_parts([path])),
     "load_checkpoint": (
         "best.pt",
         lambda path: SCENARIO.create_trainer(path.parent).load_checkpoint(path),

@@ -151,7 +151,7 @@ def test_clipping_by_value_is_refused_on_all_processes(result, process):
 def test_fsdp_1_is_refused_where_it_cannot_run(launch):
     program = (
         "from accelerate.utils import FullyShardedDataParallelPlugin as Plugin\n"
-        "from pytorch_accelerated.backends import create_accelerator\n"
+        "from pytorch_accelerated.engines.launch import create_accelerator\n"
         "create_accelerator(fsdp_plugin=Plugin(fsdp_version=1))"
     )
     launched = launch(

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_wor
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.data.sharing import is_split_by_process
 from pytorch_accelerated.errors import StopTrainingError
-from pytorch_accelerated.sharing import is_split_by_process
 
 
 def create_model():

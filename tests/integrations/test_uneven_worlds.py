@@ -106,7 +106,7 @@ def test_bf16_trains_on_several_processes_and_leaves_the_model_plain(result):
 def test_a_backend_that_is_not_there_is_refused_on_all_processes(launch):
     program = (
         "from accelerate.utils import InitProcessGroupKwargs\n"
-        "from pytorch_accelerated.backends import create_accelerator\n"
+        "from pytorch_accelerated.engines.launch import create_accelerator\n"
         "handler = InitProcessGroupKwargs(backend='mpi')\n"
         "create_accelerator(cpu=True, kwargs_handlers=[handler])"
     )

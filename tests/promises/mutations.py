@@ -218,14 +218,14 @@ MUTATIONS = [
     # -------------------------------------------------------------------- evaluation
     Mutation(
         "sampler: evaluation batches are not spread evenly",
-        "data.py",
+        "data/order.py",
         "return self.even and self.num_processes > 1",
         "return False",
         ONCE + "test_the_plan_gives_each_sample_to_one_batch_of_one_process",
     ),
     Mutation(
         "sampler: what does not divide evenly is dropped",
-        "data.py",
+        "data/order.py",
         "    first = part * size + min(part, larger)\n"
         "    return first, first + size + (part < larger)\n",
         "    return part * size, part * size + size\n",
@@ -321,7 +321,7 @@ MUTATIONS = [
     # ---------------------------------------------------------------------- counting
     Mutation(
         "counting: samples of this process only",
-        "data.py",
+        "data/loaders.py",
         "            self.plan.window_size(step, step),\n",
         "            self.plan.size(step, self.batch_sampler.process_index),\n",
         COUNTS + "test_two_processes_count_what_the_job_did",
@@ -345,7 +345,7 @@ MUTATIONS = [
     # -------------------------------------------------------------- seeds and order
     Mutation(
         "sampler: the order is the same in every epoch",
-        "data.py",
+        "data/order.py",
         "manual_seed(derive_seed(seed, epoch))",
         "manual_seed(derive_seed(seed, 1))",
         # The order is a documented function, so a loop by hand changes with it.
@@ -353,7 +353,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sampler: processes draw the same augmentation",
-        "data.py",
+        "data/order.py",
         "seed = _mix(of_epoch, step, self.process_index) >> 1",
         "seed = _mix(of_epoch, step, 0) >> 1",
         SEEDS + "test_two_processes_share_the_samples_and_differ_in_augmentation"
@@ -369,7 +369,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loader: an epoch has the length of the first",
-        "data.py",
+        "data/loaders.py",
         "length=len(self.dataset)",
         "length=self.plan.length",
         CHANGES + "test_a_dataset_that_grows_or_shrinks_is_trained_whole",
@@ -385,14 +385,14 @@ MUTATIONS = [
     ),
     Mutation(
         "seeds: fetching moves the random state of the model",
-        "data.py",
+        "data/fetching.py",
         "            generator.set_state(torch_before)\n",
         "",
         SEEDS + "test_augmentation_and_dropout_do_not_depend_on_the_number_of_workers",
     ),
     Mutation(
         "seeds: python's generator is not watched beyond the first batch",
-        "data.py",
+        "data/fetching.py",
         "            self.uses_python |= random.getstate() != self._python_left\n",
         "",
         SEEDS + "test_a_generator_that_only_later_batches_draw_from_is_seeded"
@@ -472,7 +472,7 @@ MUTATIONS = [
     ),
     Mutation(
         "memory: drop_last leaves out what fits the smaller batches",
-        "data.py",
+        "data/order.py",
         "if self.drop_last else None\n",
         "if False else None\n",
         MEMORY + "test_each_update_keeps_its_samples",
@@ -567,28 +567,28 @@ MUTATIONS = [
     # ------------------------------------------------------ data of other makes, shared
     Mutation(
         "sharing: each process draws the order of a sampler itself",
-        "sharing.py",
+        "data/sharing.py",
         "        batches = distributed.object_from_main_process(batches)\n",
         "        batches = [self._checked(batch) for batch in self._batches]\n",
         SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
     ),
     Mutation(
         "sharing: a stream draws from generators that differ between processes",
-        "sharing.py",
+        "data/sharing.py",
         "            with _seeded(derive_seed(*place, step)):\n                samples",
         "            if True:\n                samples",
         SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
     ),
     Mutation(
         "sharing: a process without a sample evaluates that of another",
-        "sharing.py",
+        "data/sharing.py",
         "                batch = emptied(batch)\n",
         "                pass\n",
         SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
     ),
     Mutation(
         "sharing: what is split by a sampler is shared once more",
-        "sharing.py",
+        "data/sharing.py",
         "        or any(_is_distributed(sampler) for sampler in samplers)\n",
         "",
         SHARED + "test_what_is_split_already_is_used_as_it_is_found_63",

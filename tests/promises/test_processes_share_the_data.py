@@ -24,7 +24,7 @@ from torch.utils.data import (
 from torch.utils.data.datapipes.iter import IterableWrapper
 
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
-from pytorch_accelerated.sharing import emptied
+from pytorch_accelerated.data.sharing import emptied
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -517,7 +517,7 @@ class Endless(Sampler):
 
 
 def test_a_sampler_without_end_is_drawn_from_as_needed(on_processes, monkeypatch):
-    monkeypatch.setattr("pytorch_accelerated.sharing._STEPS_AT_A_TIME", 3)
+    monkeypatch.setattr("pytorch_accelerated.data.sharing._STEPS_AT_A_TIME", 3)
 
     def train():
         trainer = Seen()

@@ -2,7 +2,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from pytorch_accelerated.precision import precision_of_its_own, use_precision
+from pytorch_accelerated.engines.launch import precision_of_its_own, use_precision
 
 
 @pytest.fixture(autouse=True)

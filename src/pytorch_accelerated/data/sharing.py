@@ -28,13 +28,8 @@ from torch.utils.data.datapipes.datapipe import IterDataPipe
 from torch.utils.data.graph import traverse_dps
 
 from pytorch_accelerated import distributed
-from pytorch_accelerated.data import (
-    DeviceLoader,
-    Share,
-    derive_seed,
-    length_of,
-    share_bounds,
-)
+from pytorch_accelerated.data.loaders import DeviceLoader, length_of
+from pytorch_accelerated.data.order import Share, derive_seed, share_bounds
 
 # That are taken from a sampler which may have no end.
 _STEPS_AT_A_TIME = 256

@@ -1,4 +1,4 @@
-"""State dicts of models whose weights are sharded over processes, as FSDP2 does it.
+"""Weights that are sharded over processes, as FSDP2 does it, and their state dicts.
 
 A sharded weight is a ``DTensor``: each process holds a part of it. Such a state dict is
 saved either whole, as if the model had never been sharded, or as the parts that the
@@ -15,13 +15,92 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pytorch_accelerated import checkpoint
+from pytorch_accelerated.engines.plain import Engine, refuse_clip_value
 
 _SHAPE, _OFFSET, _PART = "shape of the whole", "offset of the part", "part"
+
+
+class ShardedEngine(Engine):
+    """FSDP2: each process holds a part of each weight, gradient and state.
+
+    Weights are sharded in place, by the first run, and stay so: a model that is trained
+    like this may not fit into the memory of one process.
+    """
+
+    computes_alone = False
+
+    @property
+    def saved_in_parts(self) -> frozenset[str]:
+        """Everything, unless the plugin asks for whole states."""
+        kind: str = self.accelerator.state.fsdp_plugin.state_dict_type.name
+        return frozenset(() if kind == "FULL_STATE_DICT" else ("model", "optimizer"))
+
+    def check_arguments(
+        self,
+        batch_size: int | None,
+        accumulation_steps: int,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> None:
+        """Raise ValueError for clipping by value, which Accelerate does not do here."""
+        refuse_clip_value(clip_value, "FSDP")
+
+    def knows(self, model: nn.Module) -> bool:
+        """Say whether an earlier run has sharded the model."""
+        return is_sharded(model)
+
+    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """Shard the weights, unless an earlier run did."""
+        if self.knows(model):
+            # Accelerate tells weights apart by their place in memory, which is the same
+            # for all those of which this process has nothing.
+            self.accelerator._models.append(model)
+            return model, optimizer
+        blueprint = blueprint_of(model)
+        prepared = super().prepare(model, optimizer)
+        if self.knows(model):
+            plugin = self.accelerator.state.fsdp_plugin
+            make_copyable(
+                model,
+                blueprint,
+                reshard_after_forward=plugin.reshard_after_forward,
+                offload_policy=plugin.cpu_offload,
+                mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+            )
+        return prepared
+
+    def release(self, model: nn.Module) -> None:
+        """Let go of whole weights that an evaluation has gathered."""
+        settle(model)
+
+    def whole(self, tree: Any, keep: bool = True) -> Any:
+        """Return a state dict with whole tensors. Collective."""
+        return whole(tree, keep)
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load whole weights; each process takes its part."""
+        load_model(model, state)
+
+    def load_optimizer(
+        self, optimizer: Any, state: Mapping[str, Any], *, keep_dtypes: bool = True
+    ) -> None:
+        """Load a whole state; each process takes its part."""
+        state = optimizer_state_like(optimizer, state)
+        super().load_optimizer(optimizer, state, keep_dtypes=keep_dtypes)
+
+    def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
+        """Write this process's part of the weights and of the optimizer's state."""
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "model": parts(model.state_dict()),
+            "optimizer": parts(optimizer.state_dict()),
+        }
+        torch.save(contents, folder / f"part_{self.accelerator.process_index:05d}.pt")
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated.workers import LastIteration
+from pytorch_accelerated.data.workers import LastIteration
 
-SRC = Path(__file__).parents[1] / "src"
+SRC = Path(__file__).parents[2] / "src"
 
 
 class Samples(Dataset):
@@ -126,8 +126,9 @@ import faulthandler, multiprocessing, os, time
 import torch
 from torch import nn
 from pytorch_accelerated import Trainer, data
+from pytorch_accelerated.data import workers
 
-data.usable_cores = lambda: 2
+workers.usable_cores = lambda: 2
 
 class Samples(torch.utils.data.Dataset):
     def __len__(self):

@@ -26,7 +26,15 @@ from torch.utils.data import (
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pytorch_accelerated import data
-from pytorch_accelerated.data import BatchPlan, PlannedLoader, derive_seed, epoch_order
+from pytorch_accelerated.data import (
+    BatchPlan,
+    PlannedLoader,
+    derive_seed,
+    epoch_order,
+    loaders,
+    order,
+    workers,
+)
 
 CPU = torch.device("cpu")
 
@@ -35,12 +43,12 @@ CPU = torch.device("cpu")
 
 
 def test_the_order_of_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch():
-    order = epoch_order(100, seed=1, epoch=1)
+    visited = epoch_order(100, seed=1, epoch=1)
 
-    assert sorted(order.tolist()) == list(range(100))
-    assert torch.equal(order, epoch_order(100, seed=1, epoch=1))
-    assert not torch.equal(order, epoch_order(100, seed=1, epoch=2))
-    assert not torch.equal(order, epoch_order(100, seed=2, epoch=1))
+    assert sorted(visited.tolist()) == list(range(100))
+    assert torch.equal(visited, epoch_order(100, seed=1, epoch=1))
+    assert not torch.equal(visited, epoch_order(100, seed=1, epoch=2))
+    assert not torch.equal(visited, epoch_order(100, seed=2, epoch=1))
 
 
 def test_the_order_of_an_epoch_stays_what_it_is():
@@ -404,7 +412,7 @@ def test_both_sampler_and_shuffle_of_the_user_are_left_for_torch_to_refuse():
 
 def test_a_dataset_in_memory_needs_no_workers(noise):
     """Defect 30: as many workers as cores, for each loader and in each process."""
-    with mock.patch.object(data, "usable_cores", return_value=64):
+    with mock.patch.object(workers, "usable_cores", return_value=64):
         assert data.choose_num_workers(noise(100), {"batch_size": 8}) == 0
 
 
@@ -419,13 +427,13 @@ class Slow(Dataset):
 
 def test_a_slow_dataset_gets_this_process_s_share_of_the_cores():
     for cores, processes, expected in ((3, 1, 3), (64, 1, 8), (12, 4, 3), (2, 4, 0)):
-        with mock.patch.object(data, "usable_cores", return_value=cores):
+        with mock.patch.object(workers, "usable_cores", return_value=cores):
             found = data.choose_num_workers(Slow(), {"batch_size": 2}, processes)
         assert found == expected
 
 
 def test_a_quick_dataset_gets_no_workers(one_by_one, noise):
-    with mock.patch.object(data, "HAND_OVER_SECONDS", 60.0):
+    with mock.patch.object(workers, "HAND_OVER_SECONDS", 60.0):
         assert data.choose_num_workers(one_by_one(noise(9)), {"batch_size": 2}) == 0
 
 
@@ -447,8 +455,8 @@ class QuickAfterAll(Dataset):
 
 def test_a_quick_dataset_that_was_held_up_gets_no_workers(monkeypatch):
     dataset = QuickAfterAll()
-    monkeypatch.setattr(data, "usable_cores", lambda: 2)
-    monkeypatch.setattr(data.time, "perf_counter", lambda: dataset.clock)
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: dataset.clock)
     assert data.choose_num_workers(dataset, {"batch_size": 1}) == 0
 
 
@@ -468,8 +476,8 @@ class WaitsForThread(Dataset):
 
 def test_a_dataset_that_hangs_in_a_worker_gets_none(monkeypatch, create_trainer):
     """Found 82: the measurement waited for ever."""
-    monkeypatch.setattr(data, "usable_cores", lambda: 2)
-    monkeypatch.setattr(data, "_MEASURING_SECONDS", 0.2)
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "_MEASURING_SECONDS", 0.2)
     trainer = create_trainer()
 
     trainer.train(WaitsForThread(), num_epochs=1)
@@ -496,13 +504,13 @@ def test_measuring_leaves_the_process_as_it_was():
 
 def test_usable_cores_are_those_that_the_process_may_use():
     """Defect 30: os.cpu_count() ignores what a process is limited to, or is None."""
-    assert data.usable_cores() == len(os.sched_getaffinity(0))
+    assert workers.usable_cores() == len(os.sched_getaffinity(0))
     with (
         mock.patch.object(os, "cpu_count", return_value=None),
         mock.patch.object(os, "sched_getaffinity", create=True),
     ):
         del os.sched_getaffinity
-        assert data.usable_cores() == 1
+        assert workers.usable_cores() == 1
 
 
 # --- small things
@@ -517,7 +525,7 @@ def test_usable_cores_are_those_that_the_process_may_use():
     ],
 )
 def test_the_last_batch_is_marked(batches, expected):
-    assert list(data.mark_last(batches)) == expected
+    assert list(loaders.mark_last(batches)) == expected
 
 
 def test_the_length_of_what_has_none_is_none():
@@ -548,7 +556,7 @@ def test_batches_keep_their_values_and_structure_on_the_way():
 def test_indices_of_a_batch_keep_their_seed_on_the_way_to_a_worker():
     import pickle
 
-    indices = pickle.loads(pickle.dumps(data.SeededIndices([3, 1], seed=9)))
+    indices = pickle.loads(pickle.dumps(order.SeededIndices([3, 1], seed=9)))
 
     assert indices == [3, 1]
     assert indices.seed == 9

@@ -1,0 +1,188 @@
+"""DeepSpeed, which owns gradients and optimizer state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pytorch_accelerated.engines.plain import Engine, refuse_clip_value
+from pytorch_accelerated.errors import CheckpointError
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed: it owns gradients and steps, and spreads them by the stage of ZeRO.
+
+    A model stays with the engine of its first run, because DeepSpeed replaces what the
+    optimizer holds.
+    """
+
+    owns_gradients = True
+    computes_alone = False
+
+    @property
+    def saved_in_parts(self) -> frozenset[str]:
+        """The optimizer's state, with the weights that it holds."""
+        return frozenset(("optimizer",))
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self._plugin = accelerator.deepspeed_plugin
+        # Accelerate fills in the blanks of the config for good.
+        self._asked: dict[str, Any] = copy.deepcopy(self._plugin.deepspeed_config)
+        self._arguments: dict[str, Any] = {}
+        self._prepared: tuple[nn.Module, Any, Any] | None = None
+
+    def check_arguments(
+        self,
+        batch_size: int | None,
+        accumulation_steps: int,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> None:
+        """Raise ValueError if arguments contradict the config of DeepSpeed."""
+        refuse_clip_value(clip_value, "DeepSpeed")
+        if batch_size is None:
+            raise ValueError("DeepSpeed needs batches of a size that is known ahead.")
+        total = batch_size * accumulation_steps * self.accelerator.num_processes
+        arguments: dict[str, tuple[str, Any]] = {
+            "train_micro_batch_size_per_gpu": ("per_device_batch_size", batch_size),
+            "gradient_accumulation_steps": (
+                "gradient_accumulation_steps",
+                accumulation_steps,
+            ),
+            "gradient_clipping": ("gradient_clip_norm", clip_norm),
+            "train_batch_size": (
+                "per_device_batch_size * gradient_accumulation_steps * processes",
+                total,
+            ),
+        }
+        for key, (name, value) in arguments.items():
+            asked = self._asked.get(key, "auto")
+            # Accelerate writes 1 step where nothing is said.
+            is_default = key == "gradient_accumulation_steps" and asked == 1
+            if asked == "auto" or value is None or is_default:
+                continue
+            if asked != value:
+                raise ValueError(
+                    f"The DeepSpeed config says {key}={asked}, but the run was asked "
+                    f'for {name}={value}. Write "auto" into the config, or give the '
+                    "same value in both places."
+                )
+        asked_clip = self._asked.get("gradient_clipping", "auto")
+        given = {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_clipping": clip_norm
+            if clip_norm is not None
+            else (0.0 if asked_clip == "auto" else asked_clip),
+        }
+        if self._prepared is not None and given != self._arguments:
+            raise ValueError(
+                f"DeepSpeed was set up for {self._arguments} by the first run of this "
+                f"trainer, and cannot change to {given}. Create a new trainer in a new "
+                "job for it."
+            )
+        self._arguments = given
+
+    def knows(self, model: nn.Module) -> bool:
+        """Say whether the model was prepared by an earlier run."""
+        return self._prepared is not None and self._prepared[0] is model
+
+    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """Create DeepSpeed's engine, or take that of an earlier run."""
+        if self._prepared is None or self._prepared[0] is not model:
+            self._plugin.deepspeed_config.update(
+                self._arguments,
+                # The trainer says where a window ends and weights its losses itself.
+                gradient_accumulation_steps=1,
+                train_batch_size=self._arguments["train_micro_batch_size_per_gpu"]
+                * self.accelerator.num_processes,
+            )
+            engine, wrapper = super().prepare(model, optimizer)
+            self._prepared = (model, engine, wrapper)
+        _, engine, wrapper = self._prepared
+        self.accelerator._models = [engine]
+        self.accelerator._optimizers = [wrapper]
+        return engine, wrapper
+
+    def prepare_for_evaluation(self, model: nn.Module) -> Any:
+        """Take the engine of an earlier run, or the model as it is."""
+        if self._prepared is not None and self.knows(model):
+            return self._prepared[1]
+        return super().prepare_for_evaluation(model)
+
+    @contextmanager
+    def without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
+        """Tell DeepSpeed that a window goes on."""
+        gradient_state = self.accelerator.gradient_state
+        gradient_state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            gradient_state._set_sync_gradients(True)
+
+    def clip_by_norm(self, parameters: Iterable[Tensor], norm: float) -> Any:
+        """Return the norm; DeepSpeed has clipped by the number in its config."""
+        total = self.accelerator.clip_grad_norm_(parameters, norm)
+        return None if total is None else torch.as_tensor(total)
+
+    def model_state(self, model: nn.Module, keep: bool = True) -> dict[str, Any]:
+        """Return the whole state dict of a model, gathered under ZeRO 3. Collective."""
+        if self._plugin.zero_stage < 3 or not self.knows(model):
+            return super().model_state(model, keep)
+        import deepspeed  # type: ignore[import-not-found,unused-ignore]
+
+        state: dict[str, Any] = model.state_dict()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if keep and name in state:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load whole weights; DeepSpeed's own copies of them are made anew."""
+        if not self.knows(model):
+            super().load_model(model, state)
+            return
+        if self._plugin.zero_stage == 3:
+            raise CheckpointError(
+                "Under ZeRO 3 weights can be loaded before the first run of a trainer, "
+                "or with load_training_state()."
+            )
+        super().load_model(model, state)
+        assert self._prepared is not None
+        refresh = getattr(
+            self._prepared[1].optimizer, "refresh_fp32_params", lambda: None
+        )
+        refresh()
+
+    def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
+        """Let DeepSpeed write its files; it does so on all processes."""
+        assert self._prepared is not None
+        self._prepared[1].save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load_parts(
+        self, model: nn.Module, optimizer: Any, folder: Path, world_size: int
+    ) -> None:
+        """Let DeepSpeed read its files.
+
+        Raises:
+            CheckpointError: If they were written by another number of processes.
+        """
+        now = self.accelerator.num_processes
+        if world_size != now:
+            raise CheckpointError(
+                f"{folder.parent} was written by {world_size} processes, and DeepSpeed "
+                f"cannot load it on {now}. Start as many processes as then, or load "
+                "only the weights, from the model file in that folder."
+            )
+        assert self._prepared is not None
+        path, _ = self._prepared[1].load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {folder}.")

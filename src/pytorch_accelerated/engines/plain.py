@@ -1,0 +1,196 @@
+"""Weights, gradients and optimizer state that are torch's own, alone or with DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pytorch_accelerated.errors import CheckpointError
+
+
+class Engine:
+    """Weights, gradients and optimizer state are torch's own on every process.
+
+    Args:
+        accelerator: Accelerate's view of the job.
+    """
+
+    # Whether gradients are out of reach between backward and the optimizer's step.
+    owns_gradients = False
+    # Whether a process needs no other during a forward pass, nor, where gradients are
+    # not synchronised, during a backward pass.
+    computes_alone = True
+
+    @property
+    def saved_in_parts(self) -> frozenset[str]:
+        """What of a training state every process writes a part of."""
+        return frozenset()
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def check_arguments(
+        self,
+        batch_size: int | None,
+        accumulation_steps: int,
+        clip_value: float | None,
+        clip_norm: float | None,
+    ) -> None:
+        """Raise ValueError if a run cannot be made with these arguments."""
+
+    def knows(self, model: nn.Module) -> bool:
+        """Say whether an earlier run left the model in the engine's hands."""
+        return False
+
+    def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """Hand a model and its optimizer to Accelerate for training."""
+        prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+    def prepare_for_evaluation(self, model: nn.Module) -> Any:
+        """Hand a model to Accelerate for evaluation alone."""
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def release(self, model: nn.Module) -> None:
+        """Bring a plain model into the state in which it stays between runs."""
+
+    @contextmanager
+    def without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
+        """Keep gradients on their process, for all but the last batch of a window."""
+        with self.accelerator.no_sync(model):
+            yield
+
+    def clip_by_norm(self, parameters: Iterable[Tensor], norm: float) -> Any:
+        """Clip gradients by their total norm, and return that of before, 0-dim."""
+        total = self.accelerator.clip_grad_norm_(parameters, norm)
+        return total.full_tensor() if hasattr(total, "full_tensor") else total
+
+    def whole(self, tree: Any, keep: bool = True) -> Any:
+        """Return a state dict as if nothing were sharded. Called on all processes.
+
+        Args:
+            tree: A nested structure of dictionaries, lists and tensors.
+            keep: Whether this process wants it.
+        """
+        return tree
+
+    def model_state(self, model: nn.Module, keep: bool = True) -> dict[str, Any]:
+        """Return the whole state dict of a plain model. Called on all processes.
+
+        Args:
+            model: Without wrappers of distributed training.
+            keep: Whether this process wants it.
+        """
+        state: dict[str, Any] = self.whole(model.state_dict(), keep)
+        return state
+
+    def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Load a whole state dict into a plain model."""
+        model.load_state_dict(state)
+
+    def load_optimizer(
+        self, optimizer: Any, state: Mapping[str, Any], *, keep_dtypes: bool = True
+    ) -> None:
+        """Load a whole state dict into an optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            state: What its ``state_dict`` returned.
+            keep_dtypes: Whether tensors stay of the dtypes that they have in it. If
+                not, they take those of the weights.
+        """
+        load_with_dtypes(optimizer, state, keep_dtypes=keep_dtypes)
+
+    def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
+        """Write this process's part of a training state. Called on all processes."""
+
+    def load_parts(
+        self, model: nn.Module, optimizer: Any, folder: Path, world_size: int
+    ) -> None:
+        """Load what ``ShardedEngine`` wrote, on any number of processes.
+
+        Args:
+            model: The plain model.
+            optimizer: Its optimizer; None to load the weights alone.
+            folder: What was given to :meth:`save_parts`.
+            world_size: The number of processes that wrote it.
+
+        Raises:
+            CheckpointError: If another engine wrote it.
+        """
+        from pytorch_accelerated.engines import fsdp
+
+        files = list(folder.glob("part_*.pt"))
+        if len(files) != world_size:
+            raise CheckpointError(
+                f"{folder} holds the parts of {len(files)} of {world_size} processes "
+                "in the format of FSDP; those of DeepSpeed are loaded by DeepSpeed "
+                "only. Load the training state with the engine that saved it."
+            )
+        contents = fsdp.read_parts(files)
+        fsdp.load_model(model, contents["model"])
+        if optimizer is not None:
+            load_with_dtypes(
+                optimizer,
+                fsdp.optimizer_state_like(optimizer, contents["optimizer"]),
+            )
+
+
+def have_same_dtypes(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Say whether the weights in two state dicts of a model have the same dtypes."""
+    return all(
+        getattr(one.get(name), "dtype", None) == getattr(value, "dtype", None)
+        for name, value in other.items()
+    )
+
+
+def load_with_dtypes(
+    optimizer: Any, state: Mapping[str, Any], *, keep_dtypes: bool = True
+) -> None:
+    """Load a state dict into an optimizer, with the dtypes that are in it.
+
+    torch gives all tensors the dtype of their weight: states in single precision of
+    weights in half precision would be rounded.
+
+    Args:
+        optimizer: The optimizer.
+        state: What its ``state_dict`` returned.
+        keep_dtypes: False lets torch have its way: right for weights whose dtype is no
+            longer that of the saved run.
+    """
+    optimizer.load_state_dict(state)
+    # One that is made of several optimizers may have a state of another form.
+    if not keep_dtypes or not {"param_groups", "state"} <= state.keys():
+        return
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, weight in zip(numbers, weights, strict=True):
+        if number in state["state"]:
+            _restore_dtypes(optimizer.state[weight], state["state"][number])
+
+
+def _restore_dtypes(loaded: Any, saved: Mapping[Any, Any]) -> None:
+    for key, value in saved.items():
+        now = loaded.get(key)
+        if isinstance(value, Mapping) and isinstance(now, dict):
+            _restore_dtypes(now, value)
+        elif (
+            isinstance(value, Tensor)
+            and isinstance(now, Tensor)
+            and now.dtype != value.dtype
+        ):
+            loaded[key] = value.to(now.device)
+
+
+def refuse_clip_value(clip_value: float | None, engine: str) -> None:
+    """Raise ValueError if gradients are to be clipped by value."""
+    if clip_value is not None:
+        raise ValueError(
+            f"gradient_clip_value={clip_value} was given, but {engine} clips gradients "
+            "by their norm only. Use gradient_clip_norm."
+        )
