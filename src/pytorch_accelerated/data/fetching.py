@@ -19,8 +19,8 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
-from pytorch_accelerated.errors import add_note
 from pytorch_accelerated.data.order import SeededIndices
+from pytorch_accelerated.errors import add_note
 
 
 class _RandomState:
