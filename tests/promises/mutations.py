@@ -620,8 +620,8 @@ MUTATIONS = [
     Mutation(
         "placeholders: the number of epochs begun is calculated with",
         "placeholders.py",
-        "return min(num_epochs, _as_fraction(limit) / _as_fraction(steps_per_epoch))",
-        "return Fraction(math.ceil(limit / steps_per_epoch))",
+        "return min(num_epochs, Fraction(limit, num_updates)) if limit else num_epochs",
+        "return Fraction(math.ceil(limit / num_updates)) if limit else num_epochs",
         SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
     ),
     Mutation(
