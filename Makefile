@@ -49,6 +49,10 @@ test-faults: $(VENV)/.tools ## Kill, starve and damage runs, and write the table
 test-mutations: $(VENV)/.tools ## Break the library on purpose: each time a test has to fail
 	$(ONE_THREAD) $(BIN)/python tests/promises/mutations.py
 
+.PHONY: same-numbers
+same-numbers: $(VENV)/.library ## Train on this code and that of a commit: make same-numbers OLD=main
+	$(BIN)/python tests/promises/same_numbers.py --old $(OLD)
+
 .PHONY: test-integrations
 test-integrations: $(INTEGRATIONS)/deepspeed/.tools ## Run the tests with launchers, engines and other libraries
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(TORCHVISION_ON_CPU) \
