@@ -1,19 +1,60 @@
-"""Cheap checks of what a run was asked to do, before anything has changed."""
+"""Cheap checks of what a run was asked to do, before anything has changed.
+
+What makes no run is refused. What is only probably an oversight, and would go unnoticed
+for the whole run, is warned of where nothing that is meant looks the same.
+"""
 
 from __future__ import annotations
 
+import difflib
+import gc
 import inspect
 import numbers
 import operator
-from collections.abc import Mapping
-from typing import Any
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
+from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
 from pytorch_accelerated.data import length_of
+from pytorch_accelerated.errors import warn
 from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+_NUM_NAMES_SHOWN = 3
+
+# How the methods end that the trainer calls. Those that a user calls are no models for
+# misspelt names: a user's own may well be named alike (save_checkpoints).
+_ENDINGS = ("_start", "_end", "_loss", "_step", "_grad", "_dataloader", "_scheduler")
+
+# How alike a name must be to one that is called. Methods of a trainer may be called by
+# the user, and be named alike on purpose (create_test_dataloader).
+_LIKE_AN_EVENT = 0.8
+_LIKE_A_METHOD = 0.9
+
+# What other libraries call it.
+_OTHER_NAMES = {
+    "on_epoch_end": "on_training_run_epoch_end",
+    "on_train_batch_end": "on_train_step_end",
+    "on_train_start": "on_training_run_start",
+    "on_train_end": "on_training_run_end",
+    "training_step": "calculate_train_batch_loss",
+    "train_step": "calculate_train_batch_loss",
+    "compute_loss": "calculate_train_batch_loss",
+    "calculate_train_loss": "calculate_train_batch_loss",
+    "validation_step": "calculate_eval_batch_loss",
+    "eval_step": "calculate_eval_batch_loss",
+}
+
+_looked_at: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def check_is_at_least(name: str, value: Any, least: int) -> None:
@@ -189,3 +230,107 @@ def check_no_loader_arguments(
             "A ready DataLoader is used as it is, but loader arguments were given "
             f"too: {given}. Give them to the DataLoader, or pass its dataset instead."
         )
+
+
+def warn_of_untrained_parameters(trainer: Trainer) -> None:
+    """Warn of parameters that require gradients, and that no optimizer holds."""
+    model = trainer.get_model(keep_torch_compile=False)
+    if not isinstance(model, nn.Module):
+        return
+    wanting = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    _strike_out(wanting, [trainer.optimizer])
+    if wanting:
+        # A second optimizer may be kept anywhere: in a callback, or inside the first.
+        everything = gc.get_objects()
+        _strike_out(wanting, (o for o in everything if issubclass(type(o), Optimizer)))
+    if wanting:
+        names = [name.replace("_orig_mod.", "") for name in wanting.values()]
+        rest = ", ..." if len(names) > _NUM_NAMES_SHOWN else ""
+        warn(
+            "No optimizer holds these parameters of the model, which require "
+            f"gradients and will not be trained: {', '.join(names[:_NUM_NAMES_SHOWN])}"
+            f"{rest} ({len(names)} in all). Was the optimizer created before a part "
+            "of the model was replaced? Create it from the parameters that the model "
+            "has now. If they are to stay as they are, freeze them with "
+            "requires_grad_(False), which saves the time for their gradients too."
+        )
+
+
+def _strike_out(wanting: dict[int, str], optimizers: Iterable[Any]) -> None:
+    for optimizer in optimizers:
+        for group in getattr(optimizer, "param_groups", ()):
+            for parameter in group["params"]:
+                wanting.pop(id(parameter), None)
+
+
+def warn_of_misspelt_names(trainer: Trainer) -> None:
+    """Warn of methods that nobody calls, named almost like one that is called.
+
+    Each class is looked at once. What the user's own classes mention is called by them.
+    """
+    classes = {type(each) for each in (trainer, *trainer.callback_handler)}
+    new = classes.difference(_looked_at)
+    if not new:
+        return
+    _looked_at.update(new)
+    mentioned = {
+        word
+        for each in classes
+        for _, value in _members(each, of_library=False)
+        for word in _words_in(_code_of(value))
+    }
+    has_own_events = type(trainer.callback_handler) is not CallbackHandler or (
+        not mentioned.isdisjoint(("call_event", "_call_event", "_notify"))
+    )
+    events = {name for name in dir(TrainerCallback) if name.startswith("on_")}
+    for each in new:
+        own = {
+            name
+            for name, value in _members(each, of_library=False)
+            if name[0] != "_" and inspect.isroutine(value)
+        }
+        if each is type(trainer):
+            library = dict(_members(each, of_library=True))
+            steps = {name for name in library if name.endswith(_ENDINGS)}
+            _warn_of_names(each, own, mentioned, steps, _LIKE_A_METHOD)
+        elif not has_own_events:
+            own = {name for name in own if name.startswith("on_")}
+            _warn_of_names(each, own, mentioned, events, _LIKE_AN_EVENT)
+
+
+def _warn_of_names(
+    owner: type, own: set[str], mentioned: set[str], called: set[str], cutoff: float
+) -> None:
+    for name in sorted(own - called - mentioned):
+        near = difflib.get_close_matches(name, sorted(called), n=1, cutoff=cutoff)
+        meant = _OTHER_NAMES.get(name, near[0] if near else None)
+        if meant is not None and meant not in own:
+            warn(
+                f"{owner.__name__}.{name} is not what the trainer calls. Did you mean "
+                f"{meant}?"
+            )
+
+
+def _members(a_class: type, *, of_library: bool) -> Iterator[tuple[str, Any]]:
+    """Yield what a class has from the library, or what it has from its user."""
+    for each in a_class.__mro__:
+        is_of_library = each.__module__.partition(".")[0] == "pytorch_accelerated"
+        if each is not object and is_of_library == of_library:
+            yield from vars(each).items()
+
+
+def _code_of(member: Any) -> CodeType | None:
+    function = inspect.unwrap(getattr(member, "__func__", member))
+    return getattr(getattr(function, "fget", function), "__code__", None)
+
+
+def _words_in(code: CodeType | None) -> Iterator[str]:
+    """Yield the names and strings in code: what it calls, or tells others to."""
+    if code is None:
+        return
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _words_in(constant)

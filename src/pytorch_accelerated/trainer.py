@@ -52,7 +52,6 @@ from pytorch_accelerated import (
     distributed,
     engines,
     modes,
-    oversights,
     step_output,
 )
 from pytorch_accelerated.accumulation import AccumulationWindow
@@ -1618,8 +1617,8 @@ class Trainer(ResumableRun):
     def _warn_of_oversights(self) -> None:
         # DeepSpeed holds copies of the parameters, not those of the model.
         if not self._engine.owns_gradients:
-            oversights.warn_of_untrained_parameters(self)
-        oversights.warn_of_misspelt_names(self)
+            checks.warn_of_untrained_parameters(self)
+        checks.warn_of_misspelt_names(self)
 
     def _check_train_arguments(
         self,
