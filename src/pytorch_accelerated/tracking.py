@@ -11,14 +11,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-
-from pytorch_accelerated.contexts import contextmanager
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,8 +98,7 @@ class RunHistory(ABC):
         for _ in range(epoch - self.current_epoch):
             self._increment_epoch()
 
-    @contextmanager
-    def prefixed(self, prefix: str) -> Iterator[None]:
+    def prefixed(self, prefix: str) -> AbstractContextManager[None]:
         """Record metrics with another prefix inside a ``with`` block.
 
         The prefix from before comes back at the end of the block, also when the
@@ -109,26 +107,14 @@ class RunHistory(ABC):
             with run_history.prefixed("ema_model_"):
                 run_history.update_metric("accuracy", 0.9)  # ema_model_accuracy
         """
-        previous = self.metric_name_prefix
-        self.set_metric_name_prefix(prefix)
-        try:
-            yield
-        finally:
-            self.set_metric_name_prefix(previous)
+        return _Prefixed(self, prefix)
 
-    @contextmanager
-    def _evaluation(self) -> Iterator[None]:
+    def _evaluation(self) -> AbstractContextManager[None]:
         """Used by the trainer around ``evaluate()``, which is no epoch of a run.
 
         Names start with ``evaluation_``, and the epoch is 1 meanwhile.
         """
-        epoch = self.current_epoch
-        self._set_epoch(1)
-        try:
-            with self.prefixed(self.metric_name_prefix + EVALUATION_PREFIX):
-                yield
-        finally:
-            self._set_epoch(epoch)
+        return _Evaluation(self, self.metric_name_prefix + EVALUATION_PREFIX)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training state keeps of this history, as plain values.
@@ -142,6 +128,31 @@ class RunHistory(ABC):
         """Go back to a state returned by :meth:`state_dict`."""
         self.current_step = state["current_step"]
         self._set_epoch(state["current_epoch"])
+
+
+class _Prefixed(AbstractContextManager[None]):
+    """Records with another prefix, until it is left."""
+
+    def __init__(self, history: RunHistory, prefix: str) -> None:
+        self._history, self._prefix = history, prefix
+
+    def __enter__(self) -> None:
+        self._prefix_before = self._history.metric_name_prefix
+        self._history.set_metric_name_prefix(self._prefix)
+
+    def __exit__(self, *error: object) -> None:
+        self._history.set_metric_name_prefix(self._prefix_before)
+
+
+class _Evaluation(_Prefixed):
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._epoch_before = self._history.current_epoch
+        self._history._set_epoch(1)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__()
+        self._history._set_epoch(self._epoch_before)
 
 
 class MetricRecord(NamedTuple):
@@ -165,12 +176,8 @@ class MetricRecord(NamedTuple):
     unix_time: float | None
 
 
-class _Origin(NamedTuple):
-    """When a value was recorded: the last three fields of a `MetricRecord`."""
-
-    epoch: int | None = None
-    step: int | None = None
-    unix_time: float | None = None
+# When a value was recorded: the last three fields of its record.
+_Origin = tuple[int | None, int | None, float | None]
 
 
 class InMemoryRunHistory(RunHistory):
@@ -252,15 +259,13 @@ class InMemoryRunHistory(RunHistory):
                 too, ``<name>_<key>``.
         """
         name = self._full_name(metric_name)
-        plain_name = name.removeprefix(self._prefix)
         outer_prefix = self._prefix.removesuffix(EVALUATION_PREFIX)
+        plain_name = name.removeprefix(self._prefix)
         is_evaluation = outer_prefix != self._prefix
         epoch = None if is_evaluation else self._current_epoch
         value = _without_device(metric_value)
         with _LOCK:
-            self._add(
-                [MetricRecord(name, value, epoch, self.current_step, time.time())]
-            )
+            self._add(name, value, (epoch, self.current_step, time.time()))
             self._evaluated.pop(name, None)
             if is_evaluation:
                 self._evaluated[outer_prefix + plain_name] = name
@@ -285,9 +290,7 @@ class InMemoryRunHistory(RunHistory):
         with _LOCK:
             del self._metrics[name]
             self._origins.pop(name, None)
-            for plain_name, evaluated in list(self._evaluated.items()):
-                if evaluated == name:
-                    del self._evaluated[plain_name]
+        self._evaluated = {k: v for k, v in self._evaluated.items() if v != name}
 
     @property
     def current_epoch(self) -> int:
@@ -358,32 +361,20 @@ class InMemoryRunHistory(RunHistory):
         """Replace the whole history by what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state lacks an entry; the history is then as before.
+            KeyError: If the state lacks an entry; the history is then as before.
         """
-        expected = ("current_epoch", "current_step", "metric_name_prefix", "metrics")
-        missing = [key for key in expected if key not in state]
-        if missing:
-            raise ValueError(
-                f"The state of a run history lacks {', '.join(missing)}; it holds "
-                f"{', '.join(map(str, state)) or 'nothing'}. Pass what to_dict() or "
-                "state_dict() returned."
-            )
-        records = [
-            MetricRecord(name, *row)
-            for name, columns in state["metrics"].items()
-            for row in zip(
-                columns["value"],
-                columns["epoch"],
-                columns["step"],
-                columns["unix_time"],
-                strict=True,
-            )
-        ]
+        columns = state["metrics"]
+        values = {name: list(columns[name]["value"]) for name in columns}
+        origins = {
+            name: list(zip(of["epoch"], of["step"], of["unix_time"], strict=True))
+            for name, of in columns.items()
+        }
+        epoch, step = state["current_epoch"], state["current_step"]
+        prefix = state["metric_name_prefix"]
         self.reset()
-        self._add(records)
-        self._current_epoch = state["current_epoch"]
-        self.current_step: int = state["current_step"]
-        self._prefix = state["metric_name_prefix"]
+        self._metrics.update(values)
+        self._origins.update(origins)
+        self._current_epoch, self.current_step, self._prefix = epoch, step, prefix
 
     def save_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write the history to a file of JSON lines, one recorded value a line.
@@ -396,14 +387,10 @@ class InMemoryRunHistory(RunHistory):
         """
         file = Path(os.path.realpath(path))
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [
-            json.dumps({**record._asdict(), "value": _plain(record.value)}) + "\n"
-            for record in self.records()
-            if _is_plain(_plain(record.value))
-        ]
+        lines = [json.dumps(record._asdict()) for record in self._plain_records()]
         temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
         try:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
@@ -415,22 +402,14 @@ class InMemoryRunHistory(RunHistory):
         The file holds values only. So the history comes back without a prefix, at the
         last epoch and step that a value was recorded in; use :meth:`to_dict` where a
         run is to continue exactly.
-
-        Raises:
-            ValueError: If a line is not a record of a metric; the message names it.
         """
-        with open(path, encoding="utf-8") as file:
-            records = [
-                _parse_record(line, f"Line {number} of {os.fspath(path)}")
-                for number, line in enumerate(file, start=1)
-                if line.strip()
-            ]
         history = cls()
-        history._add(records)
-        epochs = [record.epoch for record in records if record.epoch is not None]
-        steps = [record.step for record in records if record.step is not None]
-        history._current_epoch = max(epochs, default=1)
-        history.current_step = max(steps, default=0)
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                record = MetricRecord(**json.loads(line))
+                history._add(record.name, record.value, record[2:])
+                history._current_epoch = max(history._current_epoch, record.epoch or 1)
+                history.current_step = max(history.current_step, record.step or 0)
         return history
 
     def to_pandas(self) -> pd.DataFrame:
@@ -439,17 +418,10 @@ class InMemoryRunHistory(RunHistory):
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas() needs pandas, which is not installed. Install it with: "
-                "pip install 'pytorch-accelerated[pandas]'"
-            ) from error
-        table: pd.DataFrame = pd.DataFrame(
-            [record for record in self.records() if is_number(record.value)],
-            columns=list(MetricRecord._fields),
-        )
+        import pandas as pd
+
+        numbers = [record for record in self.records() if is_number(record.value)]
+        table: pd.DataFrame = pd.DataFrame(numbers, columns=list(MetricRecord._fields))
         return table
 
     def _names(self) -> list[str]:
@@ -464,29 +436,37 @@ class InMemoryRunHistory(RunHistory):
         known = ", ".join(self._names()) or "nothing"
         return f"No metric named {name!r} in the run history; recorded so far: {known}."
 
-    def _columns(self, name: str) -> dict[str, list[Any]]:
-        kept = [
-            (plain, *origin)
-            for _, value, *origin in self.records(name)
-            if _is_plain(plain := _plain(value))
+    def _plain_records(self, name: str | None = None) -> list[MetricRecord]:
+        """Return the records that can be written, with what they hold in plain values.
+
+        Args:
+            name: The metric, by default all.
+        """
+        return [
+            record._replace(value=plain)
+            for record in self.records(name)
+            if _is_plain(plain := _plain(record.value))
         ]
-        keys = ("value", *_Origin._fields)
-        return {key: [row[i] for row in kept] for i, key in enumerate(keys)}
+
+    def _columns(self, name: str) -> dict[str, list[Any]]:
+        records = self._plain_records(name)
+        return {
+            column: [getattr(record, column) for record in records]
+            for column in MetricRecord._fields[1:]
+        }
 
     def _origins_of(self, name: str) -> list[_Origin]:
         """Return the origins of a metric's values, as many as there are values."""
         num_values = len(self._metrics.get(name, ()))
         origins = self._origins.setdefault(name, [])
         del origins[num_values:]
-        origins.extend([_Origin()] * (num_values - len(origins)))
+        origins.extend([(None, None, None)] * (num_values - len(origins)))
         return origins
 
-    def _add(self, records: Iterable[MetricRecord]) -> None:
-        with _LOCK:
-            for name, value, epoch, step, unix_time in records:
-                origins = self._origins_of(name)
-                self._metrics[name].append(value)
-                origins.append(_Origin(epoch, step, unix_time))
+    def _add(self, name: str, value: Any, origin: _Origin) -> None:
+        origins = self._origins_of(name)
+        self._metrics[name].append(value)
+        origins.append(origin)
 
 
 class _Float(float):
@@ -552,17 +532,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(member) for member in value)
     return value is None or isinstance(value, (int, float, str))
-
-
-def _parse_record(line: str, place: str) -> MetricRecord:
-    """Return the record in a line of JSON, or say what is wrong in which place."""
-    try:
-        return MetricRecord(**json.loads(line))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{place} is not a record of a metric: {line.strip()[:80]!r}. Expected a "
-            f"JSON object with the keys {', '.join(MetricRecord._fields)}."
-        ) from error
 
 
 class LossTracker:
