@@ -30,7 +30,7 @@ from pytorch_accelerated.errors import (
     TrainingWarning,
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
-from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.trainer import Trainer
 
 
 class Augmented(Dataset):
@@ -341,35 +341,6 @@ def test_resuming_with_another_idea_of_a_schedule_is_refused(
     train(then)
     with pytest.raises(ValueError, match="Give the create_scheduler_fn of that run"):
         train(now, resume_from=tmp_path / "final")
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_more_epochs_than_a_schedule_of_torch_was_made_for_are_refused(
-    create_trainer, samples, tmp_path, drop_last
-):
-    def train(num_epochs, **kwargs):
-        trainer = create_trainer([SaveTrainingStateCallback(tmp_path)])
-        trainer.train(
-            samples(5),
-            num_epochs,
-            per_device_batch_size=2,
-            train_dataloader_kwargs={"drop_last": drop_last},
-            create_scheduler_fn=partial(
-                OneCycleLR,
-                max_lr=0.1,
-                epochs=TrainerPlaceholderValues.NUM_EPOCHS,
-                steps_per_epoch=TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
-            ),
-            **kwargs,
-        )
-        return trainer.num_updates
-
-    in_epoch = 2 if drop_last else 3
-    assert train(2) == train(2, resume_from="auto") == 2 * in_epoch
-    if not drop_last:  # otherwise torch says it
-        with pytest.raises(CheckpointError, match=r"after 6 updates.* would make 9"):
-            train(3, resume_from="auto")
-    assert train(4, resume_from="auto", max_num_train_steps=2) == 2 * in_epoch
 
 
 def test_a_limit_on_the_batches_is_not_taken_for_a_longer_run(

@@ -8,8 +8,8 @@ import torch
 
 from pytorch_accelerated import last_words
 from pytorch_accelerated.errors import add_note
-from pytorch_accelerated.progress import RunProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
+from pytorch_accelerated.state import RunProgress
 
 _CPU_IS_OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",

@@ -23,6 +23,7 @@ from accelerate.utils import (
     gather,
     gather_object,
     pad_across_processes,
+    reduce,
 )
 from torch import Tensor, nn
 
@@ -179,6 +180,12 @@ def is_on_all_processes(error: BaseException) -> bool:
 def settle(error: BaseException) -> None:
     """Note that an error has ended a run: the same one may be raised in another."""
     set_attribute(error, "_is_on_all_processes", False)
+
+
+def add_up(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of the tensors that the processes pass. Collective."""
+    total: Tensor = reduce(tensor.to(device), "sum")
+    return total
 
 
 def from_main_process(value: int, device: torch.device) -> int:

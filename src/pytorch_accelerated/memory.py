@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from pytorch_accelerated import checkpoint, data, distributed
 from pytorch_accelerated.diagnosis import is_out_of_memory
-from pytorch_accelerated.progress import RunProgress
-from pytorch_accelerated.tracking import LossTracker
-
-if TYPE_CHECKING:
-    from pytorch_accelerated.trainer import Trainer
+from pytorch_accelerated.engines import Engine
+from pytorch_accelerated.means import Means
+from pytorch_accelerated.run import Run
+from pytorch_accelerated.state import ProcessState, RunProgress
 
 
 class BatchesTooLargeError(Exception):
@@ -35,28 +34,28 @@ class BatchShrinker:
     are averaged after the last backward pass of a window and not during it.
 
     Args:
-        trainer: The trainer, prepared for a run.
+        run: The run.
+        model: The model, prepared for it.
+        engine: What holds its gradients.
 
     Raises:
         ValueError: If batches of this run cannot be made smaller.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._model: Any = trainer.model
-        self._is_alone = trainer._accelerator.num_processes == 1
+    def __init__(self, run: Run, model: Any, engine: Engine) -> None:
+        self._run = run
+        self._model = model
+        self._engine = engine
+        self._is_alone = run.config.num_processes == 1
         self._start: _WindowStart | None = None
         self._check_is_possible()
 
-    def attempt(
-        self, forward_and_backward: Callable[[], Any], step: int, closes_window: bool
-    ) -> Any:
+    def attempt(self, forward_and_backward: Callable[[], Any], step: int) -> Any:
         """Do the passes of a batch, and average the gradients if it ends a window.
 
         Args:
             forward_and_backward: Does the passes.
             step: Number of the batch in the epoch, from 0.
-            closes_window: Whether an update follows.
 
         Returns:
             What the passes returned.
@@ -65,12 +64,12 @@ class BatchShrinker:
             BatchesTooLargeError: On all processes, if memory ran out on any of them and
                 the window can be done again.
         """
-        trainer = self._trainer
-        if step % trainer._window.num_steps == 0:
+        run = self._run
+        if step % run.accumulation.num_steps == 0:
             self._start = self._start_of_window()
         can_shrink = self._start is not None and self._smaller_batch_size() is not None
         output, error, is_exhausted = None, None, False
-        with trainer._without_gradient_sync():
+        with self._engine.without_gradient_sync(self._model):
             try:
                 output = forward_and_backward()
             except Exception as raised:
@@ -79,89 +78,88 @@ class BatchShrinker:
                 # An error that is kept would keep the graph with it.
                 is_exhausted, error = True, None if can_shrink else raised
         if is_exhausted:
-            trainer._window.choose_without_batch()
+            run.accumulation.choose_without_batch()
         if not can_shrink:
-            trainer.raise_on_all(error)
-        elif trainer.agree(is_exhausted):
+            distributed.raise_on_all(error)
+        elif distributed.agree(is_exhausted):
             raise BatchesTooLargeError
-        if closes_window and not self._is_alone:
+        if run.window is not None and run.window.is_complete and not self._is_alone:
             distributed.average_gradients(self._model.parameters())
             self._model.require_forward_param_sync = True
         return output
 
-    def shrink(self) -> None:
-        """Go back to the start of the window, with smaller batches from there on."""
-        trainer, start = self._trainer, self._start
-        smaller = self._smaller_batch_size()
+    def shrink(self) -> str:
+        """Go back to the start of the window, with smaller batches from there on.
+
+        Returns:
+            What is done, in words.
+        """
+        run, start, smaller = self._run, self._start, self._smaller_batch_size()
+        config, layout = run.config, run.layout()
         assert start is not None
         assert smaller is not None
-        config = trainer.run_config
+        assert layout is not None
         assert config.train_per_device_batch_size is not None
         accumulation = config.gradient_accumulation_steps * (
             config.train_per_device_batch_size // smaller
         )
-        trainer.print(
-            f"Memory was exhausted with batches of {config.train_per_device_batch_size}"
-            f" samples: going on with {smaller}, and gradient_accumulation_steps="
-            f"{accumulation}"
-        )
-        trainer.optimizer_zero_grad()
         clear_device_cache(garbage_collection=True)
-
-        trainer._progress = replace(
+        run.progress = replace(
             start.progress,
             step=0,
-            first_sample=trainer._batch_layout().num_samples_done(start.progress) or 0,
+            first_sample=layout.num_samples_done(start.progress) or 0,
         )
-        trainer._publish_progress()
-        trainer._loss_tracker, trainer._scalar_trackers = start.trackers
-        trainer._resume_state["random_states"] = start.random_states
+        run.publish_progress()
+        run.means = start.means
+        run.resumed = ProcessState(random_states=start.random_states)
         for buffer, value in zip(self._model.buffers(), start.buffers, strict=True):
             buffer.copy_(value)
-
-        trainer._train_dataloader.use_batch_size(smaller)
-        trainer.run_config = replace(
+        run.train_dataloader.use_batch_size(smaller)
+        run.config = replace(
             config,
             train_per_device_batch_size=smaller,
             gradient_accumulation_steps=accumulation,
             train_dl_kwargs={**(config.train_dl_kwargs or {}), "batch_size": smaller},
         )
-        trainer._window = trainer._create_window()
+        run.accumulation = run.accumulation.with_num_steps(accumulation)
         self._start = None
+        return (
+            f"Memory was exhausted with batches of {config.train_per_device_batch_size}"
+            f" samples: going on with {smaller}, and gradient_accumulation_steps="
+            f"{accumulation}"
+        )
 
     def _smaller_batch_size(self) -> int | None:
         """Return the largest that a window is a whole number of, None if there is none.
 
         It is half of the present one where that is even.
         """
-        batch_size = self._trainer.run_config.train_per_device_batch_size
+        batch_size = self._run.config.train_per_device_batch_size
         assert batch_size is not None
         sizes = range(batch_size // 2, 0, -1)
         return next((size for size in sizes if batch_size % size == 0), None)
 
     def _start_of_window(self) -> _WindowStart:
-        trainer = self._trainer
         if not self._is_alone:
             # DDP would do it in the next forward pass, which not every process may
             # reach.
             distributed.same_on_all_processes(self._model.buffers())
             self._model.require_forward_param_sync = False
         return _WindowStart(
-            progress=replace(trainer._progress),
-            trackers=copy.deepcopy((trainer._loss_tracker, trainer._scalar_trackers)),
+            progress=replace(self._run.progress),
+            means=copy.deepcopy(self._run.means),
             random_states=checkpoint.get_random_states(),
             buffers=[buffer.clone() for buffer in self._model.buffers()],
         )
 
     def _check_is_possible(self) -> None:
-        trainer = self._trainer
         reason = ""
-        if not isinstance(trainer._train_dataloader, data.PlannedLoader):
+        if not isinstance(self._run.train_dataloader, data.PlannedLoader):
             reason = (
                 "needs batches that the trainer makes itself: a map-style dataset, "
                 "without a sampler or loader of yours, and no limit on the batches"
             )
-        elif not trainer._engine.computes_alone:
+        elif not self._engine.computes_alone:
             reason = (
                 "cannot work with FSDP or DeepSpeed, whose processes need each other "
                 "in the middle of a pass"
@@ -182,6 +180,6 @@ class _WindowStart:
     """What the steps of a window change, besides gradients, as it was before them."""
 
     progress: RunProgress
-    trackers: tuple[LossTracker, dict[str, LossTracker]]
+    means: Means
     random_states: dict[str, Any]
     buffers: list[Tensor]

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.errors import warn
 
 
@@ -33,20 +32,20 @@ def start_training(model: nn.Module, plain: nn.Module) -> None:
     _set([(m, m.training and m not in kept) for m in plain.modules()])
 
 
-@contextmanager
-def kept(model: nn.Module, plain: nn.Module) -> Iterator[None]:
-    """Put all modules back into their modes after the block.
+def of(plain: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Return each module of a model without wrappers, with whether it is training."""
+    return [(module, module.training) for module in plain.modules()]
+
+
+def put_back(model: nn.Module, modes: list[tuple[nn.Module, bool]]) -> None:
+    """Put all modules back into their modes.
 
     Args:
         model: The model, perhaps wrapped.
-        plain: The same without wrappers.
+        modes: What :func:`of` returned.
     """
-    modes = [(module, module.training) for module in plain.modules()]
-    try:
-        yield
-    finally:
-        model.train(modes[0][1])
-        _set(modes)
+    model.train(modes[0][1])
+    _set(modes)
 
 
 def _set(modes: Iterable[tuple[nn.Module, bool]]) -> None:

@@ -32,15 +32,14 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -51,10 +50,11 @@ from pytorch_accelerated import (
     data,
     distributed,
     engines,
+    events,
     modes,
+    saving,
     step_output,
 )
-from pytorch_accelerated.accumulation import AccumulationWindow
 from pytorch_accelerated.advice import advice_for
 from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks import (
@@ -67,43 +67,26 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
 )
-from pytorch_accelerated.contexts import contextmanager
-from pytorch_accelerated.data import sharing
-from pytorch_accelerated.diagnosis import explain
 from pytorch_accelerated.engines import launch
-from pytorch_accelerated.errors import (
-    CheckpointError,
-    NonFiniteLossError,
-    StopTrainingError,
-    TrainingInterruptedError,
-    warn,
-)
+from pytorch_accelerated.errors import CheckpointError, warn
+from pytorch_accelerated.means import LossTracker, Means
 from pytorch_accelerated.memory import BatchesTooLargeError, BatchShrinker
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
 )
-from pytorch_accelerated.progress import RunProgress, Stage
-from pytorch_accelerated.resumable import ResumableRun
-from pytorch_accelerated.resuming import (
-    BatchLayout,
-    set_gradients,
-    skip_batches,
-)
+from pytorch_accelerated.run import Aside, Run, UnderWay, create_run_config, of_run
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.schedulers.scheduler_base import (
-    StatefulSchedulerBase,
-    forget_start_if_set_by_hand,
-    remember_scheduled_values,
-)
+from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.state import Stage
 from pytorch_accelerated.step_output import NumItems
 from pytorch_accelerated.tracking import (
     EVALUATION_PREFIX,
     INTERMEDIATE_PREFIX,
     InMemoryRunHistory,
-    LossTracker,
     RunHistory,
 )
+from pytorch_accelerated.window import Accumulation
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -121,22 +104,6 @@ _EVENTS_OF_A_STEP = (
     "on_train_step_end",
 )
 
-# What evaluate() and predict() set, besides what they leave for their caller to read.
-_REPLACED_BY_AN_EVALUATION = (
-    "model",
-    "eval_dataset",
-    "collate_fn",
-    "run_config",
-    "interrupted",
-    "_noted_error",
-    "_batch_output",
-    "_loaders_made",
-    "_train_dataloader",
-    "_eval_dataloader",
-    "_train_dl_kwargs",
-    "_eval_dl_kwargs",
-)
-
 DEFAULT_CALLBACKS: tuple[type[TrainerCallback], ...] = (
     MoveModulesToDeviceCallback,
     TerminateOnNaNCallback,
@@ -146,7 +113,7 @@ DEFAULT_CALLBACKS: tuple[type[TrainerCallback], ...] = (
 )
 
 
-class Trainer(ResumableRun):
+class Trainer:
     """Trains and evaluates a PyTorch model, on whatever Accelerate was launched on.
 
     ::
@@ -177,6 +144,30 @@ class Trainer(ResumableRun):
             ``{"mixed_precision": "bf16"}``.
     """
 
+    # Names that belong to the run under way, or to the last one.
+    run_config: TrainerRunConfig = of_run("config")
+    eval_dataset: Any = of_run("eval_dataset")
+    collate_fn: Callable[[list[Any]], Any] | None = of_run("collate_fn")
+    interrupted: bool = of_run("interrupted")
+    _train_dataloader: Any = of_run("train_dataloader")
+    _eval_dataloader: Any = of_run("eval_dataloader")
+    _train_dl_kwargs: dict[str, Any] | None = of_run("train_dl_kwargs")
+    _eval_dl_kwargs: dict[str, Any] | None = of_run("eval_dl_kwargs")
+    _loss_tracker: LossTracker = of_run("means.loss")
+
+    # Those of the training run: an evaluation leaves them as they are.
+    train_dataset: Any = of_run("training.train_dataset")
+    create_scheduler_fn: Callable[..., Any] | None = of_run(
+        "training.create_scheduler_fn"
+    )
+    scheduler: Any = of_run("training.scheduler")
+    num_updates: int | None = of_run("training.num_updates")
+    num_steps: int | None = of_run("training.num_steps")
+    num_samples_seen: int | None = of_run("training.num_samples_seen")
+    gradient_norm: Tensor | None = of_run("training.gradient_norm")
+    has_failed: bool = of_run("training.has_failed")
+    is_resumed: bool = of_run("training.is_resumed")
+
     @names_what_was_meant
     def __init__(
         self,
@@ -190,6 +181,7 @@ class Trainer(ResumableRun):
         seed: int | None = None,
         accelerator_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        self._run = Run()
         self.model: nn.Module = model
         self.loss_func = loss_func
         self.optimizer = optimizer
@@ -205,60 +197,16 @@ class Trainer(ResumableRun):
         self._accelerator: Accelerator = self._create_accelerator()
         self._engine = engines.create_engine(self._accelerator)
         self._mixed_precision = self._accelerator.mixed_precision
-        self._loss_tracker = LossTracker()
-        self._scalar_trackers: dict[str, LossTracker] = {}
-
-        # What a call of train() or evaluate() sets.
-        self.train_dataset: Any = None
-        self.eval_dataset: Any = None
-        self.collate_fn: Callable[[list[Any]], Any] | None = None
-        self.create_scheduler_fn: Callable[..., Any] | None = None
-        self.scheduler: Any = None
-        self.run_config: TrainerRunConfig = None  # type: ignore[assignment]
-        self.num_updates: int | None = None
-        self.num_steps: int | None = None
-        self.num_samples_seen: int | None = None
-        self.gradient_norm: Tensor | None = None
         self.eval_batch_limit: int | None = None
-        self.interrupted: bool = False
-        self.has_failed: bool = False
-        self.is_resumed: bool = False
         self.last_checkpoint: str | None = None
         self._pad_uneven_eval_batches = False
-        self._train_dataloader: Any = None
-        self._last_trained_on: tuple[Any, BatchLayout | None] = None, None
-        self._eval_dataloader: Any = None
-        self._train_dl_kwargs: dict[str, Any] | None = None
-        self._eval_dl_kwargs: dict[str, Any] | None = None
-
         # How the runs of this trainer go on from each other.
         self._num_runs = 0
-        self._run_number = 0
         self._run_id: str | None = None
-        self._asked_to_resume_from: str | os.PathLike[str] | None = None
-        self._found: checkpoint.Checkpoint | None = None
-        self._data_seed = 0
-        self._progress = RunProgress()
-        self._plateau_metric = "eval_loss_epoch"
-        self._last_lr: list[float | Tensor] | None = None
-        self._update_limit: int | None = None
-        self._window = AccumulationWindow(1)
-        self._backward_is_plain = False
-        self._noted_error: Exception | None = None
-        self._batch_output: dict[str, Any] | None = None
-        self._agrees_after_updates = False
-        self._shrinker: BatchShrinker | None = None
-        self._prepared_model: distributed.PreparedModel | None = None
-        self._plain_optimizer: torch.optim.Optimizer | None = None
-        self._loaders_made: list[Any] = []
-        self._loaded_state: dict[str, Any] = {}
-        self._resume_state: dict[str, Any] = {}
-        self._epoch_random_states: dict[str, Any] | None = None
-        self._ahead_random_states: dict[str, Any] | None = None
-        self._background_writer = checkpoint.BackgroundWriter()
+        self._writer = checkpoint.BackgroundWriter()
         self._being_saved: str | None = None
 
-        self._call_event("on_init_end")
+        events.tell(self, "on_init_end")
 
     # --------------------------------------------------------------------- the runs
 
@@ -328,45 +276,32 @@ class Trainer(ResumableRun):
             ValueError: If the arguments cannot make a run; nothing has changed then.
             NonFiniteLossError: If the loss became NaN or infinite.
         """
-        self._check_train_arguments(
-            train_dataset,
-            num_epochs,
-            max_num_train_steps,
-            gradient_accumulation_steps,
-            gradient_clip_value,
-            gradient_clip_norm,
-            create_scheduler_fn,
+        run = Run(
+            is_training=True,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            collate_fn=collate_fn,
+            create_scheduler_fn=create_scheduler_fn,
+            max_num_train_steps=max_num_train_steps,
+            plateau_metric=plateau_metric,
+            resume_from=resume_from,
         )
-        self._engine.check_arguments(
-            data.batch_size_of_loader(
-                train_dataset, train_dataloader_kwargs, per_device_batch_size
-            ),
-            gradient_accumulation_steps,
-            gradient_clip_value,
-            gradient_clip_norm,
-        )
-        checks.check_dataset_is_not_empty(eval_dataset, "eval_dataset")
-        if self._num_runs == 0 and self.optimizer is not None:
-            modes.warn_of_sleeping_submodules(self.model, self.optimizer)
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
-        self.create_scheduler_fn = create_scheduler_fn
-        self.collate_fn = collate_fn
-        self._plateau_metric = plateau_metric
-        self._update_limit = max_num_train_steps
-        self._asked_to_resume_from = resume_from
-        resume_from = self._resolve_resume_from(resume_from)
-        if reset_run_history and resume_from is None:
-            self.run_history.reset()
+        asked = {
+            "num_epochs": num_epochs,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "max_num_train_steps": max_num_train_steps,
+            "per_device_batch_size": per_device_batch_size,
+            "gradient_clip_value": gradient_clip_value,
+        }
         # Arguments that 0.1.61 did not have reach an override only when they are used.
-        clip_norm = (
-            {}
-            if gradient_clip_norm is None
-            else {"gradient_clip_norm": gradient_clip_norm}
-        )
+        if gradient_clip_norm is not None:
+            asked["gradient_clip_norm"] = gradient_clip_norm
+        self._check_can_train(run, asked, train_dataloader_kwargs)
+        saving.find_state(self, run)
+        if reset_run_history and run.state_to_resume is None:
+            self.run_history.reset()
 
-        self._begin_run()
-        try:
+        with UnderWay(self, run):
             self._train_dataloader = self.create_train_dataloader(
                 batch_size=per_device_batch_size,
                 train_dl_kwargs=train_dataloader_kwargs,
@@ -376,30 +311,17 @@ class Trainer(ResumableRun):
                     batch_size=eval_per_device_batch_size or per_device_batch_size,
                     eval_dl_kwargs=eval_dataloader_kwargs,
                 )
-            self._prepare_model_optimizer_and_dataloaders()
-            self._limit_batches()
-            self.run_config = self._create_run_config(
-                num_epochs=num_epochs,
-                gradient_accumulation_steps=gradient_accumulation_steps,
-                max_num_train_steps=max_num_train_steps,
-                per_device_batch_size=per_device_batch_size,
-                gradient_clip_value=gradient_clip_value,
-                **clip_norm,
-            )
-            self._check_eval_batch_size()
-            self.scheduler = None
+            self._prepare(asked)
+            run.accumulation = self._create_accumulation()
+            if halve_batch_if_out_of_memory:
+                run.shrinker = BatchShrinker(run, self.model, self._engine)
             if create_scheduler_fn is not None:
                 self.scheduler = self.create_scheduler()
-            if resume_from is not None:
-                self._resume(resume_from)
-            self._prepare_callbacks()
-            self._window = self._create_window()
-            if halve_batch_if_out_of_memory:
-                self._shrinker = BatchShrinker(self)
+            self.callback_handler.call_event("_forget_earlier_runs", self)
+            if run.state_to_resume is not None:
+                saving.resume(self)
             self._start_schedule()
             self._run_training()
-        finally:
-            self._end_run()
         return self.run_history
 
     @names_what_was_meant
@@ -429,13 +351,10 @@ class Trainer(ResumableRun):
         Raises:
             ValueError: If there is nothing to evaluate on.
         """
+        run = self._run_for_evaluation(dataset, collate_fn)
         recorded = self._count_recorded_metrics()
-        with (
-            self.run_history._evaluation(),
-            self._prepared_to_evaluate(
-                dataset, per_device_batch_size, dataloader_kwargs, collate_fn
-            ),
-        ):
+        with self.run_history._evaluation(), UnderWay(self, run):
+            self._prepare_evaluation(per_device_batch_size, dataloader_kwargs)
             self._run_evaluation()
         return {
             name: list(self.run_history.get_metric_values(name))[-1]
@@ -468,80 +387,29 @@ class Trainer(ResumableRun):
         Raises:
             ValueError: If there is nothing to predict.
         """
+        run = self._run_for_evaluation(dataset, collate_fn)
         predictions = []
-        with (
-            self._prepared_to_evaluate(
-                dataset, per_device_batch_size, dataloader_kwargs, collate_fn
-            ),
-            self._modes_and_trackers_kept(),
-            torch.no_grad(),
-        ):
-            self.model.eval()
-            for batch in self._eval_dataloader:
-                gathered = self.gather(self.calculate_predictions(batch))
-                predictions.append(distributed.map_tensors(Tensor.cpu, gathered))
+        with UnderWay(self, run), torch.no_grad():
+            self._prepare_evaluation(per_device_batch_size, dataloader_kwargs)
+            with Aside(self):
+                self.model.eval()
+                for batch in self._eval_dataloader:
+                    gathered = self.gather(self.calculate_predictions(batch))
+                    predictions.append(distributed.map_tensors(Tensor.cpu, gathered))
         return distributed.map_tensors(_concatenate, *predictions)
-
-    @contextmanager
-    def _prepared_to_evaluate(
-        self,
-        dataset: Any,
-        per_device_batch_size: int,
-        dataloader_kwargs: Mapping[str, Any] | None,
-        collate_fn: Callable[[list[Any]], Any] | None,
-    ) -> Iterator[None]:
-        """Prepare everything for a run that does not train, and end it."""
-        if dataset is None:
-            raise ValueError("A dataset or a DataLoader is needed, got None.")
-        checks.check_dataset_is_not_empty(dataset, "dataset")
-        with self._run_under_way_kept():
-            self.eval_dataset = dataset
-            self.collate_fn = collate_fn
-            self._begin_run(is_training=False)
-            self._eval_dataloader = self.create_eval_dataloader(
-                batch_size=per_device_batch_size, eval_dl_kwargs=dataloader_kwargs
-            )
-            self._prepare_model_optimizer_and_dataloaders()
-            self._limit_batches()
-            self.run_config = self._create_run_config(
-                num_epochs=1,
-                gradient_accumulation_steps=1,
-                max_num_train_steps=None,
-                per_device_batch_size=per_device_batch_size,
-                gradient_clip_value=None,
-            )
-            self._check_eval_batch_size()
-            yield
-
-    @contextmanager
-    def _run_under_way_kept(self) -> Iterator[None]:
-        """End the run that begins in the block, or put back the one that it is amid."""
-        if self._prepared_model is None:
-            try:
-                yield
-            finally:
-                self._end_run()
-            return
-        outer = {name: getattr(self, name) for name in _REPLACED_BY_AN_EVALUATION}
-        random_states = checkpoint.get_random_states()
-        try:
-            yield
-        finally:
-            self._stop_workers()
-            vars(self).update(outer)
-            checkpoint.set_random_states(random_states)
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""
-        with self._ended_by("training_run_end"):
-            self._call(self.training_run_start)
-            self._notify("on_training_run_start")
+        run = self._run
+        with events.Ending(self, "training_run_end"):
+            events.call(self, self.training_run_start)
+            events.announce(self, "on_training_run_start")
             self._warn_of_oversights()
-            for _ in range(self._progress.epochs_done, self.run_config.num_epochs):
-                at_start = self._progress.is_at_epoch_start
-                if (at_start and self._are_updates_used_up()) or self._run_epoch():
+            for _ in range(run.progress.epochs_done, run.config.num_epochs):
+                at_start = run.progress.is_at_epoch_start
+                if (at_start and run.is_used_up) or self._run_epoch():
                     self.print(
-                        f"Stopping after {self._progress.num_updates} updates, "
+                        f"Stopping after {run.progress.num_updates} updates, "
                         "as max_num_train_steps asks"
                     )
                     break
@@ -549,34 +417,34 @@ class Trainer(ResumableRun):
 
     def _run_evaluation(self) -> None:
         """Evaluate once, between the events of the run."""
-        with self._ended_by("evaluation_run_end"):
-            self._call(self.evaluation_run_start)
-            self._notify("on_evaluation_run_start")
+        with events.Ending(self, "evaluation_run_end"):
+            events.call(self, self.evaluation_run_start)
+            events.announce(self, "on_evaluation_run_start")
             self._run_eval_epoch(self._eval_dataloader, is_training=False)
 
     # ------------------------------------------------------------------- the epochs
 
     def _run_epoch(self) -> bool:
         """Train and evaluate for an epoch; say whether it must be the last."""
-        is_over = self._are_updates_used_up()
-        if self._progress.step == 0 or self._progress.stage is not Stage.TRAINING:
-            self._restore_random_states()
-        if self._progress.stage is Stage.TRAINING:
+        run, progress = self._run, self._run.progress
+        is_over = run.is_used_up
+        run.take_up_between_steps()
+        if progress.stage is Stage.TRAINING:
             # Here, for a loop over the loader that the user has written.
-            self._set_epoch_of(self._train_dataloader)
-            num_updates = self._progress.num_updates
+            run.set_epoch_of(self._train_dataloader, self.run_history.current_epoch)
+            num_updates = progress.num_updates
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
-            if self._progress.num_updates == num_updates and not is_over:
+            if progress.num_updates == num_updates and not is_over:
                 self._warn_of_uncounted_updates()
-        if self._progress.stage is not Stage.ENDED:
-            is_evaluated = self._progress.stage is Stage.EVALUATED
-            if self.eval_dataset is not None and not is_evaluated:
+        progress = run.progress
+        if progress.stage is not Stage.ENDED:
+            if self.eval_dataset is not None and progress.stage is not Stage.EVALUATED:
                 self._run_eval_epoch(self._eval_dataloader)
             self._step_scheduler_after_epoch()
-            self._progress.stage = Stage.ENDED
-            self._call(self.training_run_epoch_end)
-            self._notify("on_training_run_epoch_end")
-        self._progress.start_next_epoch()
+            progress.stage = Stage.ENDED
+            events.call(self, self.training_run_epoch_end)
+            events.announce(self, "on_training_run_epoch_end")
+        progress.start_next_epoch()
         self.run_history._increment_epoch()
         return is_over
 
@@ -589,58 +457,68 @@ class Trainer(ResumableRun):
         Returns:
             Whether the updates that the run may make are used up.
         """
-        if self._progress.stage is not Stage.TRAINING:
-            self._progress.start_next_epoch()  # a run of the user's own does not say so
-        self._call(self.train_epoch_start)
-        self._reset_trackers()
-        self._notify("on_train_epoch_start")
-        self._agrees_after_updates = self._accelerator.num_processes > 1 and self.agree(
+        run = self._run
+        if run.progress.stage is not Stage.TRAINING:
+            run.progress.start_next_epoch()  # a run of the user's own does not say so
+        events.call(self, self.train_epoch_start)
+        if not run.progress.is_amid_epoch:
+            run.means = Means()
+        events.announce(self, "on_train_epoch_start")
+        run.agrees_after_updates = self._accelerator.num_processes > 1 and self.agree(
             self.callback_handler.may_stop_alone(_EVENTS_OF_A_STEP)
         )
         is_over = self._run_train_steps(train_dl)
-        self._call(self.train_epoch_end)
+        events.call(self, self.train_epoch_end)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
-        self._progress.stage = Stage.EVALUATION
-        self._notify("on_train_epoch_end")
+        run.progress.stage = Stage.EVALUATION
+        events.announce(self, "on_train_epoch_end")
         return is_over
 
     def _run_train_steps(self, train_dl: Any) -> bool:
-        if self._are_updates_used_up():
+        """Train on the batches that are due; say whether the updates are used up."""
+        run = self._run
+        if run.is_used_up:
             return True  # it was saved right after the last one
+        if run.resumed is not None:
+            self._restore_gradients(run.resumed.gradients)
         while True:
             with suppress(BatchesTooLargeError):
-                return self._run_steps_that_are_due(train_dl)
-            self._shrinker.shrink()  # type: ignore[union-attr]
-
-    def _run_steps_that_are_due(self, train_dl: Any) -> bool:
-        for step, batch, closes_window in self._batches_that_are_due(train_dl):
-            self._run_train_step(batch, step, closes_window)
-            if closes_window:
-                if self._agrees_after_updates:
-                    self._agree_to_go_on()
-                if self._are_updates_used_up():
-                    return True
-        return False
+                for window in run.windows(train_dl, self.run_history.current_epoch):
+                    for step, batch in window:
+                        self._run_train_step(batch, step)
+                    if run.agrees_after_updates:
+                        events.agree_to_go_on(self)
+                    if run.is_used_up:
+                        return True
+                return False
+            self.optimizer_zero_grad()
+            self.print(run.shrinker.shrink())  # type: ignore[union-attr]
+            self.run_history.current_step = run.progress.num_updates
 
     # A method of its own, so that nothing of a step outlives it.
-    def _run_train_step(self, batch: Any, step: int, closes_window: bool) -> None:
-        self._call_event("on_train_step_start")
-        if self._shrinker is not None:
+    def _run_train_step(self, batch: Any, step: int) -> None:
+        run = self._run
+        is_complete = run.window.is_complete  # type: ignore[union-attr]
+        events.tell(self, "on_train_step_start")
+        if run.shrinker is not None:
             passes = partial(self._perform_forward_and_backward_passes, batch, step)
-            batch_output = self._shrinker.attempt(passes, step, closes_window)
+            batch_output = run.shrinker.attempt(passes, step)
         else:
-            with _AS_USUAL if closes_window else self._without_gradient_sync():
+            with _AS_USUAL if is_complete else self._without_gradient_sync():
                 batch_output = self._perform_forward_and_backward_passes(batch, step)
         # An override from 0.1.61 returns nothing, and either lets this class do the
         # work, or calls the event itself.
-        batch_output = batch_output or self._batch_output
-        self._batch_output = None
-        self._count_step(step, batch, batch_output)
-        if closes_window:
+        batch_output, run.batch_output = batch_output or run.batch_output, None
+        run.count_step(step, batch, batch_output)
+        if is_complete:
             self._update_weights(step)
         if batch_output is not None:
-            self._call_event(
-                "on_train_step_end", batch=batch, batch_output=batch_output, step=step
+            events.tell(
+                self,
+                "on_train_step_end",
+                batch=batch,
+                batch_output=batch_output,
+                step=step,
             )
 
     def _perform_forward_and_backward_passes(
@@ -655,65 +533,75 @@ class Trainer(ResumableRun):
         Returns:
             What :meth:`calculate_train_batch_loss` returned.
         """
+        run = self._run
         batch_output = self.calculate_train_batch_loss(batch)
-        if self._progress.num_steps == 0:
+        if run.progress.num_steps == 0:
             self._check_first_step(batch_output)
         loss = batch_output["loss"]
-        num_items, are_samples = self._items_of(batch_output, step)
+        num_items, are_samples = run.items_of(batch_output, step)
         self._update_loss_tracker(loss, num_items)
-        self._track_scalars(batch_output, num_items)
+        run.means.add_scalars(batch_output, num_items)
         self.backward_step(
-            self._window.weigh(loss, step, num_items, are_samples=are_samples)
+            run.accumulation.weigh(loss, step, num_items, are_samples=are_samples)
         )
-        self._batch_output = batch_output
+        run.batch_output = batch_output
         return batch_output
 
     def _update_weights(self, step: int) -> None:
-        """Apply the gradients of the window that this step closes."""
-        self._window.close(step, self._parameters_to_update())
-        if self._clips_gradients:
+        """Apply the gradients of the window that this step completes."""
+        run = self._run
+        run.accumulation.close(step, self._parameters_to_update())
+        config = run.config
+        if (config.gradient_clip_value, config.gradient_clip_norm) != (None, None):
             self._clip_gradients()
         self.optimizer_step()
         # A scaled fp16 update whose gradients overflowed did not take place.
         was_applied = (
-            self._backward_is_plain or not self._accelerator.optimizer_step_was_skipped
+            run.backward_is_plain or not self._accelerator.optimizer_step_was_skipped
         )
         if was_applied:
-            self._progress.num_updates += 1
-            self.num_updates = self._progress.num_updates
-            self.run_history.current_step = self._progress.num_updates
-            self._last_lr = _learning_rates_of(self.optimizer)
-            if self.scheduler is not None and self._steps_scheduler:
+            run.progress.num_updates += 1
+            run.publish_progress()
+            self.run_history.current_step = run.progress.num_updates
+            run.learning_rates = _learning_rates_of(self.optimizer)
+            if self._steps_scheduler:
                 self.scheduler_step()
         self.optimizer_zero_grad()
         if was_applied:
-            self._call_event("on_train_update_end", num_updates=self.num_updates)
+            events.tell(
+                self, "on_train_update_end", num_updates=run.progress.num_updates
+            )
 
     def _run_eval_epoch(
         self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False
     ) -> None:
-        """Evaluate on the batches of a loader; modes and trackers stay as they are.
+        """Evaluate on the batches of a loader; modes and means stay as they are.
 
         Args:
             valid_dl: The evaluation loader.
             is_training: Whether this is part of a training run.
             is_intermediate: Whether it takes place in the middle of an epoch.
         """
+        run, history = self._run, self.run_history
+        prefix = history.metric_name_prefix
         if is_intermediate:
             metric_name = "eval_loss"  # "intermediate_eval_loss" with its prefix
+            prefix += INTERMEDIATE_PREFIX
         else:
             metric_name = "eval_loss_epoch" if is_training else "evaluation_loss"
-        with self._modes_and_trackers_kept(), self._metrics_apart(is_intermediate):
-            self._call(self.eval_epoch_start)
-            self._notify("on_eval_epoch_start", is_intermediate=is_intermediate)
+        with Aside(self), history.prefixed(prefix):
+            events.call(self, self.eval_epoch_start)
+            events.announce(
+                self, "on_eval_epoch_start", is_intermediate=is_intermediate
+            )
             self._run_eval_steps(valid_dl)
-            self._agree_to_go_on()
-            self._call(self.eval_epoch_end)
+            events.agree_to_go_on(self)
+            events.call(self, self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
             is_of_epoch = is_training and not is_intermediate
-            if is_of_epoch and self._progress.stage is Stage.EVALUATION:
-                self._progress.stage = Stage.EVALUATED
-            self._notify("on_eval_epoch_end", is_intermediate=is_intermediate)
+            if is_of_epoch and run.progress.stage is Stage.EVALUATION:
+                run.progress.stage = Stage.EVALUATED
+            events.announce(self, "on_eval_epoch_end", is_intermediate=is_intermediate)
 
     def _run_eval_steps(self, valid_dl: Any) -> None:
         with torch.no_grad():
@@ -721,12 +609,12 @@ class Trainer(ResumableRun):
                 self._run_eval_step(batch)
 
     def _run_eval_step(self, batch: Any) -> None:
-        self._call_event("on_eval_step_start")
+        events.tell(self, "on_eval_step_start")
         batch_output = self.calculate_eval_batch_loss(batch)
         num_items = step_output.num_items(batch_output)
         self._update_loss_tracker(batch_output["loss"], num_items)
-        self._track_scalars(batch_output, num_items)
-        self._call_event("on_eval_step_end", batch_output=batch_output, batch=batch)
+        self._run.means.add_scalars(batch_output, num_items)
+        events.tell(self, "on_eval_step_end", batch_output=batch_output, batch=batch)
 
     # ---------------------------------------------- the steps: made to be overridden
 
@@ -767,7 +655,7 @@ class Trainer(ResumableRun):
         Args:
             loss: The loss of a batch, 0-dim.
         """
-        if self._backward_is_plain:
+        if self._run.backward_is_plain:
             # Accelerate would add a node to the graph that divides the loss by 1.
             loss.backward()  # type: ignore[no-untyped-call]
         else:
@@ -944,53 +832,56 @@ class Trainer(ResumableRun):
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         """Hand the model, the optimizer and the loaders to Accelerate."""
-        if self._prepared_model is None:  # else this is amid another run
+        run, accelerator = self._run, self._accelerator
+        if run.prepared is None:  # else this is amid another run
             self._prepare_model_and_optimizer()
-        self._train_dataloader = self._prepare_dataloader(self._train_dataloader)
-        self._eval_dataloader = self._prepare_dataloader(
-            self._eval_dataloader, is_evaluation=True
+        self._train_dataloader = run.prepare_loader(
+            self._train_dataloader, accelerator, is_evaluation=False
+        )
+        self._eval_dataloader = run.prepare_loader(
+            self._eval_dataloader, accelerator, is_evaluation=True
         )
 
     def _prepare_model_and_optimizer(self) -> None:
-        self._prepared_model = distributed.PreparedModel(self.model)
-        self._plain_optimizer = self.optimizer
+        run = self._run
+        run.prepared = distributed.PreparedModel(self.model)
+        run.plain_optimizer = self.optimizer
         if self._train_dataloader is None:
             self.model = self._engine.prepare_for_evaluation(self.model)
             return
         self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer)
-        self._backward_is_plain = distributed.is_plain(self._accelerator)
-        if self._backward_is_plain:
+        run.backward_is_plain = distributed.is_plain(self._accelerator)
+        if run.backward_is_plain:
             # Accelerate's wrapper would do nothing else than cost time.
-            self.optimizer = self._plain_optimizer
+            self.optimizer = run.plain_optimizer
         # What an earlier run or a learning rate finder may have left.
         self.optimizer.zero_grad()  # type: ignore[union-attr]
 
-    def _prepare_dataloader(self, loader: Any, is_evaluation: bool = False) -> Any:
-        accelerator = self._accelerator
-        is_ours = is_evaluation or any(loader is made for made in self._loaders_made)
-        if loader is None:
-            return None
-        is_alone = accelerator.num_processes == 1
-        if not is_alone and sharing.is_split_by_process(loader):
-            return data.DeviceLoader(loader, self.device)
-        if is_ours and data.is_plain(loader):
-            return data.PlannedLoader(
-                loader,
-                self.device,
-                self._data_seed,
-                num_processes=accelerator.num_processes,
-                process_index=accelerator.process_index,
-                even=is_evaluation,
-            )
-        if is_alone:
-            return data.DeviceLoader(loader, self.device)
-        return sharing.share(
-            loader,
-            self.device,
-            self._data_seed,
-            accelerator.num_processes,
-            accelerator.process_index,
-            is_evaluation=is_evaluation,
+    def _prepare(self, asked: dict[str, Any]) -> None:
+        """Prepare what a run works with, once its loaders are created."""
+        self._prepare_model_optimizer_and_dataloaders()
+        # Before the run config, so that schedules know the true length of the run.
+        for callback in self.callback_handler:
+            if isinstance(callback, LimitBatchesCallback):
+                callback.limit(self)
+        self.run_config = self._create_run_config(**asked)
+        self._check_eval_batch_size()
+
+    def _prepare_evaluation(
+        self, batch_size: int, dataloader_kwargs: Mapping[str, Any] | None
+    ) -> None:
+        """Prepare a run that does not train."""
+        self._eval_dataloader = self.create_eval_dataloader(
+            batch_size=batch_size, eval_dl_kwargs=dataloader_kwargs
+        )
+        self._prepare(
+            {
+                "num_epochs": 1,
+                "gradient_accumulation_steps": 1,
+                "max_num_train_steps": None,
+                "per_device_batch_size": batch_size,
+                "gradient_clip_value": None,
+            }
         )
 
     def _create_dataloader(
@@ -1002,7 +893,7 @@ class Trainer(ResumableRun):
                 dataset, arguments, distributed.num_local_processes()
             )
         loader: DataLoader[Any] = DataLoader(dataset=dataset, **arguments)
-        self._loaders_made.append(loader)
+        self._run.loaders_made.append(loader)
         return loader
 
     def _create_run_config(
@@ -1015,76 +906,26 @@ class Trainer(ResumableRun):
         gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
         """Record what the run was asked to do, and work out what follows from it."""
-        accelerator = self._accelerator
-        num_processes = accelerator.num_processes
-        train_batch_size = data.batch_size_of_loader(
-            self._train_dataloader, self._train_dl_kwargs, per_device_batch_size
-        )
-        eval_batch_size = data.batch_size_of_loader(
-            self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size
-        )
-        steps = self._count_updates_per_epoch(gradient_accumulation_steps)
-        if steps:
-            in_epochs = num_epochs * steps
-            max_num_train_steps = min(max_num_train_steps or in_epochs, in_epochs)
-            num_epochs = math.ceil(max_num_train_steps / steps)
-        return TrainerRunConfig(
+        return create_run_config(
+            self,
             num_epochs=num_epochs,
-            train_per_device_batch_size=train_batch_size,
-            train_dl_kwargs=self._train_dl_kwargs,
-            eval_per_device_batch_size=eval_batch_size,
-            eval_dl_kwargs=self._eval_dl_kwargs,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            gradient_clip_value=gradient_clip_value,
-            train_total_batch_size=train_batch_size
-            and train_batch_size * num_processes * gradient_accumulation_steps,
-            eval_total_batch_size=eval_batch_size and eval_batch_size * num_processes,
-            num_update_steps_per_epoch=steps,
-            num_local_update_steps_per_epoch=steps,
             max_num_train_steps=max_num_train_steps,
-            is_local_process_zero=accelerator.is_local_main_process,
-            is_world_process_zero=accelerator.is_main_process,
-            is_distributed=accelerator.distributed_type != DistributedType.NO,
-            mixed_precision=accelerator.mixed_precision,
-            num_processes=num_processes,
+            per_device_batch_size=per_device_batch_size,
+            gradient_clip_value=gradient_clip_value,
             gradient_clip_norm=gradient_clip_norm,
-            seed=self.seed,
-            data_seed=self._data_seed,
         )
 
-    def _count_updates_per_epoch(self, gradient_accumulation_steps: int) -> int | None:
-        if self._train_dataloader is None:
-            return 0
-        num_batches = data.length_of(self._train_dataloader)
-        if num_batches is None:
-            return None
-        if num_batches == 0:
-            raise ValueError(
-                "The training loader has no batches: the dataset is empty, or "
-                "drop_last leaves out the only batch. Use more data or a smaller "
-                "batch size."
-            )
-        return math.ceil(num_batches / gradient_accumulation_steps)
-
-    def _create_window(self) -> AccumulationWindow:
+    def _create_accumulation(self) -> Accumulation:
         accelerator = self._accelerator
-        return AccumulationWindow(
+        return Accumulation(
             self.run_config.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
             largest=distributed.largest,
-            add_up=self._add_up,
+            add_up=partial(distributed.add_up, device=accelerator.device),
             corrects_gradients=not self._engine.owns_gradients,
         )
-
-    def _add_up(self, tensor: Tensor) -> Any:
-        return self._accelerator.reduce(tensor.to(self.device), "sum")
-
-    def _limit_batches(self) -> None:
-        # Before the run config, so that schedules know the true length of the run.
-        for callback in self.callback_handler:
-            if isinstance(callback, LimitBatchesCallback):
-                callback.limit(self)
 
     def _check_eval_batch_size(self) -> None:
         """Raise ValueError if evaluation would leave a process without samples."""
@@ -1101,82 +942,162 @@ class Trainer(ResumableRun):
                 num_samples, batch_size, self.run_config.num_processes, even=True
             )
 
+    # ----------------------------------------------------------- saving and loading
+
+    def save_checkpoint(
+        self,
+        save_path: str | os.PathLike[str],
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        save_optimizer: bool = True,
+        save_scheduler: bool = True,
+        save_per_node: bool = True,
+    ) -> None:
+        """Save the model, and what belongs to it, in one file.
+
+        The file is written beside its place and moved there once it is complete, so
+        that an interruption leaves an older file as it was. All processes must call
+        this.
+
+        Args:
+            save_path: The file; missing folders are created.
+            checkpoint_kwargs: What else to put into the file, at its top level.
+            save_optimizer: Whether the optimizer's state is saved.
+            save_scheduler: Whether the scheduler's state is saved.
+            save_per_node: Write one file on each machine instead of one in all.
+
+        Raises:
+            TypeError: If ``checkpoint_kwargs`` holds something that could not be loaded
+                again safely.
+            CheckpointError: If the file could not be written.
+        """
+        events.announce(self, "on_before_save")
+        state = self._accelerator.state
+        writes = state.is_local_main_process if save_per_node else state.is_main_process
+        contents = saving.contents_of(
+            self, optimizer=save_optimizer, scheduler=save_scheduler, keep=writes
+        )
+        contents.update(checkpoint_kwargs or {})
+        with saving.OnAllOrNone():
+            if writes:
+                checkpoint.save_file(contents, save_path)
+
+    def load_checkpoint(
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        load_optimizer: bool = True,
+        load_scheduler: bool = True,
+    ) -> dict[str, Any]:
+        """Load a file that :meth:`save_checkpoint` wrote.
+
+        Args:
+            checkpoint_path: The file.
+            load_optimizer: Whether the optimizer's state is loaded, if the file has it
+                and the trainer has an optimizer.
+            load_scheduler: Whether the scheduler's state is loaded, if the file has it
+                and the trainer has a scheduler, which it only has during a run.
+
+        Returns:
+            All that the file holds.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or does not fit the model, the
+                optimizer or the scheduler. Nothing has changed then.
+        """
+        contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
+        if "model_state_dict" not in contents:
+            raise CheckpointError(
+                f"{checkpoint_path} was not written by save_checkpoint(): it has no "
+                f"'model_state_dict' but {list(contents)[:5]}. If these are the "
+                "weights themselves, load them with "
+                "model.load_state_dict(torch.load(path))."
+            )
+        saving.load_states(
+            self,
+            checkpoint_path,
+            contents["model_state_dict"],
+            contents.get("optimizer_state_dict") if load_optimizer else None,
+            contents.get("scheduler_state_dict") if load_scheduler else None,
+        )
+        return contents
+
+    def save_training_state(
+        self,
+        output_dir: str | os.PathLike[str],
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        *,
+        asynchronous: bool = False,
+    ) -> None:
+        """Save everything that a run needs to go on from here, in a folder.
+
+        The folder appears once it is complete, and replaces one of its name only then.
+        All processes must call this.
+
+        Args:
+            output_dir: The folder.
+            checkpoint_kwargs: What :meth:`load_training_state` is to return besides the
+                epoch.
+            asynchronous: Whether to return once everything is copied to the host's
+                memory, and to write it meanwhile. The next save, the end of the run and
+                :meth:`finish_saving` wait for it, and raise its error.
+
+        Raises:
+            NotStorableError: If ``checkpoint_kwargs``, or the state of the model, the
+                optimizer, the scheduler or a callback, holds something that could not
+                be loaded again safely.
+            CheckpointError: If the folder could not be written.
+        """
+        events.announce(self, "on_before_save")
+        self.finish_saving()
+        path = os.path.abspath(os.path.expanduser(output_dir))
+        saving.save_training_state(self, path, checkpoint_kwargs, asynchronous)
+        self._being_saved = path
+        if not asynchronous:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait until a training state that is written in the background is complete.
+
+        All processes must call this.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        saved, self._being_saved = self._being_saved, None
+        with saving.OnAllOrNone():
+            self._writer.wait()
+        self.last_checkpoint = saved or self.last_checkpoint
+
+    def load_training_state(
+        self, input_dir: str | os.PathLike[str], *, allow_pickle: bool = False
+    ) -> dict[str, Any]:
+        """Load the weights and the optimizer, scheduler and random states of a run.
+
+        To go on with the run itself, use ``train(resume_from=...)``, which calls this.
+
+        Args:
+            input_dir: A folder that :meth:`save_training_state` wrote; those of the
+                published version 0.1.61 are read too.
+            allow_pickle: Whether parts of a state of 0.1.61 that run code while they
+                are loaded are read. True only for files that you wrote yourself.
+
+        Returns:
+            ``current_epoch``, the number of the epoch to go on with, and the
+            ``checkpoint_kwargs`` that were saved.
+
+        Raises:
+            CheckpointError: If the folder is not whole, or does not fit the model.
+        """
+        return saving.load_training_state(self, input_dir, allow_pickle=allow_pickle)
+
     # --------------------------------------------------------- the parts of the story
 
-    def _begin_run(self, is_training: bool = True) -> None:
-        launch.use_precision(self._accelerator, self._mixed_precision)
-        self.interrupted = False
-        self._noted_error = None
-        self.callback_handler.raises_at_once = self._accelerator.num_processes == 1
-        self._loaders_made = []
-        if not is_training:  # it is still that run which may be saved
-            self._last_trained_on = self._trained_on()
-        self._train_dataloader = self._eval_dataloader = None
-        self._train_dl_kwargs = self._eval_dl_kwargs = None
-        if not is_training:
-            return
-        self.has_failed = self.is_resumed = False
-        self._progress = RunProgress()
-        self._epoch_random_states = self._ahead_random_states = None
-        self._run_number = 0
-        # Further runs go on with the weights of the first.
-        self._run_id = self._run_id or secrets.token_hex(8)
-        self._publish_progress()
-        self.gradient_norm = None
-        self._last_lr = None
-        self._seed_run()
-        forget_start_if_set_by_hand(self.optimizer)  # type: ignore[arg-type]
-
-    def _prepare_callbacks(self) -> None:
-        """Let callbacks forget earlier runs, and take over what a saved run knew."""
-        self.callback_handler.call_event("_forget_earlier_runs", self)
-        self.callback_handler.load_state_dict(self._resume_state.get("callbacks", {}))
-
-    def _end_run(self) -> None:
-        """Give the user's model and optimizer back as they came, only trained."""
-        if self._prepared_model is not None:
-            self.model = self.get_model(
-                keep_torch_compile=self._prepared_model.was_compiled
-            )
-            self._prepared_model.restore()
-            self._engine.release(self.get_model(keep_torch_compile=False))
-            self.optimizer = self._plain_optimizer
-            self._prepared_model, self._plain_optimizer = None, None
-            self._backward_is_plain = False
-            distributed.forget_prepared(self._accelerator)
-        if self.optimizer is not None and self.scheduler is not None:
-            remember_scheduled_values(self.optimizer)
-        self._stop_workers()
-        self._loaded_state, self._resume_state = {}, {}
-        self._batch_output = None
-        self._shrinker = None
-        try:
-            self._background_writer.wait()
-        except CheckpointError as error:
-            # In a run that went well it was waited for before: another error is raised.
-            self.print(f"While cleaning up after an error: {error}")
-        except KeyboardInterrupt:
-            self._background_writer.abandon()
-            raise
-
-    def _stop_workers(self) -> None:
-        for loader in (self._train_dataloader, self._eval_dataloader):
-            if hasattr(loader, "stop_workers"):
-                loader.stop_workers()
-
-    def _seed_run(self) -> None:
-        if self.seed is None:
-            drawn = int(torch.randint(2**63 - 1, ()))
-            self._data_seed = distributed.from_main_process(drawn, self.device)
-        else:
-            # Another run on the same trainer goes on, so it is not to repeat the first.
-            self._data_seed = (
-                data.derive_seed(self.seed, self._num_runs)
-                if self._num_runs
-                else self.seed
-            )
-            data.seed_everything(self._data_seed + self._accelerator.process_index)
-        self._num_runs += 1
+    def _run_for_evaluation(
+        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None
+    ) -> Run:
+        if dataset is None:
+            raise ValueError("A dataset or a DataLoader is needed, got None.")
+        checks.check_dataset_is_not_empty(dataset, "dataset")
+        return Run(eval_dataset=dataset, collate_fn=collate_fn)
 
     def _start_schedule(self) -> None:
         """Apply the first value of a scheduler whose counter starts before it."""
@@ -1196,24 +1117,17 @@ class Trainer(ResumableRun):
         """Step a scheduler that goes by a metric of the epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             name = self._name_of_plateau_metric
-            value = self._latest_metrics().get(name)
+            value = saving.latest_metrics(self).get(name)
             if value is None:  # to be told which there are
                 value = self.run_history.get_latest_metric(name)
             self.scheduler.step(value)
 
     @property
     def _name_of_plateau_metric(self) -> str:
-        if self.eval_dataset is None and self._plateau_metric == "eval_loss_epoch":
+        name = self._run.plateau_metric
+        if self.eval_dataset is None and name == "eval_loss_epoch":
             return "train_loss_epoch"
-        return self._plateau_metric
-
-    @property
-    def _clips_gradients(self) -> bool:
-        config = self.run_config
-        return (
-            config.gradient_clip_value is not None
-            or config.gradient_clip_norm is not None
-        )
+        return name
 
     def _clip_gradients(self) -> None:
         """Clip the gradients of an update as the run config says."""
@@ -1233,81 +1147,23 @@ class Trainer(ResumableRun):
         of_optimizer = (each for group in groups for each in group["params"])
         yield from dict.fromkeys(chain(self.model.parameters(), of_optimizer))
 
-    def _without_gradient_sync(self) -> AbstractContextManager[Any]:
+    def _without_gradient_sync(self) -> Any:
         if self._accelerator.num_processes == 1:
             return _AS_USUAL
         return self._engine.without_gradient_sync(self.model)
 
-    def _batches_that_are_due(self, train_dl: Any) -> Iterator[tuple[int, Any, bool]]:
-        """Yield the number of each batch, the batch, and whether it closes its window.
-
-        A resumed epoch starts where it was interrupted.
-        """
-        first_step = self._progress.step
-        self._set_epoch_of(train_dl)
-        # First, since the length is that of the data at the start of the iteration.
-        batches = data.LookAhead(self._start_iteration(train_dl, first_step))
-        plan, num_batches = data.plan_of(train_dl), data.length_of(train_dl)
-        self._window.start_epoch(
-            plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
-        )
-        self._restore_open_window()
-        if self._resume_state.get("ahead_random_states") is not None:
-            self._restore_random_states("ahead_random_states")
-            self._is_exhausted(batches)
-        # In the middle of an epoch they are those after the loader was started.
-        self._restore_random_states()
-        for step, batch in enumerate(batches, first_step):
-            self._ahead_random_states = None
-            closes_window = self._window.is_closed_by(step, is_last=False) or (
-                self._is_exhausted(batches) if plan is None else step + 1 == num_batches
-            )
-            yield step, batch, closes_window
-        if self._progress.is_at_epoch_start:
-            raise ValueError("The training loader yielded no batch: it has no data.")
-
-    def _is_exhausted(self, batches: data.LookAhead) -> bool:
-        """Say whether there is no other batch, by fetching it ahead.
-
-        A state that is saved meanwhile has the random states that it is drawn from.
-        """
-        self._ahead_random_states = self._random_states()
-        return batches.is_exhausted()
-
-    def _set_epoch_of(self, train_dl: Any) -> None:
-        """Tell a training loader which epoch it is to yield, and from where."""
-        epoch = self.run_history.current_epoch
-        if data.plan_of(train_dl) is not None:
-            progress = self._progress
-            train_dl.set_epoch(epoch, progress.step, progress.first_sample)
-        elif hasattr(train_dl, "set_epoch"):
-            train_dl.set_epoch(epoch)
-
-    def _start_iteration(self, train_dl: Any, first_step: int) -> Iterator[Any]:
-        if data.plan_of(train_dl) is not None:
-            return iter(train_dl)
-        # An order of the user's may follow from the random states at its start.
-        self._restore_random_states("epoch_random_states")
-        place = self._resume_state.pop("place", None)
-        if place is not None and hasattr(train_dl, "go_to"):
-            train_dl.go_to(place, first_step)
-            return iter(train_dl)
-        self._epoch_random_states = self._random_states()
-        batches: Iterator[Any] = iter(train_dl)
-        skip_batches(batches, first_step, train_dl)
-        return batches
-
     def _warn_of_uncounted_updates(self) -> None:
         """Say what is not followed by an override of the epoch, after the first one."""
-        if self._progress.epochs_done > 0 or not self._overrides("_run_train_epoch"):
+        run = self._run
+        if run.progress.epochs_done > 0 or not self._overrides("_run_train_epoch"):
             return
         event = "on_train_update_end"
         ignored = [
             getattr(listener, "__qualname__", event)
             for listener in self.callback_handler.listeners(event)
         ]
-        if self._update_limit is not None:
-            ignored.insert(0, f"max_num_train_steps={self._update_limit}")
+        if run.max_num_train_steps is not None:
+            ignored.insert(0, f"max_num_train_steps={run.max_num_train_steps}")
         if ignored:
             warn(
                 "Your _run_train_epoch made no update that the trainer could count, so "
@@ -1316,83 +1172,16 @@ class Trainer(ResumableRun):
                 "methods of a step, or return True to end the run."
             )
 
-    def _restore_open_window(self) -> None:
+    def _restore_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Put back what a saved run had accumulated of a window."""
-        state = self._resume_state.pop("window", None)
-        gradients = self._resume_state.pop("gradients", {})
-        if state is not None:
-            self._window.load_state_dict(state)
-        set_gradients(self.get_model(keep_torch_compile=False), gradients)
-
-    def _count_step(
-        self, step: int, batch: Any, batch_output: Mapping[str, Any] | None
-    ) -> None:
-        progress = self._progress
-        progress.step = step + 1
-        progress.num_steps += 1
-        share = self._share_of(step)
-        if share is not None:
-            progress.num_samples_seen += share.total
-        else:
-            output = batch_output or {"batch_size": data.num_samples_in(batch)}
-            # Where nothing is known of the other processes, they have as many.
-            progress.num_samples_seen += (
-                output.get("batch_size", 0) * self._window.num_processes
-            )
-        self.num_steps = progress.num_steps
-        self.num_samples_seen = progress.num_samples_seen
-
-    def _publish_progress(self) -> None:
-        self.num_updates = self._progress.num_updates
-        self.num_steps = self._progress.num_steps
-        self.num_samples_seen = self._progress.num_samples_seen
-        self.run_history.current_step = self._progress.num_updates
-
-    def _are_updates_used_up(self) -> bool:
-        limit = self._update_limit
-        return limit is not None and self._progress.num_updates >= limit
-
-    def _items_of(
-        self, batch_output: Mapping[str, Any], step: int
-    ) -> tuple[NumItems, bool]:
-        """Return how many items a batch has, and whether these are samples."""
-        share = self._share_of(step)
-        if share is not None and share.is_filler:
-            return 0, True
-        num_items = batch_output.get("num_items_in_batch")
-        if num_items is None:
-            return batch_output["batch_size"], True
-        return num_items, False
-
-    def _share_of(self, step: int) -> data.Share | None:
-        """Return what this process has of a step, if it shares the data with others."""
-        if self._window.num_processes == 1:
-            return None
-        share_of = getattr(self._train_dataloader, "share_of", None)
-        return None if share_of is None else share_of(step)
-
-    def _reset_trackers(self) -> None:
-        self._loss_tracker.reset()
-        self._scalar_trackers.clear()
-        for name, state in self._resume_state.pop("trackers", {}).items():
-            tracker = self._loss_tracker if name == "loss" else LossTracker()
-            tracker.load_state_dict(state)
-            if name != "loss":
-                self._scalar_trackers[name] = tracker
+        model = self.get_model(keep_torch_compile=False)
+        for name, parameter in model.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter)
 
     def _update_loss_tracker(self, batch_loss: Tensor, batch_size: NumItems) -> None:
         """Add a batch's loss to the epoch's, without waiting for the device."""
         self._loss_tracker.update(batch_loss, batch_size)
-
-    def _track_scalars(
-        self, batch_output: Mapping[str, Any], num_items: NumItems
-    ) -> None:
-        for name, value in batch_output.items():
-            if not step_output.is_recorded(name, value):
-                continue
-            if name not in self._scalar_trackers:
-                self._scalar_trackers[name] = LossTracker()
-            self._scalar_trackers[name].update(value, num_items)
 
     def _add_epoch_loss_to_run_history(self, metric_name: str) -> None:
         """Record the means over all items on all processes.
@@ -1403,34 +1192,12 @@ class Trainer(ResumableRun):
         """
         if self.run_history.metric_name_prefix.endswith(EVALUATION_PREFIX):
             metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
-        totals = {"loss": self._loss_tracker.totals()}
-        for name, tracker in self._scalar_trackers.items():
-            totals[name] = tracker.totals()
-        for name, (total, count) in distributed.sum_over_processes(totals).items():
+        totals = distributed.sum_over_processes(self._run.means.totals())
+        for name, (total, count) in totals.items():
             if count > 0:
                 self.run_history.update_metric(
                     metric_name.replace("loss", name, 1), total / count
                 )
-
-    @contextmanager
-    def _modes_and_trackers_kept(self) -> Iterator[None]:
-        """Put modes and the batch limit back, and give the block its own trackers."""
-        trackers = self._loss_tracker, self._scalar_trackers
-        limit = self.eval_batch_limit
-        self._loss_tracker, self._scalar_trackers = LossTracker(), {}
-        try:
-            with modes.kept(self.model, self.get_model(keep_torch_compile=False)):
-                yield
-        finally:
-            self.eval_batch_limit = limit
-            self._loss_tracker, self._scalar_trackers = trackers
-
-    def _metrics_apart(self, is_intermediate: bool) -> AbstractContextManager[Any]:
-        """Keep the metrics of an intermediate evaluation out of the epochs' series."""
-        history = self.run_history
-        if not is_intermediate:
-            return nullcontext()
-        return history.prefixed(history.metric_name_prefix + INTERMEDIATE_PREFIX)
 
     def _count_recorded_metrics(self) -> dict[str, int]:
         history = self.run_history
@@ -1438,37 +1205,6 @@ class Trainer(ResumableRun):
             name: len(list(history.get_metric_values(name)))
             for name in history.get_metric_names()
         }
-
-    # ------------------------------------------------- events, and how a run may end
-
-    def _call_event(self, event: str, **kwargs: Any) -> None:
-        """Call the callbacks for an event within an epoch."""
-        if self.callback_handler.listeners(event):
-            self._call(self.callback_handler.call_event, event, self, **kwargs)
-
-    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call what a user may have written.
-
-        With several processes an error waits until all can act on it together: a
-        process that left alone would leave the others waiting for it.
-        """
-        try:
-            method(*args, **kwargs)
-        except Exception as error:
-            is_alone = self._accelerator.num_processes == 1
-            if is_alone or distributed.is_on_all_processes(error):
-                raise
-            self._noted_error = self._noted_error or error
-
-    def _notify(self, event: str, **kwargs: Any) -> None:
-        """Call the callbacks for an event at which all processes act on an error."""
-        self._call_event(event, **kwargs)
-        self._agree_to_go_on()
-
-    def _agree_to_go_on(self) -> None:
-        """Raise on all processes what has waited on any of them."""
-        error, self._noted_error = self._noted_error, None
-        self.raise_on_all(error)
 
     def agree(self, flag: bool) -> bool:
         """Return True on all processes if any of them passes True.
@@ -1490,66 +1226,6 @@ class Trainer(ResumableRun):
                 one of the same kind that names the process and its error.
         """
         distributed.raise_on_all(error)
-
-    @contextmanager
-    def _ended_by(self, end: str) -> Iterator[None]:
-        """Call the hook and the event that end a run, however it ends."""
-        due = [
-            partial(self._call, getattr(self, end)),
-            partial(self._notify, f"on_{end}"),
-        ]
-        stops: list[StopTrainingError] = []
-        try:
-            try:
-                yield
-            except StopTrainingError as stop:
-                distributed.settle(stop)
-                self.print(stop)
-                self.interrupted = isinstance(stop, TrainingInterruptedError)
-                stops.append(stop)
-                due.insert(0, partial(self._notify, "on_stop_training_error"))
-            while due:
-                try:
-                    due.pop(0)()
-                except StopTrainingError as stop:  # noqa: PERF203 (each on its own)
-                    self.print(stop)  # the run is over as it is
-                    stops.append(stop)
-        except BaseException as error:
-            distributed.settle(error)
-            self._clean_up_after(error, due)
-            raise
-        for reason in stops:
-            if isinstance(reason, NonFiniteLossError):
-                raise reason
-
-    def _clean_up_after(self, error: BaseException, due: list[partial[None]]) -> None:
-        """Let callbacks close what they opened; an error of theirs hides no other."""
-        self.has_failed = True
-        call_event = self.callback_handler.call_event
-        clean_ups = [
-            partial(self._explain, error),
-            partial(call_event, "on_exception", self, exception=error),
-        ]
-        # With several processes the others may be elsewhere, and be waited for.
-        if self._accelerator.num_processes == 1:
-            clean_ups += due
-        for clean_up in clean_ups:
-            try:
-                clean_up()
-            except Exception as another:  # noqa: PERF203 (each one on its own)
-                self.print(f"While cleaning up after an error: {another!r}")
-            except KeyboardInterrupt:  # a second Ctrl-C
-                self._background_writer.abandon()
-                raise
-
-    def _explain(self, error: BaseException) -> None:
-        explain(
-            error,
-            self.run_history.current_epoch,
-            self._progress,
-            self.run_config,
-            self.last_checkpoint,
-        )
 
     # ---------------------------------------------------------------- small helpers
 
@@ -1578,7 +1254,8 @@ class Trainer(ResumableRun):
         None before the first update. The groups themselves hold those of the next
         update as soon as the scheduler has been stepped.
         """
-        return None if self._last_lr is None else [float(lr) for lr in self._last_lr]
+        rates = self._run.training.learning_rates
+        return None if rates is None else [float(rate) for rate in rates]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, once on each machine."""
@@ -1605,9 +1282,8 @@ class Trainer(ResumableRun):
         Args:
             keep_torch_compile: Whether a compiled model stays compiled.
         """
-        if self._prepared_model is not None and self._prepared_model.is_unwrapped(
-            self.model
-        ):
+        prepared = self._run.prepared
+        if prepared is not None and prepared.is_unwrapped(self.model):
             return self.model  # Accelerate would search the disk for DeepSpeed first
         model: nn.Module = self._accelerator.unwrap_model(
             self.model, keep_torch_compile=keep_torch_compile
@@ -1620,30 +1296,40 @@ class Trainer(ResumableRun):
             checks.warn_of_untrained_parameters(self)
         checks.warn_of_misspelt_names(self)
 
-    def _check_train_arguments(
+    def _check_can_be_saved(self) -> None:
+        saving.check_can_be_saved(self)
+
+    def _check_can_train(
         self,
-        train_dataset: Any,
-        num_epochs: int,
-        max_num_train_steps: int | None,
-        gradient_accumulation_steps: int,
-        gradient_clip_value: float | None,
-        gradient_clip_norm: float | None,
-        create_scheduler_fn: Any,
+        run: Run,
+        asked: Mapping[str, Any],
+        train_dataloader_kwargs: Mapping[str, Any] | None,
     ) -> None:
-        checks.check_is_at_least("num_epochs", num_epochs, 0)
-        checks.check_is_at_least(
-            "gradient_accumulation_steps", gradient_accumulation_steps, 1
+        """Check what the run was asked to do, before anything has changed."""
+        accumulation, clip_value = (
+            asked["gradient_accumulation_steps"],
+            asked["gradient_clip_value"],
         )
-        if max_num_train_steps is not None:
-            checks.check_is_at_least("max_num_train_steps", max_num_train_steps, 1)
-        checks.check_clipping(gradient_clip_value, gradient_clip_norm)
-        checks.check_scheduler_fn(create_scheduler_fn)
-        checks.check_dataset_is_not_empty(train_dataset, "train_dataset")
-        checks.check_dataset_serves_all(train_dataset, self._accelerator.num_processes)
+        clip_norm, dataset = asked.get("gradient_clip_norm"), run.train_dataset
+        checks.check_is_at_least("num_epochs", asked["num_epochs"], 0)
+        checks.check_is_at_least("gradient_accumulation_steps", accumulation, 1)
+        if run.max_num_train_steps is not None:
+            checks.check_is_at_least("max_num_train_steps", run.max_num_train_steps, 1)
+        checks.check_clipping(clip_value, clip_norm)
+        checks.check_scheduler_fn(run.create_scheduler_fn)
+        checks.check_dataset_is_not_empty(dataset, "train_dataset")
+        checks.check_dataset_serves_all(dataset, self._accelerator.num_processes)
         if not self._engine.knows(self.model):
             checks.check_optimizer(self.model, self.optimizer)
         if not self._overrides("optimizer_step", "_run_train_epoch", "_run_training"):
             checks.check_optimizer_needs_no_closure(self.optimizer)
+        batch_size = data.batch_size_of_loader(
+            dataset, train_dataloader_kwargs, asked["per_device_batch_size"]
+        )
+        self._engine.check_arguments(batch_size, accumulation, clip_value, clip_norm)
+        checks.check_dataset_is_not_empty(run.eval_dataset, "eval_dataset")
+        if self._num_runs == 0 and self.optimizer is not None:
+            modes.warn_of_sleeping_submodules(self.model, self.optimizer)
 
     def _check_first_step(self, batch_output: Any) -> None:
         """Check what can only be known at the first step of a run."""
@@ -1688,10 +1374,10 @@ class TrainerWithTimmScheduler(Trainer):
     def scheduler_step(self) -> None:
         """Tell the scheduler how many updates are completed."""
         if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=self._progress.num_updates)
+            self.scheduler.step_update(num_updates=self.num_updates)
 
     def _step_scheduler_after_epoch(self) -> None:
         """Tell the scheduler how many epochs are completed, and the plateau metric."""
         if self.scheduler is not None:
-            metric = self._latest_metrics().get(self._name_of_plateau_metric)
-            self.scheduler.step(self._progress.epochs_done + 1, metric)
+            metric = saving.latest_metrics(self).get(self._name_of_plateau_metric)
+            self.scheduler.step(self._run.progress.epochs_done + 1, metric)

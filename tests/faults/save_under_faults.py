@@ -19,7 +19,7 @@ from scenario import Scenario
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.errors import CheckpointError
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import TrainingState
 
 MODES = {"kill": 1, "no space": 2, "io error": 3}
 RAISED, NOT_RAISED = 3, 0

@@ -15,7 +15,7 @@ from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import TrainerCallback, WSDCheckpointCallback
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.schedulers import WSDLrScheduler
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import TrainingState
 
 SCENARIO = Scenario(num_epochs=2, save_every_n_steps=3)
 

@@ -23,7 +23,7 @@ from pytorch_accelerated import checkpoint
 from pytorch_accelerated.checkpoint import _manifest as manifests
 from pytorch_accelerated.engines import fsdp
 from pytorch_accelerated.errors import CheckpointError
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import TrainingState
 
 SCENARIO = Scenario(num_epochs=1, num_samples=12, save_best=False)
 MEGABYTE = 2**20

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 from pytorch_accelerated import Trainer, checkpoint
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.errors import CheckpointError
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import TrainingState
 
 LIMITS = "limits of open files, file sizes, memory and shared memory"
 SMALL = Scenario(

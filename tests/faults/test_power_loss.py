@@ -9,7 +9,7 @@ import shims
 from scenario import difference
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import TrainingState
 
 
 def read_state(folder):

@@ -19,7 +19,7 @@ from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.checkpoint import _manifest as manifests
 from pytorch_accelerated.errors import CheckpointError
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import TrainingState
 
 SEVERAL_RUNS = "several runs in one folder, locks of dead processes"
 FOREIGN_FILES = "foreign files in the folder"

@@ -373,8 +373,8 @@ class Scaled(WithScaler):
 
     def _prepare_model_optimizer_and_dataloaders(self):
         super()._prepare_model_optimizer_and_dataloaders()
-        self.model = self._prepared_model._model
-        self._prepared_model.restore()
+        self.model = self._run.prepared._model
+        self._run.prepared.restore()
 
 
 class ScaledOverflows(Scaled, Overflows):

@@ -304,7 +304,8 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._take_over_folder(trainer)
             # What a longer run left here before is not newer than what comes now.
             numbers = [each.run_number for each in list_checkpoints(self.save_dir)]
-            trainer._run_number = max([trainer._run_number, *(n + 1 for n in numbers)])
+            run = trainer._run
+            run.number = max([run.number, *(n + 1 for n in numbers)])
         self._saved_checkpoints = [
             self.save_dir / each.path.name
             for each in list_checkpoints(self.save_dir)
@@ -330,8 +331,15 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._lock.acquire()
         # Nobody else writes here then, so what any machine left is dead.
         clean_leftovers(self.save_dir, other_machines=self._lock.is_held)
-        if not self.overwrite and not trainer._goes_on_in(self.save_dir):
+        if not self.overwrite and not self._is_gone_on_from(trainer):
             self._refuse_states_of_other_runs(trainer)
+
+    def _is_gone_on_from(self, trainer: Trainer) -> bool:
+        """Say whether the run was told to go on from a state in the folder."""
+        asked = trainer._run.resume_from
+        if asked is None or asked == "auto":
+            return asked is not None
+        return absolute(asked).parent == self.save_dir
 
     def _refuse_states_of_other_runs(self, trainer: Trainer) -> None:
         of_others = [

@@ -1,4 +1,4 @@
-"""Gradient accumulation whose update equals that of one large batch.
+"""Which batches make an update, and how their losses weigh (R3).
 
 A *window* is the batches, on all processes, whose gradients make up one update. The
 gradient of the mean loss over all its items is the sum over its batches of
@@ -10,7 +10,8 @@ weighted with ``num_processes`` times that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,60 @@ from pytorch_accelerated.errors import warn
 from pytorch_accelerated.step_output import NumItems
 
 
+@dataclass
+class WindowState:
+    """What a run needs to know to go on in the middle of a window.
+
+    Args:
+        items: Items of the batches of this process so far.
+        counts_items: Whether items must be counted; None before the first batch.
+        unit: In what unit. A power of two, so that its value changes no rounding.
+    """
+
+    items: NumItems = 0
+    counts_items: bool | None = None
+    unit: float = 1.0
+
+
+class Window:
+    """The batches of this process that make up an update.
+
+    Iterating over it yields the number of each batch in its epoch, from 0, and the
+    batch.
+
+    Args:
+        batches: Where they come from.
+        first_step: The number of the first one.
+        is_last: Says of a batch that has been taken, by its number, whether it is the
+            last one of the window.
+
+    Attributes:
+        is_complete: Whether the batch that was yielded last is the last one; known
+            before the passes of that batch.
+    """
+
+    def __init__(
+        self, batches: Iterator[Any], first_step: int, is_last: Callable[[int], bool]
+    ) -> None:
+        self._batches = batches
+        self._step = first_step
+        self._is_last = is_last
+        self.is_complete = False
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        while not self.is_complete:
+            step, batch = self._step, next(self._batches)
+            self._step += 1
+            self.is_complete = self._is_last(step)
+            yield step, batch
+
+
 def _as_it_is(value: Any) -> Any:
     return value
 
 
-class AccumulationWindow:
-    """Weights the losses of a window so that its update is that of one large batch.
+class Accumulation:
+    """Weights the losses of windows so that their updates are those of large batches.
 
     Where the sizes of all batches are known ahead, each loss is weighted before it is
     back-propagated and that is all; with one batch in a window it stays untouched.
@@ -65,13 +114,20 @@ class AccumulationWindow:
         self._plan: BatchPlan | None = None
         self._is_exact = True
         self._num_batches: int | None = None
-        self._items: NumItems = 0
         self._is_in_epoch = False
-        # Set by the first batch of the run: whether items must be counted, and in what
-        # unit. A power of two, so that its value changes no rounding.
-        self._counts_items: bool | None = None
-        self._unit = 1.0
         self._has_warned = False
+        self.state = WindowState()
+
+    def with_num_steps(self, num_steps: int) -> Accumulation:
+        """Return one for other windows, of which nothing is done."""
+        return Accumulation(
+            num_steps,
+            self.num_processes,
+            self.process_index,
+            self._largest,
+            self._add_up,
+            self._corrects_gradients,
+        )
 
     def start_epoch(
         self, plan: BatchPlan | None, num_batches: int | None, *, is_exact: bool = True
@@ -87,26 +143,7 @@ class AccumulationWindow:
         self._plan = plan
         self._is_exact = is_exact
         self._num_batches = num_batches
-        self._items = 0
         self._is_in_epoch = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to know to go on in the middle of a window."""
-        return {
-            "items": self._items,
-            "counts_items": self._counts_items,
-            "unit": self._unit,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the window of a saved run; call it after :meth:`start_epoch`."""
-        self._items = state["items"]
-        self._counts_items = state["counts_items"]
-        self._unit = state["unit"]
-
-    def is_closed_by(self, step: int, *, is_last: bool) -> bool:
-        """Say whether the batch with this number (from 0) ends a window."""
-        return is_last or (step + 1) % self.num_steps == 0
 
     def weigh(
         self, loss: Tensor, step: int, num_items: NumItems, *, are_samples: bool
@@ -127,16 +164,16 @@ class AccumulationWindow:
         if not self._is_in_epoch:
             # An override of the epoch, which will not close the window either.
             return loss / self.num_steps
-        if self._counts_items is None:
+        if self.state.counts_items is None:
             self._choose_whether_to_count(step, num_items, are_samples)
-        if not are_samples and not self._counts_items:
+        if not are_samples and not self.state.counts_items:
             raise ValueError(
                 "num_items_in_batch was returned for this batch but not for the first "
                 "one of the run. Return it for every batch, on every process."
             )
-        if self._counts_items and not self._corrects_gradients:
+        if self.state.counts_items and not self._corrects_gradients:
             return loss * self._share_of_step(step, num_items)
-        self._items = self._items + num_items
+        self.state.items = self.state.items + num_items
         weight = num_items / self._unit_of(step)
         if isinstance(weight, float) and weight == 1.0:
             return loss
@@ -150,12 +187,12 @@ class AccumulationWindow:
             parameters: The parameters whose gradients were accumulated.
         """
         # An override of the step may have weighted the losses itself.
-        if self._is_one_batch or self._counts_items is None:
+        if self._is_one_batch or self.state.counts_items is None:
             return
-        if self._counts_items and not self._corrects_gradients:
+        if self.state.counts_items and not self._corrects_gradients:
             return
         factor = self._correction(step)
-        self._items = 0
+        self.state.items = 0
         if isinstance(factor, float) and factor == 1.0:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -178,18 +215,18 @@ class AccumulationWindow:
 
         The other processes wait for this one in :meth:`weigh`.
         """
-        if self._counts_items is None and not self._is_one_batch:
+        if self.state.counts_items is None and not self._is_one_batch:
             self._choose_together(must_count=0.0, num_items=0.0)
 
     def _choose_together(self, must_count: float, num_items: float) -> None:
-        self._counts_items = self._largest(must_count) > 0
-        if self._counts_items:
+        self.state.counts_items = self._largest(must_count) > 0
+        if self.state.counts_items:
             items = max(1.0, self._largest(num_items))
-            self._unit = 2.0 ** round(math.log2(items * self.num_steps))
+            self.state.unit = 2.0 ** round(math.log2(items * self.num_steps))
 
     def _unit_of(self, step: int) -> float:
-        if self._counts_items:
-            return self._unit
+        if self.state.counts_items:
+            return self.state.unit
         return self._planned_items(step) / self.num_processes
 
     def _share_of_step(self, step: int, num_items: NumItems) -> Tensor:
@@ -211,14 +248,14 @@ class AccumulationWindow:
         return first, past_last - 1
 
     def _correction(self, step: int) -> float | Tensor:
-        if self._counts_items:
-            total = _in_double_precision(self._items)
+        if self.state.counts_items:
+            total = _in_double_precision(self.state.items)
             if self.num_processes > 1:
                 total = self._add_up(torch.as_tensor(total, dtype=torch.float64))
             # A window without items has no gradient: any factor will do.
-            return self._unit * self.num_processes / (total + (total == 0))
+            return self.state.unit * self.num_processes / (total + (total == 0))
         if self.num_processes == 1:
-            return self._planned_items(step) / max(self._items, 1)
+            return self._planned_items(step) / max(self.state.items, 1)
         self._warn_of_other_sizes(step)
         return 1.0
 
@@ -229,12 +266,13 @@ class AccumulationWindow:
             self._plan.size(number, self.process_index)
             for number in range(first, last + 1)
         )
-        if self._items != planned and not self._has_warned:
+        if self.state.items != planned and not self._has_warned:
             self._has_warned = True
             warn(
-                f"The batches up to step {step} had {self._items} samples where the "
-                f"sampler gave {planned}; they are weighted as if they had all. Return "
-                "num_items_in_batch for every batch to have the true number counted."
+                f"The batches up to step {step} had {self.state.items} samples where "
+                f"the sampler gave {planned}; they are weighted as if they had all. "
+                "Return num_items_in_batch for every batch to have the true number "
+                "counted."
             )
 
 

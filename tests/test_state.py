@@ -1,6 +1,6 @@
 """What each process takes over from a training state."""
 
-from pytorch_accelerated.training_state import TrainingState
+from pytorch_accelerated.state import ProcessState, TrainingState
 
 
 def state_of(*processes):
@@ -10,26 +10,26 @@ def state_of(*processes):
 def test_on_fewer_processes_the_sums_of_all_are_added_up():
     """The losses of an epoch under way count each sample, whoever has seen it."""
     state = state_of(
-        {"trackers": {"loss": {"total": 1.5, "count": 2.0}}},
-        {
-            "trackers": {
+        ProcessState(trackers={"loss": {"total": 1.5, "count": 2.0}}),
+        ProcessState(
+            trackers={
                 "loss": {"total": 2.0, "count": 4.0},
                 "accuracy": {"total": 3.0, "count": 4.0},
             }
-        },
-        {},
+        ),
+        ProcessState(),
     )
 
-    assert state.of_process(0, 2) == {
-        "trackers": {
+    assert state.of_process(0, 2) == ProcessState(
+        trackers={
             "loss": {"total": 3.5, "count": 6.0},
             "accuracy": {"total": 3.0, "count": 4.0},
         }
-    }
-    assert state.of_process(1, 2) == {}
+    )
+    assert state.of_process(1, 2) == ProcessState()
 
 
 def test_on_as_many_processes_each_takes_over_its_own():
-    state = state_of({"random_states": 1}, {"random_states": 2})
+    first, second = ProcessState({"torch": 1}), ProcessState({"torch": 2})
 
-    assert state.of_process(1, 2) == {"random_states": 2}
+    assert state_of(first, second).of_process(1, 2) is second

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytorch_accelerated.accumulation import AccumulationWindow
 from pytorch_accelerated.data import BatchPlan
+from pytorch_accelerated.window import Accumulation, Window
 
 
 class Process:
@@ -28,13 +28,13 @@ class Process:
 
 
 def alone(num_steps, plan=None, num_batches=None):
-    window = AccumulationWindow(num_steps)
+    window = Accumulation(num_steps)
     window.start_epoch(plan, len(plan) if plan is not None else num_batches)
     return Process(window)
 
 
 def test_a_window_of_one_batch_leaves_the_loss_untouched():
-    window = AccumulationWindow(1)
+    window = Accumulation(1)
     window.start_epoch(BatchPlan(10, 4), 3)
     loss = torch.ones(())
 
@@ -42,14 +42,12 @@ def test_a_window_of_one_batch_leaves_the_loss_untouched():
     window.close(0, [])
 
 
-def test_which_batches_close_a_window():
-    window = AccumulationWindow(3)
+def test_a_window_knows_its_batches_and_when_it_is_complete():
+    window = Window(iter("abc"), 4, is_last=lambda step: step == 5)
 
-    closing = [
-        step for step in range(8) if window.is_closed_by(step, is_last=step == 7)
-    ]
+    taken = [(step, batch, window.is_complete) for step, batch in window]
 
-    assert closing == [2, 5, 7]
+    assert taken == [(4, "a", False), (5, "b", True)]
 
 
 def test_batches_of_a_window_are_weighted_by_their_size():
@@ -94,7 +92,7 @@ def test_windows_of_unknown_size_give_the_mean_over_their_items(batches, num_ste
         window.append((gradient, num_items))
         process.back_propagate(gradient, step, num_items)
         is_last = step == len(batches) - 1
-        if process.window.is_closed_by(step, is_last=is_last):
+        if is_last or (step + 1) % num_steps == 0:
             mean = sum(g * n for g, n in window) / sum(n for _, n in window)
             if num_steps == 1:
                 mean = gradient
@@ -130,7 +128,7 @@ def test_items_that_appear_in_the_middle_of_a_run_are_refused():
 def test_processes_share_a_window():
     """Their gradients are averaged, as data parallel training does."""
     plan = BatchPlan(5, 2, num_processes=2)  # steps of (2, 2) and (1, 0)
-    processes = [Process(AccumulationWindow(3, 2, index)) for index in (0, 1)]
+    processes = [Process(Accumulation(3, 2, index)) for index in (0, 1)]
     gradients = [[1.0, 5.0], [2.0, 100.0]]
     for index, process in enumerate(processes):
         process.window.start_epoch(plan, 2)
@@ -147,7 +145,7 @@ def test_processes_share_a_window():
 def test_processes_count_the_items_of_a_window_together():
     def create(index):
         return Process(
-            AccumulationWindow(
+            Accumulation(
                 1,
                 num_processes=2,
                 process_index=index,
@@ -167,7 +165,7 @@ def test_processes_count_the_items_of_a_window_together():
 
 
 def test_batches_smaller_than_planned_are_warned_of_with_several_processes():
-    process = Process(AccumulationWindow(2, num_processes=2))
+    process = Process(Accumulation(2, num_processes=2))
     process.window.start_epoch(BatchPlan(16, 4, num_processes=2), 2)
     process.back_propagate(1.0, 0, 4)
     process.back_propagate(1.0, 1, 3)
@@ -177,7 +175,7 @@ def test_batches_smaller_than_planned_are_warned_of_with_several_processes():
 
 
 def test_losses_that_an_override_has_weighted_itself_are_left_alone():
-    window = AccumulationWindow(2)
+    window = Accumulation(2)
     window.start_epoch(BatchPlan(8, 4), 2)
     parameter = torch.zeros((), requires_grad=True)
     parameter.grad = torch.tensor(3.0)
@@ -188,7 +186,7 @@ def test_losses_that_an_override_has_weighted_itself_are_left_alone():
 
 
 def test_outside_of_an_epoch_of_the_trainer_a_loss_is_divided_by_the_steps():
-    window = AccumulationWindow(4)
+    window = Accumulation(4)
 
     assert window.weigh(torch.tensor(6.0), 0, 5, are_samples=True).item() == 1.5
 
@@ -196,10 +194,10 @@ def test_outside_of_an_epoch_of_the_trainer_a_loss_is_divided_by_the_steps():
 def test_a_window_can_be_saved_and_continued():
     first = alone(2, None)
     first.back_propagate(1.0, 0, 3)
-    state = first.window.state_dict()
+    state = first.window.state
 
     second = alone(2, None)
-    second.window.load_state_dict(state)
+    second.window.state = state
     second.parameter.grad = first.parameter.grad
     second.back_propagate(6.0, 1, 2)
 
@@ -212,7 +210,7 @@ def test_a_window_can_be_saved_and_continued():
 )
 def test_a_length_that_is_exceeded_is_not_believed_found_70(promised, shares):
     """Where gradients cannot be corrected, it says how many steps a window has."""
-    window = AccumulationWindow(3, corrects_gradients=False)
+    window = Accumulation(3, corrects_gradients=False)
     window.start_epoch(None, promised)
     loss = torch.ones(())
 
