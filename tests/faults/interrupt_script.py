@@ -17,7 +17,7 @@ class WriteForLong(TrainerCallback):
         self.seconds = seconds
 
     def on_train_update_end(self, trainer, **kwargs):
-        trainer._background_writer.start(self._write)
+        trainer._writer.start(self._write)
         print("writing", flush=True)  # noqa: T201 (for the test to read)
         time.sleep(60)
 

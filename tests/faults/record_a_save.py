@@ -38,7 +38,7 @@ def main(folder: Path, *kinds: str) -> None:
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter += 1
-        trainer._progress.num_updates += 1
+        trainer._run.progress.num_updates += 1
         trainer.save_training_state = save_state_and_mark
         shim.log_start(os.fsencode(folder / kind / "log"), os.fsencode(live))
         save(trainer, live, 2)

@@ -40,7 +40,7 @@ def main(folder: Path, mode: str) -> None:
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 1
-    trainer._progress.num_updates += 1
+    trainer._run.progress.num_updates += 1
     weights["step_2"] = trainer.model.state_dict()
 
     for number in range(1, 10_000):

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 from pytorch_accelerated import Trainer, checkpoint
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.errors import CheckpointError
-from pytorch_accelerated.state import TrainingState
+from pytorch_accelerated.state import TrainingState, to_plain
 
 LIMITS = "limits of open files, file sizes, memory and shared memory"
 SMALL = Scenario(
@@ -73,15 +73,15 @@ def memory_left(megabytes):
 def try_limit(trainer, folder, limit, reason):
     """Save and load under a limit; yield what went wrong."""
     trainer.save_training_state(folder / "step_1")
-    name, expected = "step_1", vars(TrainingState.read(folder / "step_1"))
-    trainer._progress.num_updates += 1
+    name, expected = "step_1", to_plain(TrainingState.read(folder / "step_1"))
+    trainer._run.progress.num_updates += 1
     for asynchronous in (False, True):
         with limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a replaced one may stay
             error = attempt(save, trainer, folder / "step_2", asynchronous)
         yield what_is_wrong_with(error, reason)
         if error is None:
-            name, expected = "step_2", vars(TrainingState.read(folder / "step_2"))
+            name, expected = "step_2", to_plain(TrainingState.read(folder / "step_2"))
     with limit():
         newest = attempt(checkpoint.newest, folder)
         state = attempt(TrainingState.read, folder / name)
@@ -90,7 +90,7 @@ def try_limit(trainer, folder, limit, reason):
     else:
         yield what_is_wrong_with(newest or ValueError("nothing is found"), reason)
     if isinstance(state, TrainingState):
-        yield difference(expected, vars(state))
+        yield difference(expected, to_plain(state))
     else:
         yield what_is_wrong_with(state, reason)
     with warnings.catch_warnings():

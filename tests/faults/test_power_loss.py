@@ -9,7 +9,7 @@ import shims
 from scenario import difference
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.state import TrainingState
+from pytorch_accelerated.state import TrainingState, to_plain
 
 
 def read_state(folder):
@@ -21,7 +21,7 @@ def read_state(folder):
         checkpoint.clean_leftovers(folder, other_machines=True)
         newest = checkpoint.newest(folder)
     assert (found is None) == (newest is None)
-    return None if newest is None else vars(TrainingState.read(newest.path))
+    return None if newest is None else to_plain(TrainingState.read(newest.path))
 
 
 def read_file(folder):

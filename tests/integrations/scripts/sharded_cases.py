@@ -56,7 +56,8 @@ def train(trainer, **kwargs):
 
 def weights(trainer):
     """Return the whole weights, in memory of their own."""
-    state = trainer._model_state_dict()
+    model = trainer.get_model(keep_torch_compile=False)
+    state = trainer._engine.model_state(model)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
