@@ -23,12 +23,6 @@ def test_stops_after_patience_epochs_without_improvement(train_with_scores):
     assert stopping.best_metric == 2
 
 
-def test_an_improvement_starts_the_count_anew(train_with_scores):
-    stopping = EarlyStoppingCallback(2, watch_metric="score", greater_is_better=True)
-    trainer = train_with_scores([stopping], [1, 0, 2, 1, 0, 5])
-    assert epochs_of(trainer) == 5
-
-
 def test_improvements_within_the_threshold_do_not_count(train_with_scores):
     stopping = EarlyStoppingCallback(2, 0.25, watch_metric="score")
     trainer = train_with_scores([stopping], [1.0, 0.875, 0.75, 0.0])
@@ -115,12 +109,6 @@ def test_watching_the_eval_loss_without_an_eval_dataset_is_refused_before_traini
     with pytest.raises(ValueError, match=r"needs an eval_dataset.*'train_loss_epoch'"):
         trainer.train(samples(1), num_epochs=1)
     assert weight_of(trainer) == 1
-
-
-def test_the_train_loss_can_be_watched_without_an_eval_dataset(create_trainer, samples):
-    stopping = EarlyStoppingCallback(watch_metric="train_loss_epoch")
-    create_trainer([stopping]).train(samples(1), num_epochs=2)
-    assert stopping.best_metric == 0.25
 
 
 def test_a_resumed_run_goes_on_counting(train_with_scores, tmp_path):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,9 +123,12 @@ class EarlyStoppingCallback(TrainerCallback):
             threshold=self.early_stopping_threshold,
             value=self.best_metric,
         )
-        if best.update(latest_value(trainer, self.watch_metric)):
-            self._print_improvement(trainer, best)
-            self.best_metric = best.value
+        value = float(latest_value(trainer, self.watch_metric))
+        if best.update(value):
+            if self.best_metric is not None:
+                gain = abs(value - self.best_metric)
+                trainer.print(f"{self.watch_metric} improved by {gain:.4g} to {value}")
+            self.best_metric = value
             self.early_stopping_patience_counter = 0
         else:
             self.early_stopping_patience_counter += 1
@@ -135,11 +138,6 @@ class EarlyStoppingCallback(TrainerCallback):
                 f"{self.early_stopping_patience} {self._unit}s"
             )
         self._stop_if_patience_is_over(trainer)
-
-    def _print_improvement(self, trainer: Trainer, best: BestSoFar) -> None:
-        if self.best_metric is not None and best.value is not None:
-            gain = abs(best.value - self.best_metric)
-            trainer.print(f"{self.watch_metric} improved by {gain:.4g} to {best.value}")
 
     @property
     def _unit(self) -> str:
@@ -196,12 +194,8 @@ class TerminateOnNaNCallback(TrainerCallback):
     _steps_to_look: int = 1
 
     @cached_property
-    def _train_losses(self) -> _LossWatch:
-        return _LossWatch()
-
-    @cached_property
-    def _eval_losses(self) -> _LossWatch:
-        return _LossWatch()
+    def _collected(self) -> list[_Loss]:
+        return []
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self.triggered = False
@@ -222,9 +216,9 @@ class TerminateOnNaNCallback(TrainerCallback):
         Raises:
             NonFiniteLossError: If one of them is not finite.
         """
-        self._train_losses.add(batch_output, kwargs.get("step"))
+        self._collect(batch_output, "training", kwargs.get("step"))
         if self._is_time_to_look(trainer):
-            trainer.raise_on_all(self._find(trainer, self._train_losses, "training"))
+            trainer.raise_on_all(self._find_error(trainer))
             self._next_look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
 
     def _is_time_to_look(self, trainer: Trainer) -> bool:
@@ -243,26 +237,24 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses that are left of the epoch."""
-        self._look(trainer, self._train_losses, "training")
-        self._train_losses.clear()
+        self._look(trainer)
 
     @event_with_data
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the training losses so far: a bad one shows in the evaluation too."""
-        self._eval_losses.clear()
-        self._look(trainer, self._train_losses, "training")
+        self._look(trainer)
 
     @event_with_data
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
         """Collect the loss; it is looked at when the evaluation ends."""
-        self._eval_losses.add(batch_output)
+        self._collect(batch_output, "evaluation")
 
     @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses of the evaluation."""
-        self._look(trainer, self._eval_losses, "evaluation")
+        self._look(trainer)
 
     def on_before_save(self, trainer: Trainer, **kwargs: Any) -> None:
         """Refuse to save anything of a run with a loss that is not finite. Collective.
@@ -271,7 +263,7 @@ class TerminateOnNaNCallback(TrainerCallback):
             NonFiniteLossError: If there was such a loss, on any process.
         """
         # Not by raising on one process alone: the others would wait for it in the save.
-        error = self._error or self._find(trainer, self._train_losses, "training")
+        error = self._error or self._find_error(trainer)
         if trainer.agree(error is not None):
             raise error or NonFiniteLossError(
                 "Nothing is saved: the loss on another process is NaN or infinite."
@@ -283,8 +275,7 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Let go of the losses; saving is up to the user again."""
-        self._error = None
-        self._eval_losses.clear()
+        self._let_go()
 
     def check_for_nan_after_batch(
         self, batch_output: Mapping[str, Any], step: int | None = None
@@ -298,81 +289,77 @@ class TerminateOnNaNCallback(TrainerCallback):
         Raises:
             NonFiniteLossError: If the loss is not finite.
         """
-        losses = _LossWatch()
-        losses.add(batch_output, step)
-        if losses.find_first_bad() is not None:
+        if _first_bad([_Loss.of(batch_output, "", 0)]) is not None:
             self.triggered = True
             where = "" if step is None else f" at step {step}"
             raise NonFiniteLossError(f"The loss is NaN or infinite{where}.")
 
-    def _look(self, trainer: Trainer, losses: _LossWatch, phase: str) -> None:
-        error = self._find(trainer, losses, phase)
-        if error is not None:
+    def _collect(
+        self, batch_output: Mapping[str, Any], phase: str, step: int | None = None
+    ) -> None:
+        number = len(self._collected) if step is None else step
+        self._collected.append(_Loss.of(batch_output, phase, number))
+
+    def _look(self, trainer: Trainer) -> None:
+        if error := self._find_error(trainer):
             raise error
 
-    def _find(
-        self, trainer: Trainer, losses: _LossWatch, phase: str
-    ) -> NonFiniteLossError | None:
-        step = losses.find_first_bad()
-        if step is None:
+    def _find_error(self, trainer: Trainer) -> NonFiniteLossError | None:
+        """Look at the losses collected, and let go of them."""
+        bad = _first_bad(self._collected)
+        self._collected.clear()
+        if bad is None:
             return None
         self.triggered = True
-        self._error = NonFiniteLossError(_describe(trainer, step, phase))
+        self._error = NonFiniteLossError(_describe(trainer, bad))
         return self._error
 
     def _let_go(self) -> None:
         self._error = None
-        self._train_losses.clear()
-        self._eval_losses.clear()
+        self._collected.clear()
 
 
-class _LossWatch:
-    """Collects losses where they are and finds the first that is not finite."""
+class _Loss(NamedTuple):
+    """The loss of a step, where it is: not yet read from the device."""
 
-    def __init__(self) -> None:
-        self.clear()
+    value: Tensor
+    num_items: NumItems
+    phase: str
+    step: int
 
-    def clear(self) -> None:
-        self._losses: list[Tensor] = []
-        self._num_items: list[NumItems] = []
-        self._steps: list[int] = []
-        self._next_step = 0
-
-    def add(self, batch_output: Mapping[str, Any], step: int | None = None) -> None:
+    @classmethod
+    def of(cls, batch_output: Mapping[str, Any], phase: str, step: int) -> _Loss:
         loss = batch_output["loss"]
         if not isinstance(loss, Tensor):
             loss = torch.tensor(float(loss))
         elif loss.dim() > 0:
             # NaN if any element is NaN or infinite, else 0.
             loss = (loss.detach() * 0).sum()
-        self._losses.append(loss.detach())
-        self._num_items.append(num_items({"batch_size": 1, **batch_output}))
-        self._steps.append(self._next_step if step is None else step)
-        self._next_step = self._steps[-1] + 1
+        return cls(
+            loss.detach(), num_items({"batch_size": 1, **batch_output}), phase, step
+        )
 
-    def find_first_bad(self) -> int | None:
-        """Return the step of the first bad loss, and forget those that were read.
 
-        Waits for the device once, unless there is a bad one.
-        """
-        if not self._losses:
-            return None
-        device = self._losses[-1].device
-        losses = torch.stack([loss.to(device) for loss in self._losses])
-        is_finite = torch.isfinite(losses).tolist()
-        seen = zip(self._steps, self._num_items, is_finite, strict=True)
-        self._losses, self._num_items, self._steps = [], [], []
+def _first_bad(losses: Sequence[_Loss]) -> _Loss | None:
+    """Return the first loss that is not finite. Waits for the device once."""
+    if not losses:
+        return None
+    device = losses[-1].value.device
+    values = torch.stack([loss.value.to(device) for loss in losses])
+    for loss, is_finite in zip(losses, torch.isfinite(values).tolist(), strict=True):
         # How many items a batch has is only read where it matters.
-        return next((step for step, items, ok in seen if not ok and items != 0), None)
+        if not is_finite and loss.num_items != 0:
+            return loss
+    return None
 
 
-def _describe(trainer: Trainer, step: int, phase: str) -> str:
+def _describe(trainer: Trainer, loss: _Loss) -> str:
     groups = [] if trainer.optimizer is None else trainer.optimizer.param_groups
     rates = sorted({float(group["lr"]) for group in groups if "lr" in group})
     checkpoint = getattr(trainer, "last_checkpoint", None)
     return (
-        f"The {phase} loss became NaN or infinite in epoch "
-        f"{trainer.run_history.current_epoch}, at step {step} (counted from 0). "
+        f"The {loss.phase} loss became NaN or infinite in epoch "
+        f"{trainer.run_history.current_epoch}, at step {loss.step} (counted from 0). "
         f"Learning rate: {', '.join(f'{rate:g}' for rate in rates) or 'none'}. "
         f"Last checkpoint: {checkpoint or 'none'}. "
         "Try a lower learning rate or clipping, and look for bad samples in the data."
