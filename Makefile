@@ -77,6 +77,10 @@ bench: ## Measure against the loop written by hand and other libraries
 bench-checkpoints: $(VENV)/.library ## Measure what the loop waits for when it saves
 	$(ONE_THREAD) $(BIN)/python benchmarks/checkpoint_cost.py $(BENCH_ARGS)
 
+.PHONY: size
+size: ## Count lines of code, and those of a commit beside them: make size OLD=main
+	$(PYTHON) benchmarks/size.py $(if $(OLD),--old $(OLD))
+
 .PHONY: docs
 docs: $(VENV)/.tools ## Build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -n -W --keep-going -q -b html docs docs/_build/html
