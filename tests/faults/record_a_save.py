@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+from runs import train_another_epoch
 from scenario import Scenario
 
 from pytorch_accelerated import Trainer
@@ -21,29 +21,31 @@ from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 
 def main(folder: Path, *kinds: str) -> None:
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
-    scenario = Scenario(num_epochs=1, save_every_n_steps=None, num_samples=12)
-    trainer = scenario.run(folder / "run")
+    scenario = Scenario(
+        num_epochs=1, save_every_n_steps=None, num_samples=12, ends_schedule=False
+    )
+    for kind in kinds:
+        trainer = scenario.run(folder / kind / "run")
+        live = folder / kind / "live"
+        save = {"prune": save_second, "replace": save_again, "file": save_file}[kind]
+        save(trainer, live, 1)
+        shutil.copytree(live, folder / kind / "before")
+        train_another_epoch(trainer, folder / kind / "run" / "states" / "final")
+        mark_states(trainer, shim)
+        shim.log_start(os.fsencode(folder / kind / "log"), os.fsencode(live))
+        save(trainer, live, 2)
+        shim.log_mark(b"saved")
+        shim.log_stop()
+
+
+def mark_states(trainer: Trainer, shim: ctypes.CDLL) -> None:
     save_state = trainer.save_training_state
 
     def save_state_and_mark(*args, **kwargs) -> None:
         save_state(*args, **kwargs)
         shim.log_mark(b"saved")
 
-    for kind in kinds:
-        live = folder / kind / "live"
-        save = {"prune": save_second, "replace": save_again, "file": save_file}[kind]
-        trainer.save_training_state = save_state
-        save(trainer, live, 1)
-        shutil.copytree(live, folder / kind / "before")
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter += 1
-        trainer._run.progress.num_updates += 1
-        trainer.save_training_state = save_state_and_mark
-        shim.log_start(os.fsencode(folder / kind / "log"), os.fsencode(live))
-        save(trainer, live, 2)
-        shim.log_mark(b"saved")
-        shim.log_stop()
+    trainer.save_training_state = save_state_and_mark
 
 
 def save_second(trainer: Trainer, folder: Path, number: int) -> None:

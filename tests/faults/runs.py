@@ -12,6 +12,8 @@ import torch
 from processes import Job
 from scenario import Scenario, fingerprint
 
+from pytorch_accelerated import Trainer
+
 
 def finish(scenario: Scenario, folder: Path) -> Callable[[], None]:
     """Return a run to the end from wherever an earlier one was.
@@ -28,6 +30,19 @@ def finish(scenario: Scenario, folder: Path) -> Callable[[], None]:
             os.replace(folder / "result.part", folder / "result.pt")
 
     return run
+
+
+def train_another_epoch(trainer: Trainer, state: Path) -> None:
+    """Go on from a state, so that what is saved next is newer than it."""
+    trainer.train(
+        trainer.train_dataset,
+        trainer.run_config.num_epochs + 1,
+        eval_dataset=trainer.eval_dataset,
+        per_device_batch_size=trainer.run_config.train_per_device_batch_size,
+        gradient_accumulation_steps=trainer.run_config.gradient_accumulation_steps,
+        create_scheduler_fn=trainer.create_scheduler_fn,
+        resume_from=state,
+    )
 
 
 def result_of(folder: Path) -> dict[str, Any]:

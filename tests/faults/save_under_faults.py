@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from runs import train_another_epoch
 from scenario import Scenario
 
 from pytorch_accelerated import checkpoint
@@ -27,7 +28,9 @@ RAISED, NOT_RAISED = 3, 0
 
 def main(folder: Path, mode: str) -> None:
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
-    scenario = Scenario(num_epochs=1, save_every_n_steps=None, num_samples=12)
+    scenario = Scenario(
+        num_epochs=1, save_every_n_steps=None, num_samples=12, ends_schedule=False
+    )
     trainer = scenario.run(folder / "run")
     states = folder / "states"
     saving = SaveTrainingStateCallback(
@@ -37,10 +40,7 @@ def main(folder: Path, mode: str) -> None:
     shutil.copytree(states, folder / "pristine")
     weights = {"step_1": trainer.model.state_dict()}
     weights["step_1"] = {k: v.clone() for k, v in weights["step_1"].items()}
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter += 1
-    trainer._run.progress.num_updates += 1
+    train_another_epoch(trainer, states / "step_1")
     weights["step_2"] = trainer.model.state_dict()
 
     for number in range(1, 10_000):

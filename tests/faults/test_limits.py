@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Job
+from runs import train_another_epoch
 from scenario import Scenario, difference
 from torch.utils.data import TensorDataset
 
@@ -72,9 +74,7 @@ def memory_left(megabytes):
 
 def try_limit(trainer, folder, limit, reason):
     """Save and load under a limit; yield what went wrong."""
-    trainer.save_training_state(folder / "step_1")
     name, expected = "step_1", to_plain(TrainingState.read(folder / "step_1"))
-    trainer._run.progress.num_updates += 1
     for asynchronous in (False, True):
         with limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a replaced one may stay
@@ -119,8 +119,12 @@ def what_is_wrong_with(error, reason):
 
 def try_limits(trials, trainer, folder, limits, reason):
     """Save and load under each limit, in a process of its own, which may die of it."""
+    older = folder / "step_1"
+    trainer.save_training_state(older)
+    train_another_epoch(trainer, older)
     for number, limit in enumerate(limits):
         states = folder / f"{number}" / "states"
+        shutil.copytree(older, states / "step_1")
 
         def run(states=states, limit=limit):
             wrong = [*try_limit(trainer, states, limit, reason)]

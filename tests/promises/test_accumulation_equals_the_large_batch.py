@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import AutocastKwargs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -371,10 +372,10 @@ def test_a_gradient_scaler_changes_no_number(clip_norm):
 class Scaled(WithScaler):
     """In double precision: what autocast would round is not what is tested here."""
 
-    def _prepare_model_optimizer_and_dataloaders(self):
-        super()._prepare_model_optimizer_and_dataloaders()
-        self.model = self._run.prepared._model
-        self._run.prepared.restore()
+    def _create_accelerator(self):
+        accelerator = super()._create_accelerator()
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)
+        return accelerator
 
 
 class ScaledOverflows(Scaled, Overflows):

@@ -56,9 +56,15 @@ def train(trainer, **kwargs):
 
 def weights(trainer):
     """Return the whole weights, in memory of their own."""
-    model = trainer.get_model(keep_torch_compile=False)
-    state = trainer._engine.model_state(model)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    return whole(trainer.get_model(keep_torch_compile=False))
+
+
+def whole(model):
+    state = {
+        name: each.full_tensor() if isinstance(each, DTensor) else each
+        for name, each in model.state_dict().items()
+    }
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 class WithoutDropout(Trainer):
@@ -164,16 +170,16 @@ class SaveOnce(TrainerCallback):
 def _resumed(folder, kind):
     path = folder / f"state_{kind}"
     plugin = {"state_dict_type": kind}
-    whole = create_trainer(callbacks=[SaveOnce(path, 9)], plugin=plugin)
-    train(whole)
+    undisturbed = create_trainer(callbacks=[SaveOnce(path, 9)], plugin=plugin)
+    train(undisturbed)
     resumed = create_trainer(plugin=plugin)
     train(resumed, resume_from=path)
     return {
-        "whole": weights(whole),
+        "whole": weights(undisturbed),
         "resumed": weights(resumed),
         "histories": [
             list(each.run_history.get_metric_values("train_loss_epoch"))
-            for each in (whole, resumed)
+            for each in (undisturbed, resumed)
         ],
     }
 
@@ -191,9 +197,8 @@ def _averaged(folder, fsdp):
     ema = ModelEmaCallback(decay=0.8, save_path=save_path)
     trainer = create_trainer(fsdp, [ema], WithoutDropout)
     history = train(trainer)
-    state = trainer._engine.whole(ema.ema_model.module.state_dict())
     return {
-        "weights": {name: tensor.detach().clone() for name, tensor in state.items()},
+        "weights": whole(ema.ema_model.module),
         "is_sharded": isinstance(ema.ema_model.module[0].weight, DTensor),
         "losses": list(history.get_metric_values("ema_model_eval_loss_epoch")),
     }
@@ -214,8 +219,7 @@ def average_resumed(folder):
         ema = ModelEmaCallback(decay=0.8, save_path=folder / "average.pt")
         trainer = create_trainer(callbacks=[ema, *callbacks])
         train(trainer, resume_from=resume_from)
-        state = trainer._engine.whole(ema.ema_model.module.state_dict())
-        averages.append({name: each.clone() for name, each in state.items()})
+        averages.append(whole(ema.ema_model.module))
     return {"whole": averages[0], "resumed": averages[1]}
 
 
