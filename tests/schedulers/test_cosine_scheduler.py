@@ -47,10 +47,6 @@ def test_plain_annealing_follows_half_a_cosine_from_first_to_last_update():
     assert curve[10] == pytest.approx(0.055)
 
 
-def test_the_lowest_value_follows_the_last_update():
-    assert curve_of_one_group(25, 5, 4, lr_min=0.01)[20:] == [0.01] * 5
-
-
 def test_warmup_rises_to_the_peak_and_the_annealing_fills_the_rest():
     """Defect 18: the annealing ended early, with a jump, by the warm-up's length."""
     curve = curve_of_one_group(
@@ -85,13 +81,6 @@ def test_cooldown_trains_its_epochs_at_the_lowest_value():
     assert curve == pytest.approx(warmup + annealing + [0.001] * 12, rel=1e-12)
 
 
-def test_warmup_and_cooldown_may_leave_nothing_to_anneal():
-    curve = curve_of_one_group(
-        5, 4, 1, num_warmup_epochs=2, num_cooldown_epochs=2, warmup_starting_lr=0.0
-    )
-    assert curve == [0.0, 0.05, 1e-6, 1e-6, 1e-6]
-
-
 @pytest.mark.parametrize("k", [0.5, 2.0, 3.0])
 def test_k_decay_raises_the_progress_to_its_power(k):
     curve = curve_of_one_group(10, 10, 1, k_decay=k, num_warmup_epochs=2, lr_min=0.0)
@@ -113,14 +102,6 @@ def test_ratios_are_taken_of_the_learning_rate_of_each_group():
     shape = [0.5, 0.75] + [0.1 + 0.9 * half_cosine(n / 4) for n in range(4)]
     expected = [[0.1 * s, 0.02 * s] for s in [*shape, 0.1, 0.1]]
     assert curve == [pytest.approx(lrs, rel=1e-12) for lrs in expected]
-
-
-def test_a_part_of_an_epoch_can_be_warmup():
-    curve = curve_of_one_group(
-        20, 2, 10, num_warmup_epochs=0.5, warmup_starting_lr=0.0, lr_min=0.0
-    )
-    assert curve[:6] == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.1])
-    assert curve[19] == pytest.approx(0.1 * half_cosine(14 / 15))
 
 
 lengths = st.integers(1, 12)
@@ -211,9 +192,9 @@ def test_the_state_has_the_names_that_scripts_read():
     [
         ({"total_num_epochs": 0}, "must be above 0, but their product is 0"),
         ({"num_update_steps_per_epoch": -1}, "their product is -3"),
-        ({"lr_min": -0.1}, "lr_min must not be negative"),
-        ({"num_warmup_epochs": -1}, "num_warmup_epochs must not be negative"),
-        ({"num_cooldown_epochs": -1}, "num_cooldown_epochs must not be negative"),
+        ({"lr_min": -0.1}, "lr_min must be 0 or more, got -"),
+        ({"num_warmup_epochs": -1}, "num_warmup_epochs must be 0 or more, got -"),
+        ({"num_cooldown_epochs": -1}, "num_cooldown_epochs must be 0 or more, got -"),
     ],
 )
 def test_arguments_out_of_range_are_errors(settings, message, error):
@@ -274,14 +255,6 @@ def test_the_factory_leaves_the_length_of_the_run_to_the_trainer():
         "warmup_starting_lr_ratio": None,
         "num_cooldown_epochs": 0,
     }
-
-
-def test_a_factory_of_a_subclass_creates_the_subclass():
-    class Mine(CosineLrScheduler):
-        pass
-
-    factory = Mine.create_scheduler_fn(2, 3)
-    assert type(factory(create_optimizer(0.1))) is Mine
 
 
 def test_a_new_schedule_starts_from_the_learning_rate_set_since_the_last_one():

@@ -1,4 +1,3 @@
-import sys
 from functools import partial
 
 import pytest
@@ -137,13 +136,6 @@ def test_a_schedule_that_depends_on_a_metric_has_no_curve():
 def test_what_is_not_a_scheduler_has_no_curve():
     with pytest.raises(TypeError, match="The curve of a list cannot be drawn"):
         schedule_curve(lambda optimizer: [], 3)
-
-
-def test_drawing_without_matplotlib_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install pytorch-accelerated\[plot\]"):
-        plot_schedule(CosineLrScheduler.create_scheduler_fn(), 3)
 
 
 def test_a_line_is_drawn_for_each_group():

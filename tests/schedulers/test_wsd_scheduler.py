@@ -165,10 +165,6 @@ def test_each_checkpoint_comes_half_way_to_the_next(total, num_checkpoints, expe
     assert scheduler.checkpoint_steps == expected
 
 
-def test_three_checkpoints_are_the_default_of_the_estimate():
-    assert estimate_checkpoint_steps(8) == [2, 4, 8]
-
-
 def test_the_decay_info_tells_where_each_period_starts_decays_and_ends():
     scheduler = WSDLrScheduler(
         create_optimizer(), total_steps=200, num_checkpoints=2, decay_phase_ratio=0.15
@@ -235,15 +231,6 @@ def test_a_low_learning_rate_needs_no_warmup_value_below_it():
     assert run_schedule(scheduler, 3) == [1e-8] * 3
 
 
-def test_two_schedulers_do_not_disturb_each_other():
-    """Other WSD: they shared a cache of one entry."""
-    short = WSDLrScheduler(create_optimizer(), total_steps=10)
-    long = WSDLrScheduler(create_optimizer(), total_steps=100)
-    assert short._get_checkpoint_info(5) == (10, 5)
-    assert long._get_checkpoint_info(5) == (100, 5)
-    assert short._get_checkpoint_info(5) == (10, 5)
-
-
 @pytest.mark.parametrize("error", [ValueError, AssertionError])
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -254,14 +241,14 @@ def test_two_schedulers_do_not_disturb_each_other():
             {"num_epochs": 3, "num_update_steps_per_epoch": 8, "total_steps": 24},
             "not all three",
         ),
-        ({"total_steps": 0}, "at least 1 update long, got 0"),
-        ({"num_epochs": 0, "num_update_steps_per_epoch": 8}, "1 update long, got 0"),
+        ({"total_steps": 0}, "updates of the schedule must be 1 or more, got 0"),
+        ({"num_epochs": 0, "num_update_steps_per_epoch": 8}, "1 or more, got 0"),
         ({"total_steps": 9, "decay_phase_ratio": 1.1}, "between 0 and 1, got 1.1"),
         ({"total_steps": 9, "decay_phase_ratio": -0.1}, "between 0 and 1, got -0.1"),
-        ({"total_steps": 9, "lr_min": -1}, "lr_min must not be negative, got -1"),
-        ({"total_steps": 9, "lr_min": 2}, "a fraction .* at most 1, got 2"),
-        ({"total_steps": 9, "num_checkpoints": 0}, "at least 1, got 0"),
-        ({"total_steps": 9, "num_warmup_steps": -2}, "not be negative, got -2"),
+        ({"total_steps": 9, "lr_min": -1}, "lr_min, .* 0 and 1, got -1"),
+        ({"total_steps": 9, "lr_min": 2}, "a fraction .* between 0 and 1, got 2"),
+        ({"total_steps": 9, "num_checkpoints": 0}, "must be 1 or more, got 0"),
+        ({"total_steps": 9, "num_warmup_steps": -2}, "must be 0 or more, got -2"),
         (
             {"total_steps": 9, "decay_phase_ratio": 0.4, "num_checkpoints": 2},
             "at most 1/3 with several checkpoints, got 0.4",
@@ -299,14 +286,6 @@ def test_a_warmup_that_leaves_nothing_to_decay_is_warned_of_found_95(
     )
 
 
-def test_settings_at_the_edge_of_their_range_are_accepted():
-    WSDLrScheduler(
-        create_optimizer(), total_steps=9, decay_phase_ratio=1 / 3, num_checkpoints=2
-    )
-    WSDLrScheduler(create_optimizer(), total_steps=9, decay_phase_ratio=1, lr_min=0)
-    WSDLrScheduler(create_optimizer(), total_steps=9, decay_phase_ratio=0)
-
-
 any_settings = st.fixed_dictionaries(
     {
         "total_steps": st.integers(1, 60),
@@ -318,15 +297,6 @@ any_settings = st.fixed_dictionaries(
         "num_checkpoints": st.integers(1, 8),
     }
 )
-
-
-@pytest.mark.filterwarnings(A_LONG_WARMUP)
-@unhurried
-@given(settings=any_settings)
-def test_values_stay_between_the_floor_and_the_peak(settings):
-    curve = curve_of(settings["total_steps"] + 3, **settings)
-    lowest = min(settings["lr_min"] * 0.1, settings["warmup_starting_lr"])
-    assert all(lowest - 1e-12 <= lr <= 0.1 + 1e-12 for lr in curve)
 
 
 @unhurried
@@ -357,20 +327,6 @@ def test_a_saved_schedule_goes_on_as_if_never_interrupted(settings, stop):
     if stop:
         assert optimizer.param_groups[0]["lr"] == whole[stop - 1]
     assert run_schedule(restored, total + 1 - stop) == whole[stop:]
-
-
-def test_the_state_holds_the_position():
-    """Defect 3: at update 95 of 100 the next value was 1e-6 instead of 0.029."""
-    original = WSDLrScheduler(create_optimizer(), total_steps=100, num_warmup_steps=10)
-    run_schedule(original, 95)
-    state = original.state_dict()
-    assert state["num_updates"] == 94
-    assert not [name for name in state if name.startswith("_")]
-    assert "optimizer" not in state
-
-    restored = WSDLrScheduler(create_optimizer(), total_steps=100, num_warmup_steps=10)
-    restored.load_state_dict(state)
-    assert run_schedule(restored, 1) == pytest.approx([0.0293], rel=1e-2)
 
 
 def state_of_0_1_61():

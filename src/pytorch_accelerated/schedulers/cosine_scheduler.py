@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     StatefulSchedulerBase,
+    check_range,
     count_updates,
 )
 
@@ -138,10 +140,10 @@ class CosineLrScheduler(StatefulSchedulerBase):
 
     def _calculate_lr(self, base_lr: float, num_updates: int) -> float:
         if num_updates < self.warmup_iterations:
-            start = _ratio_or_value(self.warmup_lr_ratio, base_lr, self.warmup_lr_init)
+            start = self._start_of_warmup(base_lr)
             return start + num_updates * (base_lr - start) / self.warmup_iterations
 
-        lowest = _ratio_or_value(self.lr_min_ratio, base_lr, self.lr_min)
+        lowest = self._lowest(base_lr)
         end = self.total_iterations - self.num_cooldown_iterations
         if num_updates >= end:
             return lowest
@@ -152,19 +154,23 @@ class CosineLrScheduler(StatefulSchedulerBase):
             1 + math.cos(math.pi * progress**self.k_decay)
         )
 
+    def _lowest(self, base_lr: float) -> float:
+        ratio = self.lr_min_ratio
+        return self.lr_min if ratio is None else ratio * base_lr
+
+    def _start_of_warmup(self, base_lr: float) -> float:
+        ratio = self.warmup_lr_ratio
+        return self.warmup_lr_init if ratio is None else ratio * base_lr
+
     def _check_arguments(self) -> None:
         if self.total_iterations <= 0:
             raise InvalidScheduleError(
                 "total_num_epochs and num_update_steps_per_epoch must be above 0, but "
                 f"their product is {self.total_iterations}."
             )
-        for name, value in (
-            ("lr_min", self.lr_min),
-            ("num_warmup_epochs", self.warmup_iterations),
-            ("num_cooldown_epochs", self.num_cooldown_iterations),
-        ):
-            if value < 0:
-                raise InvalidScheduleError(f"{name} must not be negative.")
+        check_range("lr_min", self.lr_min, 0)
+        check_range("num_warmup_epochs", self.warmup_iterations, 0)
+        check_range("num_cooldown_epochs", self.num_cooldown_iterations, 0)
 
     def _warn_of_what_is_hardly_meant(self) -> None:
         taken = self.warmup_iterations + self.num_cooldown_iterations
@@ -175,31 +181,22 @@ class CosineLrScheduler(StatefulSchedulerBase):
                 "num_warmup_epochs or num_cooldown_epochs, or train for longer."
             )
         self._warn_if_above_lr(
-            "lowest learning rate",
-            "lr_min or min_lr_ratio",
-            self.lr_min_ratio,
-            self.lr_min,
+            "lowest learning rate", self._lowest, "lr_min or min_lr_ratio"
         )
         if self.warmup_iterations > 0:
             self._warn_if_above_lr(
                 "learning rate that the warm-up starts from",
+                self._start_of_warmup,
                 "warmup_starting_lr or warmup_starting_lr_ratio",
-                self.warmup_lr_ratio,
-                self.warmup_lr_init,
             )
 
     def _warn_if_above_lr(
-        self, name: str, arguments: str, ratio: float | None, value: float
+        self, name: str, calculate: Callable[[float], float], arguments: str
     ) -> None:
         for base_lr in self.base_lr_values:
-            lr = _ratio_or_value(ratio, base_lr, value)
-            if lr > base_lr:
+            if (lr := calculate(base_lr)) > base_lr:
                 warn(
                     f"The {name} is {lr:g}, above that of the optimizer, {base_lr:g}. "
                     f"Set {arguments} to less."
                 )
                 return
-
-
-def _ratio_or_value(ratio: float | None, base_lr: float, value: float) -> float:
-    return value if ratio is None else ratio * base_lr

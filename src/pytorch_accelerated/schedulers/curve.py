@@ -113,7 +113,8 @@ def plot_schedule(
         ImportError: matplotlib is not installed.
     """
     if ax is None:
-        ax = _create_axes()
+        # Not a package that has to be there for the rest.
+        ax = importlib.import_module("matplotlib.pyplot").subplots()[1]
     num_groups = 1 if optimizer is None else len(optimizer.param_groups)
     for param_group in range(num_groups):
         curve = schedule_curve(
@@ -195,15 +196,3 @@ def _prepare_update(scheduler: Any, update: int, optimizer: Optimizer) -> None:
             "pytorch_accelerated or of torch.optim.lr_scheduler that does not depend "
             "on a metric."
         )
-
-
-def _create_axes() -> Any:
-    try:
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise ImportError(
-            "Drawing a schedule needs matplotlib: "
-            "pip install pytorch-accelerated[plot]. "
-            "schedule_curve() returns the values without it."
-        ) from error
-    return pyplot.subplots()[1]

@@ -15,6 +15,7 @@ __all__ = [
     "InvalidScheduleError",
     "SchedulerBase",
     "StatefulSchedulerBase",
+    "check_range",
     "count_updates",
     "forget_start_if_set_by_hand",
     "remember_scheduled_values",
@@ -173,6 +174,14 @@ class StatefulSchedulerBase(SchedulerBase):
         super().load_state_dict(state)
         if self._num_updates >= 0:
             self.step_update(self._num_updates)
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise InvalidScheduleError unless a value lies between two others."""
+    if not least <= value <= most:
+        is_open = most == math.inf
+        limits = f"{least} or more" if is_open else f"between {least} and {most}"
+        raise InvalidScheduleError(f"{name} must be {limits}, got {value}.")
 
 
 def count_updates(num_epochs: float, num_update_steps_per_epoch: int) -> float:

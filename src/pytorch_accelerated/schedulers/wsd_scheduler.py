@@ -13,6 +13,7 @@ from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     StatefulSchedulerBase,
+    check_range,
     count_updates,
 )
 
@@ -211,7 +212,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
         the position stays as it is.
         """
         if self.is_continuation_from_checkpoint and not self._is_own(state_dict):
-            self._take_form_from(state_dict)
+            for name in _TAKEN_FROM_THE_CONTINUED_RUN:
+                setattr(self, name, state_dict.get(name, getattr(self, name)))
+            self._plan_checkpoints()
             self.restart()
             return
         if "num_updates" not in state_dict:
@@ -235,12 +238,6 @@ class WSDLrScheduler(StatefulSchedulerBase):
             and state_dict.get("total_steps") == self.total_steps
             and "num_updates" in state_dict
         )
-
-    def _take_form_from(self, state_dict: dict[str, Any]) -> None:
-        for name in _TAKEN_FROM_THE_CONTINUED_RUN:
-            if name in state_dict:
-                setattr(self, name, state_dict[name])
-        self._plan_checkpoints()
 
     def _plan_checkpoints(self) -> None:
         self.checkpoint_steps: list[int] = estimate_checkpoint_steps(
@@ -294,32 +291,14 @@ class WSDLrScheduler(StatefulSchedulerBase):
         return self.lr_min / (t + (1 - t) * self.lr_min)
 
     def _check_arguments(self) -> None:
-        if not 0 <= self.decay_phase_ratio <= 1:
-            raise InvalidScheduleError(
-                "decay_phase_ratio must be between 0 and 1, got "
-                f"{self.decay_phase_ratio}."
-            )
-        if self.num_checkpoints <= 0:
-            raise InvalidScheduleError(
-                f"num_checkpoints must be at least 1, got {self.num_checkpoints}."
-            )
+        check_range("decay_phase_ratio", self.decay_phase_ratio, 0, 1)
+        check_range("num_checkpoints", self.num_checkpoints, 1)
+        check_range("lr_min, a fraction of the learning rate,", self.lr_min, 0, 1)
+        check_range("num_warmup_steps", self.num_warmup_steps, 0)
         if self.num_checkpoints > 1 and self.decay_phase_ratio > 1 / 3:
             raise InvalidScheduleError(
                 "decay_phase_ratio must be at most 1/3 with several checkpoints, got "
                 f"{self.decay_phase_ratio}: the periods would mostly decay."
-            )
-        if self.lr_min < 0:
-            raise InvalidScheduleError(
-                f"lr_min must not be negative, got {self.lr_min}."
-            )
-        if self.lr_min > 1:
-            raise InvalidScheduleError(
-                "lr_min is a fraction of the learning rate and must be at most 1, got "
-                f"{self.lr_min}."
-            )
-        if self.num_warmup_steps < 0:
-            raise InvalidScheduleError(
-                f"num_warmup_steps must not be negative, got {self.num_warmup_steps}."
             )
         highest_lr = max(self.base_lr_values)
         if self._is_in_warmup(0) and self.warmup_starting_lr > highest_lr:
@@ -354,23 +333,19 @@ def estimate_checkpoint_steps(total_steps: int, num_checkpoints: int = 3) -> lis
 def _find_total_steps(
     num_epochs: float | None,
     num_update_steps_per_epoch: int | None,
-    total_steps: int | None,
+    total_steps: float | None,
 ) -> int:
-    epochs_given = num_epochs is not None and num_update_steps_per_epoch is not None
-    if epochs_given and total_steps is not None:
-        raise InvalidScheduleError(
-            "Give either total_steps, or num_epochs and num_update_steps_per_epoch, "
-            "not all three."
-        )
-    if total_steps is None:
-        if num_epochs is None or num_update_steps_per_epoch is None:
+    if num_epochs is not None and num_update_steps_per_epoch is not None:
+        if total_steps is not None:
             raise InvalidScheduleError(
-                "The length of the schedule is missing. Give total_steps, or both "
-                "num_epochs and num_update_steps_per_epoch."
+                "Give either total_steps, or num_epochs and "
+                "num_update_steps_per_epoch, not all three."
             )
-        total_steps = int(count_updates(num_epochs, num_update_steps_per_epoch))
-    if total_steps <= 0:
+        total_steps = count_updates(num_epochs, num_update_steps_per_epoch)
+    if total_steps is None:
         raise InvalidScheduleError(
-            f"The schedule must be at least 1 update long, got {total_steps}."
+            "The length of the schedule is missing. Give total_steps, or both "
+            "num_epochs and num_update_steps_per_epoch."
         )
+    check_range("The updates of the schedule", int(total_steps), 1)
     return int(total_steps)
