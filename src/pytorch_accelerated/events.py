@@ -128,9 +128,6 @@ class Ending:
                 clean_up()
             except Exception as another:  # noqa: PERF203 (each one on its own)
                 trainer.print(f"While cleaning up after an error: {another!r}")
-            except KeyboardInterrupt:  # a second Ctrl-C
-                trainer._writer.abandon()
-                raise
 
     def _explain(self, error: BaseException) -> None:
         trainer, run = self._trainer, self._trainer._run

@@ -391,9 +391,6 @@ class UnderWay:
         except CheckpointError as failed:
             # In a run that went well it was waited for before: another error is raised.
             trainer.print(f"While cleaning up after an error: {failed}")
-        except KeyboardInterrupt:
-            trainer._writer.abandon()
-            raise
 
     def _give_back(self) -> None:
         """Give the user's model and optimizer back as they came, only trained."""

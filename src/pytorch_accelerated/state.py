@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.checkpoint._disk import raise_if_out_of_resources
+from pytorch_accelerated.checkpoint.files import raise_if_out_of_resources
 from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.window import WindowState
 
@@ -265,8 +265,7 @@ class TrainingState:
         )
         if checkpoint.is_legacy_training_state(saved.path):
             return cls._read_legacy(saved.path, allow_pickle)
-        if not saved.is_known_whole:
-            saved.verify()
+        saved.verify()
         contents: dict[str, Any] = {
             name: saved.load(file) if file in saved.files else None
             for name, file in _FILES.items()

@@ -252,7 +252,7 @@ def test_a_state_that_cannot_be_deleted_is_a_warning(
         raise PermissionError("not yours")
 
     monkeypatch.setattr(
-        "pytorch_accelerated.callbacks.checkpointing.remove_folder", refuse
+        "pytorch_accelerated.checkpoint.directory.remove_folder", refuse
     )
     saving = SaveTrainingStateCallback(
         tmp_path, save_every_n_epochs=1, max_checkpoints=1
@@ -456,7 +456,7 @@ def test_auto_starts_afresh_where_nothing_is_whole_found_83(
     trainer = create_trainer([SaveTrainingStateCallback(tmp_path)])
     with pytest.warns(UserWarning, match="passed over"):
         trainer.train(samples(1), num_epochs=1, resume_from="auto")
-    assert Checkpoint(tmp_path / "final").is_whole()
+    Checkpoint(tmp_path / "final").verify()
 
 
 def test_states_of_the_published_version_are_another_run_s_found_83(
@@ -558,7 +558,7 @@ def test_a_failed_save_does_not_prevent_the_final_state_found_88(
     with pytest.warns(UserWarning, match="not saved; the run goes on.*is a file"):
         create_trainer([saving, InTheWay()]).train(samples(1), num_epochs=2)
     assert names_in(tmp_path) == ["epoch_1", "epoch_2", "final"]
-    assert Checkpoint(tmp_path / "final").is_whole()
+    Checkpoint(tmp_path / "final").verify()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

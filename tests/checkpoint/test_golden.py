@@ -57,7 +57,7 @@ def test_a_state_amid_a_window_is_resumed_from(tmp_path):
     shutil.copytree(GOLDEN / "0.2.0" / "state", tmp_path / "state")
     found = checkpoint.Checkpoint(tmp_path / "state")
     found.verify()
-    assert (found.num_updates, found.world_size) == (5, 1)
+    assert (found.num_updates, found.manifest["world_size"]) == (5, 1)
 
     trainer = maker.train(tmp_path, resume_from=tmp_path / "state")
 

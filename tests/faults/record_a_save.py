@@ -50,8 +50,9 @@ def mark_states(trainer: Trainer, shim: ctypes.CDLL) -> None:
 
 def save_second(trainer: Trainer, folder: Path, number: int) -> None:
     saving = SaveTrainingStateCallback(folder, max_checkpoints=1, on_save_error="raise")
-    saving._saved_checkpoints = [folder / "step_1"] * (number - 1)
+    trainer.callback_handler.add_callback(saving)
     saving._save(trainer, f"step_{number}")
+    trainer.callback_handler.callbacks.remove(saving)
 
 
 def save_again(trainer: Trainer, folder: Path, number: int) -> None:

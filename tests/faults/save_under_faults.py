@@ -36,6 +36,7 @@ def main(folder: Path, mode: str) -> None:
     saving = SaveTrainingStateCallback(
         states, save_every_n_steps=1, max_checkpoints=1, on_save_error="raise"
     )
+    trainer.callback_handler.add_callback(saving)
     saving._save(trainer, "step_1")
     shutil.copytree(states, folder / "pristine")
     weights = {"step_1": trainer.model.state_dict()}

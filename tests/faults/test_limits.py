@@ -155,7 +155,7 @@ def test_what_cannot_be_read_for_want_of_open_files_is_not_taken_for_damaged(
     found = checkpoint.Checkpoint(tmp_path / "states" / "final")
     assert not is_known or found.num_updates == 1  # its manifest is read now
     with files_left(0), pytest.raises(CheckpointError, match=r"may be whole.*errno 24"):
-        found.is_whole()
+        found.verify()
     trials.add(None)
 
 
@@ -164,7 +164,7 @@ def test_files_may_not_grow_larger_than_allowed(tmp_path, trials):
     sizes = (0, 10, 1000, 2000, 5000, 10_000, 50_000)
     limits = [lambda n=n: limited(resource.RLIMIT_FSIZE, n) for n in sizes]
     trainer = SMALL.run(tmp_path / "run")
-    try_limits(trials, trainer, tmp_path, limits, "(ulimit -f)")
+    try_limits(trials, trainer, tmp_path, limits, "(errno 27)")
 
 
 @pytest.mark.fault(LIMITS)
@@ -175,22 +175,6 @@ def test_the_memory_of_the_host_runs_out(tmp_path, trials):
     sample = torch.zeros(2, 1400)
     trainer.train(TensorDataset(sample, sample), num_epochs=1)
     try_limits(trials, trainer, tmp_path, limits, "(errno 12)")
-
-
-@pytest.mark.fault(LIMITS)
-def test_a_state_is_written_where_no_thread_can_be_started(tmp_path, trials):
-    trainer = SMALL.run(tmp_path / "run")
-
-    def run():
-        threading.stack_size(2**32)
-        with memory_left(1000), pytest.raises(RuntimeError, match="thread"):
-            threading.Thread(target=print).start()
-        with memory_left(1000):
-            save(trainer, tmp_path / "state", asynchronous=True)
-        checkpoint.Checkpoint(tmp_path / "state").verify()
-
-    job = Job(run, tmp_path / "log")
-    trials.add(job.wait_or_explain())
 
 
 def create_trainer(model, callbacks):

@@ -73,7 +73,7 @@ def what_is_wrong(folder, name):
         write(folder / "c" / name)
         write(folder / "c" / name)  # which replaces the first one
     except CheckpointError as error:
-        return None if is_long and "shorter" in str(error) else f"{name!r}: {error}"
+        return None if is_long and "too long" in str(error) else f"{name!r}: {error}"
     found = checkpoint.newest(folder / "c")
     if found is None or found.load("state.pt") != CONTENT:
         return f"no checkpoint of the name {name!r} is found"

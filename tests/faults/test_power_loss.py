@@ -17,15 +17,14 @@ def read_state(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is broken may be passed over
         found = checkpoint.newest(folder)
-        # The machine that starts again is another one to those that look at its boot.
-        checkpoint.clean_leftovers(folder, other_machines=True)
+        checkpoint.clean_leftovers(folder)
         newest = checkpoint.newest(folder)
     assert (found is None) == (newest is None)
     return None if newest is None else to_plain(TrainingState.read(newest.path))
 
 
 def read_file(folder):
-    checkpoint.clean_leftovers(folder, other_machines=True)
+    checkpoint.clean_leftovers(folder)
     return checkpoint.load_file(folder / "best.pt")
 
 

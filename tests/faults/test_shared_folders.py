@@ -1,5 +1,6 @@
 """Several runs in one folder, and files in it that belong to others."""
 
+import fcntl
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import types
 import warnings
 
 import pytest
@@ -17,7 +19,8 @@ from scenario import Scenario, difference, fingerprint
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import TrainerCallback
-from pytorch_accelerated.checkpoint import _manifest as manifests
+from pytorch_accelerated.checkpoint import directory
+from pytorch_accelerated.checkpoint import folder as folders
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.state import TrainingState
 
@@ -153,7 +156,7 @@ def change_progress(state, without):
     manifest = json.loads(path.read_text())
     for key in without:
         del manifest["progress"][key]
-    manifest["checksum"] = manifests._own_checksum(manifest)
+    manifest["checksum"] = folders._checksum_of(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -223,21 +226,25 @@ def test_two_locks_of_a_process_share_it_only_where_they_are_to_found_94(
 
 
 @pytest.mark.fault(SEVERAL_RUNS)
-def test_a_lock_on_a_file_that_its_last_owner_has_removed_is_none(tmp_path, trials):
+def test_a_lock_on_a_file_that_its_last_owner_has_removed_is_none(
+    tmp_path, trials, monkeypatch
+):
     """It would keep nobody out: others would lock the file that is there now."""
 
-    class Late(checkpoint.DirectoryLock):
-        num_tries = 0
+    tries = []
 
-        def _lock(self, descriptor):
-            self.num_tries += 1
-            if self.num_tries == 1:  # the last owner ends between open and lock
-                self.path.unlink()
-            return super()._lock(descriptor)
+    def lockf(descriptor, *args):
+        tries.append(descriptor)
+        if len(tries) == 1:  # the last owner ends between open and lock
+            lock.path.unlink()
+        fcntl.lockf(descriptor, *args)
 
-    lock = Late(tmp_path)
+    lock = checkpoint.DirectoryLock(tmp_path)
+    late = types.SimpleNamespace(**{**vars(fcntl), "lockf": lockf})
+    monkeypatch.setattr(directory, "fcntl", late)
     lock.acquire()
-    assert lock.num_tries == 2
+    monkeypatch.undo()
+    assert len(tries) == 2
     job = Job(checkpoint.DirectoryLock(tmp_path).acquire, tmp_path / "log")
     trials.add(None if job.wait() == [1] else "another process has it too")
     lock.release()

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import ModelEmaCallback
-from pytorch_accelerated.checkpoint import load_weights
+from pytorch_accelerated.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_a_compiled_model_trains_to_the_same_weights_and_saves_plain_names(
     assert_close(model.state_dict(), plain_weights)
     saved = torch.load(tmp_path / "model.pt")["model_state_dict"]
     assert saved.keys() == plain_weights.keys()
-    assert load_weights(tmp_path / "state").keys() == plain_weights.keys()
+    assert Checkpoint(tmp_path / "state").load_weights().keys() == plain_weights.keys()
     assert len(states) == 2
 
 

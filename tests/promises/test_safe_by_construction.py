@@ -12,7 +12,7 @@ SOURCES = sorted(Path(pytorch_accelerated.__file__).parent.rglob("*.py"))
 NETWORK = {"ftplib", "http", "requests", "smtplib", "socket", "ssl", "urllib"}
 UNPICKLERS = {"pickle.load", "pickle.loads", "pickle.Unpickler"}
 # Reads random states of old training states, once the user has said allow_pickle.
-MAY_UNPICKLE = {"checkpoint/_legacy.py"}
+MAY_UNPICKLE = {"checkpoint/legacy.py"}
 
 
 @pytest.fixture(scope="module")

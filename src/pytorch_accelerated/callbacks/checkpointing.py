@@ -24,11 +24,11 @@ from pytorch_accelerated.callbacks.best import (
 from pytorch_accelerated.checkpoint import (
     Checkpoint,
     DirectoryLock,
-    clean_leftovers,
     is_legacy_training_state,
     list_checkpoints,
+    prune,
 )
-from pytorch_accelerated.checkpoint._disk import absolute, remove_folder
+from pytorch_accelerated.checkpoint.files import absolute
 from pytorch_accelerated.errors import CheckpointError, warn
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     overwrite: bool = False
     _lock: DirectoryLock | None = None
     _saving: Path | None = None
-    _being_written: Path | None = None
+    _is_writing: bool = False
     _global_step: int = 0
     _is_checked: bool = False
     _last_save: float = 0.0
@@ -289,10 +289,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         return []  # oldest first
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
-        self.save_dir = Path(fixed_path(self.save_dir))
-        self._saving = self._being_written = None
+        self.save_dir = absolute(self.save_dir)
+        self._saving, self._is_writing, self._is_checked = None, False, False
         self._global_step = 0
-        self._is_checked = False
         self._last_save = time.monotonic()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -306,14 +305,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             numbers = [each.run_number for each in list_checkpoints(self.save_dir)]
             run = trainer._run
             run.number = max([run.number, *(n + 1 for n in numbers)])
-        self._saved_checkpoints = [
-            self.save_dir / each.path.name
-            for each in list_checkpoints(self.save_dir)
-            if _NAME.fullmatch(each.path.name)
-            and each.path.name != "final"
-            and each.run_id == trainer._run_id
-            and self.identity in each.saved_by
-        ]
+        self._list_saved(trainer)
         if isinstance(trainer.num_updates, int):
             self._global_step = trainer.num_updates
 
@@ -329,29 +321,17 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._release_lock()
         self._lock = DirectoryLock(self.save_dir, owner=trainer._run_id)
         self._lock.acquire()
-        # Nobody else writes here then, so what any machine left is dead.
-        clean_leftovers(self.save_dir, other_machines=self._lock.is_held)
-        if not self.overwrite and not self._is_gone_on_from(trainer):
-            self._refuse_states_of_other_runs(trainer)
-
-    def _is_gone_on_from(self, trainer: Trainer) -> bool:
-        """Say whether the run was told to go on from a state in the folder."""
-        asked = trainer._run.resume_from
-        if asked is None or asked == "auto":
-            return asked is not None
-        return absolute(asked).parent == self.save_dir
-
-    def _refuse_states_of_other_runs(self, trainer: Trainer) -> None:
+        if self.overwrite or self._is_gone_on_from(trainer):
+            return
         of_others = [
-            each.path.name
-            for each in list_checkpoints(self.save_dir)
-            if each.run_id != trainer._run_id
+            *(
+                each.path
+                for each in list_checkpoints(self.save_dir)
+                if each.run_id != trainer._run_id
+            ),
+            *filter(is_legacy_training_state, self.save_dir.iterdir()),
         ]
-        names = [name for name in of_others if _NAME.fullmatch(name)] + [
-            path.name
-            for path in self.save_dir.iterdir()
-            if _NAME.fullmatch(path.name) and is_legacy_training_state(path)
-        ]
+        names = [path.name for path in of_others if _NAME.fullmatch(path.name)]
         if names:
             raise CheckpointError(
                 f"{self.save_dir} holds training states of another run "
@@ -361,10 +341,16 @@ class SaveTrainingStateCallback(TrainerCallback):
                 "overwrite=True."
             )
 
+    def _is_gone_on_from(self, trainer: Trainer) -> bool:
+        """Say whether the run was told to go on from a state in the folder."""
+        asked = trainer._run.resume_from
+        if asked is None or asked == "auto":
+            return asked is not None
+        return absolute(asked).parent == self.save_dir
+
     def _release_lock(self) -> None:
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
 
     @event_with_data
     def on_train_step_end(
@@ -410,18 +396,14 @@ class SaveTrainingStateCallback(TrainerCallback):
         """
         try:
             if trainer.has_failed is not True:
-                self._save_at_end(trainer)
+                self._finish_all(trainer)
+                if trainer.interrupted is True:
+                    self._save_state(trainer, f"step_{self._global_step}")
+                    self._delete_old_ones(trainer)
+                elif self.save_at_end:
+                    self._save_state(trainer, "final")
         finally:
             self._release_lock()
-
-    def _save_at_end(self, trainer: Trainer) -> None:
-        self._finish_all(trainer)
-        if trainer.interrupted is True:
-            path = self.save_dir / f"step_{self._global_step}"
-            self._save_state(trainer, path)
-            self._note_saved(trainer, path)
-        elif self.save_at_end:
-            self._save_state(trainer, self.save_dir / "final")
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -431,13 +413,21 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _save(self, trainer: Trainer, name: str) -> None:
         """Save when it is due; an error is what ``on_save_error`` says."""
         self._finish_all(trainer)
-        path = self.save_dir / name
         with self._errors_warned_of():
-            self._save_state(trainer, path, asynchronous=self.asynchronous)
+            self._save_state(trainer, name, asynchronous=self.asynchronous)
             if self.asynchronous:
-                self._being_written = path
+                self._is_writing = True
             else:
-                self._note_saved(trainer, path)
+                self._delete_old_ones(trainer)
+
+    def _finish_all(self, trainer: Trainer) -> None:
+        """Wait for what is being written; the one that began it hears of its errors."""
+        for callback in _all_in(trainer.callback_handler):
+            if callback._is_writing:
+                callback._is_writing = False
+                with callback._errors_warned_of():
+                    trainer.finish_saving()
+                    callback._delete_old_ones(trainer)
 
     @contextmanager
     def _errors_warned_of(self) -> Iterator[None]:
@@ -448,32 +438,12 @@ class SaveTrainingStateCallback(TrainerCallback):
                 raise
             warn(f"The training state was not saved; the run goes on. {error}")
 
-    def _finish_all(self, trainer: Trainer) -> None:
-        """Wait for what is being written; of several callbacks one at a time is."""
-        for callback in trainer.callback_handler:
-            if isinstance(callback, SaveTrainingStateCallback):
-                with callback._errors_warned_of():
-                    callback._finish(trainer)
-
-    def _finish(self, trainer: Trainer) -> None:
-        path, self._being_written = self._being_written, None
-        if path is not None:
-            trainer.finish_saving()
-            self._note_saved(trainer, path)
-
-    def _note_saved(self, trainer: Trainer, path: Path) -> None:
-        if path in self._saved_checkpoints:
-            self._saved_checkpoints.remove(path)
-        self._saved_checkpoints.append(path)
-        if trainer._accelerator.is_main_process:
-            self._delete_old_ones(trainer)
-
     def _save_state(
-        self, trainer: Trainer, path: Path, *, asynchronous: bool = False
+        self, trainer: Trainer, name: str, *, asynchronous: bool = False
     ) -> None:
         # An override from before it was there is not given the argument.
         when = {"asynchronous": True} if asynchronous else {}
-        self._saving = path
+        self._saving = path = self.save_dir / name
         try:
             trainer.save_training_state(
                 path, checkpoint_kwargs={"global_step": self._global_step}, **when
@@ -483,33 +453,53 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._last_save = time.monotonic()
 
     def _delete_old_ones(self, trainer: Trainer) -> None:
+        """Delete what no callback of the run keeps, now that a new one is complete."""
+        if trainer._accelerator.is_main_process and self.max_checkpoints is not None:
+            savers = [
+                callback
+                for callback in _all_in(trainer.callback_handler)
+                if callback.save_dir == self.save_dir
+            ]
+            prune(self._states_of(trainer), savers)
+        self._list_saved(trainer)
+
+    def _list_saved(self, trainer: Trainer) -> None:
+        self._saved_checkpoints = [
+            each.path
+            for each in self._states_of(trainer)
+            if self.identity in each.saved_by
+        ]
+
+    def _states_of(self, trainer: Trainer) -> list[Checkpoint]:
+        """Return what the run has saved here, except for the last state."""
+        return [
+            each
+            for each in list_checkpoints(self.save_dir)
+            if each.run_id == trainer._run_id
+            and _NAME.fullmatch(each.path.name)
+            and each.path.name != "final"
+        ]
+
+    def choose_kept(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+        """Return the newest and the best of those that this callback has saved.
+
+        Args:
+            checkpoints: Oldest first.
+        """
         if self.max_checkpoints is None:
-            return
-        newest = self._saved_checkpoints[-self.max_checkpoints :]
-        kept = {*newest, *self._best_ones()}
-        for path in [path for path in self._saved_checkpoints if path not in kept]:
-            self._saved_checkpoints.remove(path)
-            if not savers_of(path, trainer.callback_handler):
-                _delete(path)
-
-    def _best_ones(self) -> list[Path]:
-        if not self.keep_best:
-            return []
-        values = {path: self._metric_of(path) for path in self._saved_checkpoints}
-        measured = {path: value for path, value in values.items() if value is not None}
-        ranked = sorted(
-            measured, key=lambda path: measured[path], reverse=self.greater_is_better
+            return checkpoints
+        # Of those saved amid an epoch, the metric is that of other weights.
+        measured = [
+            each
+            for each in checkpoints
+            if each.path.name.startswith("epoch_")
+            and math.isfinite(each.metrics.get(self.watch_metric, math.nan))
+        ]
+        measured.sort(
+            key=lambda each: each.metrics[self.watch_metric],
+            reverse=self.greater_is_better,
         )
-        return ranked[: self.keep_best]
-
-    def _metric_of(self, path: Path) -> float | None:
-        if not path.name.startswith("epoch_"):
-            return None  # saved amid an epoch: the metric is that of other weights
-        try:
-            value = Checkpoint(path).metrics.get(self.watch_metric, math.nan)
-        except CheckpointError:
-            return None
-        return value if math.isfinite(value) else None
+        return checkpoints[-self.max_checkpoints :] + measured[: self.keep_best]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates so far."""
@@ -520,13 +510,16 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._global_step = state["global_step"]
 
 
+def _all_in(callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
+    return [each for each in callbacks if isinstance(each, SaveTrainingStateCallback)]
+
+
 def savers_of(path: Path, callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
     """Return the callbacks that are saving a training state, or count it as theirs."""
     return [
         callback
-        for callback in callbacks
-        if isinstance(callback, SaveTrainingStateCallback)
-        and path in (callback._saving, *callback._saved_checkpoints)
+        for callback in _all_in(callbacks)
+        if path in (callback._saving, *callback._saved_checkpoints)
     ]
 
 
@@ -537,12 +530,3 @@ def _check_at_least_one(**arguments: int | None) -> None:
                 f"{name} must be at least 1, got {value}. Leave it out to switch it "
                 "off."
             )
-
-
-def _delete(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        return
-    try:
-        remove_folder(path)
-    except OSError as error:
-        warn(f"The old training state {path} could not be deleted ({error}).")

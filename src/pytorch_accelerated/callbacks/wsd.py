@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
-from pytorch_accelerated.callbacks.checkpointing import fixed_path
+from pytorch_accelerated.checkpoint.files import absolute
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -56,7 +56,7 @@ class WSDCheckpointCallback(TrainerCallback):
         self.initial_checkpoint = initial_checkpoint
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
-        self.save_dir = Path(fixed_path(self.save_dir))
+        self.save_dir = absolute(self.save_dir)
         self.decay_info = ()
         self.last_checkpoint_step = None
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytorch_accelerated.checkpoint._storable import to_storable
+from pytorch_accelerated.checkpoint.files import to_storable
 from pytorch_accelerated.errors import CheckpointError, warn
 
 
@@ -30,10 +30,32 @@ def get_random_states() -> dict[str, Any]:
         "numpy": to_storable(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
     }
-    devices = _used_devices()
-    if devices is not None:
-        states["accelerator"] = devices
+    kind = _used_kind()
+    if kind is not None:
+        module = torch.get_device_module(kind)
+        has_several = hasattr(module, "get_rng_state_all")
+        states["accelerator"] = {
+            "type": kind,
+            "current": torch.accelerator.current_device_index() if has_several else 0,
+            "states": module.get_rng_state_all()
+            if has_several
+            else [module.get_rng_state()],
+        }
     return states
+
+
+def _used_kind() -> str | None:
+    """Name the kind of accelerator that this process has used, e.g. ``"cuda"``.
+
+    Asking an unused one for its states would start it, which takes memory on it and
+    forbids to fork afterwards.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return None
+    module = torch.get_device_module(accelerator.type)
+    is_started = getattr(module, "is_initialized", lambda: True)()
+    return accelerator.type if is_started else None
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
@@ -47,13 +69,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
             order python, numpy, torch, accelerator has then been set.
     """
     try:
-        python = states["python"]
-        random.setstate(
-            (python["version"], tuple(python["words"].tolist()), python["gauss"])
-        )
-        np.random.set_state(_with_arrays(states["numpy"]))
+        python, numpy = states["python"], states["numpy"]
+        words = tuple(python["words"].tolist())
+        random.setstate((python["version"], words, python["gauss"]))
+        inner = {**numpy["state"], "key": numpy["state"]["key"].numpy()}
+        np.random.set_state({**numpy, "state": inner})
         torch.set_rng_state(states["torch"].cpu())
-        _restore_devices(states.get("accelerator"))
+        if states.get("accelerator") is not None:
+            _restore_devices(states["accelerator"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             "The random states cannot be restored: they are not what "
@@ -61,68 +84,24 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _with_arrays(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the tensors of a numpy state back into arrays."""
-    return {
-        key: _with_arrays(value)
-        if isinstance(value, Mapping)
-        else value.numpy()
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in state.items()
-    }
-
-
-def _used_devices() -> dict[str, Any] | None:
-    kind = _used_kind()
-    if kind is None:
-        return None
-    module = torch.get_device_module(kind)
-    if not hasattr(module, "get_rng_state_all"):
-        return {"type": kind, "current": 0, "states": [module.get_rng_state()]}
-    return {
-        "type": kind,
-        "current": torch.accelerator.current_device_index(),
-        "states": module.get_rng_state_all(),
-    }
-
-
-def _used_kind() -> str | None:
-    """Name the kind of accelerator that this process has used, e.g. ``"cuda"``.
-
-    Asking an unused one for its states would start it, which takes memory on it and
-    forbids to fork afterwards.
-    """
-    if not torch.accelerator.is_available():
-        return None
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None, "there is an accelerator if one is available"
-    is_started = getattr(torch.get_device_module(kind.type), "is_initialized", None)
-    return kind.type if is_started is None or is_started() else None
-
-
-def _restore_devices(saved: Mapping[str, Any] | None) -> None:
-    if saved is None:
-        return
+def _restore_devices(saved: Mapping[str, Any]) -> None:
     available = torch.accelerator.current_accelerator(check_available=True)
-    if available is None or available.type != saved["type"]:
-        here = "cpu" if available is None else available.type
+    here = "cpu" if available is None else available.type
+    if here != saved["type"]:
         _warn(f"were taken on {saved['type']}, this process runs on {here}")
         return
-    module = torch.get_device_module(available.type)
-    if not hasattr(module, "set_rng_state_all"):
-        module.set_rng_state(saved["states"][0])
-        return
+    module = torch.get_device_module(here)
     count = torch.accelerator.device_count()
-    if count == len(saved["states"]):
+    if count == len(saved["states"]) and hasattr(module, "set_rng_state_all"):
         module.set_rng_state_all(saved["states"])
         return
     # The process keeps the stream of the device that it worked on.
     module.set_rng_state(saved["states"][saved["current"]])
-    _warn(
-        f"were taken with {len(saved['states'])} {available.type} devices, here are "
-        f"{count}; only the one of the current device was restored"
-    )
+    if count != len(saved["states"]):
+        _warn(
+            f"were taken with {len(saved['states'])} {here} devices, here are {count}; "
+            "only the one of the current device was restored"
+        )
 
 
 def _warn(reason: str) -> None:

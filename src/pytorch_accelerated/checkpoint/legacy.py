@@ -1,0 +1,227 @@
+"""What version 0.1.61 wrote: training states of Accelerate, and values of numpy."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytorch_accelerated.checkpoint.files import (
+    CheckpointNotFoundError,
+    absolute,
+    check_archive,
+    list_folder,
+    read_file,
+    to_storable,
+    unreadable,
+)
+from pytorch_accelerated.checkpoint.folder import (
+    MANIFEST_NAME,
+    SAFETENSORS_NAME,
+    TORCH_NAME,
+    read_weights,
+)
+from pytorch_accelerated.errors import CheckpointError, warn
+
+_SCHEDULER = re.compile(r"custom_checkpoint_(\d+)\.pkl")
+_RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
+
+
+@dataclass(frozen=True)
+class LegacyTrainingState:
+    """What a training state of 0.1.61 holds; None where a file is not there.
+
+    ``random_states`` maps the index of a process to what :func:`set_random_states`
+    takes.
+    """
+
+    model: Mapping[str, Any]
+    optimizer: Mapping[str, Any] | None
+    scheduler: Mapping[str, Any] | None
+    scaler: Mapping[str, Any] | None
+    metadata: Mapping[str, Any]
+    random_states: Mapping[int, Mapping[str, Any]]
+
+
+def is_legacy_training_state(folder: str | os.PathLike[str]) -> bool:
+    """Say whether a folder looks like a training state of 0.1.61.
+
+    Accelerate always wrote the random states there, and under names that this version
+    does not use; so a checkpoint of this version without its manifest is not taken
+    for one.
+    """
+    names = {path.name for path in list_folder(absolute(folder))}
+    return (
+        MANIFEST_NAME not in names
+        and not names.isdisjoint({SAFETENSORS_NAME, TORCH_NAME})
+        and any(map(_RANDOM_STATES.fullmatch, names))
+    )
+
+
+def read_legacy_training_state(
+    folder: str | os.PathLike[str], *, allow_pickle: bool = False
+) -> LegacyTrainingState:
+    """Read a training state that ``save_training_state`` of 0.1.61 wrote.
+
+    Args:
+        folder: The folder. It has no manifest: nothing tells whether it is complete.
+        allow_pickle: Read files that run code while they are loaded. True only for
+            files that you wrote yourself.
+
+    Raises:
+        CheckpointNotFoundError: If the folder has no weights.
+        CheckpointError: If the weights, the optimizer's state, the scaler's state or
+            the metadata cannot be read. Of the scheduler's and the random states a
+            warning says that they were skipped.
+    """
+    folder = absolute(folder)
+    read: Callable[[Path], Any] = _unpickle if allow_pickle else load_file
+
+    def read_if_there(name: str) -> Any:
+        return read(folder / name) if (folder / name).exists() else None
+
+    def read_or_skip(path: Path, convert: Callable[[Any], Any] = lambda it: it) -> Any:
+        try:
+            return convert(read(path))
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            warn(
+                f"{path} was skipped: {error} If you wrote the file yourself, "
+                "allow_pickle=True reads it."
+            )
+            return None
+
+    if (folder / SAFETENSORS_NAME).exists():
+        model = read_weights(folder / SAFETENSORS_NAME)
+    elif (model := read_if_there(TORCH_NAME)) is None:
+        raise CheckpointNotFoundError(
+            f"{folder} is not a training state: it has neither {SAFETENSORS_NAME} nor "
+            f"{TORCH_NAME}."
+        )
+    # 0.1.61 added the scheduler anew at each save: the last is the latest
+    *_, scheduler = None, *_numbered(folder, _SCHEDULER).values()
+    return LegacyTrainingState(
+        model=model,
+        optimizer=read_if_there("optimizer.bin"),
+        scheduler=None if scheduler is None else read_or_skip(scheduler),
+        scaler=read_if_there("scaler.pt"),
+        metadata=read_if_there("trainer_metadata.pt") or {},
+        random_states={
+            process: states
+            for process, path in _numbered(folder, _RANDOM_STATES).items()
+            if (states := read_or_skip(path, _convert_random_states)) is not None
+        },
+    )
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """Return the files with a number in their name, the smallest first."""
+    matches = (pattern.fullmatch(path.name) for path in list_folder(folder))
+    found = {int(match[1]): folder / match[0] for match in matches if match}
+    return dict(sorted(found.items()))
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def _convert_random_states(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn what Accelerate saved into what ``set_random_states`` takes."""
+    version, words, gauss = saved["random_state"]
+    _, key, position, has_gauss, numpy_gauss = saved["numpy_random_seed"]
+    states = {
+        "python": {
+            "version": version,
+            "words": torch.tensor(words, dtype=torch.int64),
+            "gauss": gauss,
+        },
+        "numpy": {
+            "bit_generator": "MT19937",
+            "state": {"key": to_storable(np.asarray(key)), "pos": position},
+            "has_gauss": has_gauss,
+            "gauss": numpy_gauss,
+        },
+        "torch": saved["torch_manual_seed"],
+    }
+    if "torch_cuda_manual_seed" in saved:
+        states["accelerator"] = {
+            "type": "cuda",
+            "current": 0,
+            "states": saved["torch_cuda_manual_seed"],
+        }
+    return states
+
+
+# ---------------------------------------------------------------------- values of numpy
+
+
+def load_file(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
+    """Load what :func:`save_file` (or ``torch.save``) wrote, to the CPU.
+
+    Nothing in the file can run code: only tensors, plain values and numpy values of
+    numbers are built, and tensors of classes that were registered with
+    ``torch.serialization.add_safe_globals``; anything else is refused. So is what would
+    take more memory than the size of the file: compressed entries, which ``torch.save``
+    does not write, and tensors larger than their memory.
+
+    The checksums that ``torch.save`` writes are checked.
+
+    Args:
+        path: The file.
+        mmap: Map the file into memory, so that only what is used of it is read. No
+            checksum is checked then.
+
+    Raises:
+        CheckpointNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, needs code to be loaded, or if there is
+            not enough memory for it.
+    """
+    return read_file(absolute(path), mmap=mmap, checksums=not mmap, extra=_STAND_INS)
+
+
+# Scripts stored numpy numbers and arrays in files of version 0.1.61, where they could
+# be saved but not loaded. What stands for numpy while a file is unpickled makes a value
+# of what the file says; a dtype with forged flags, for one, cannot be made of that.
+
+
+class _Dtype:
+    def __init__(self, code: str, *flags: Any) -> None:
+        if not re.fullmatch(r"[?biufc]\d*", code):
+            raise ValueError(f"numpy values of the dtype {code!r} are not read")
+        self.value: Any = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.value = self.value.newbyteorder(state[1])
+
+
+class _Array(np.ndarray[Any, Any]):
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, dtype, *rest = state
+        super().__setstate__((version, shape, dtype.value, *rest))
+
+
+def _create_array(*arguments: Any) -> Any:
+    return _Array(0)
+
+
+def _create_number(dtype: _Dtype, data: bytes) -> Any:
+    return np.frombuffer(data, dtype.value)[0]
+
+
+_STAND_INS = [
+    (_Array, "numpy.ndarray"),
+    (_Dtype, "numpy.dtype"),
+    (_create_array, "numpy.core.multiarray._reconstruct"),
+    (_create_array, "numpy._core.multiarray._reconstruct"),
+    (_create_number, "numpy.core.multiarray.scalar"),
+    (_create_number, "numpy._core.multiarray.scalar"),
+]
