@@ -546,8 +546,8 @@ MUTATIONS = [
     Mutation(
         "states: those of another callback count as one's own",
         "checkpoint/directory.py",
-        "        own = [each for each in checkpoints if saver.identity in each.saved_by]\n",
-        "        own = list(checkpoints)\n",
+        " if saver.identity in each.saved_by]\n",
+        "]\n",
         STATES + "test_of_two_callbacks_in_a_folder_one_may_keep_all_found_83",
     ),
     Mutation(
