@@ -539,7 +539,7 @@ MUTATIONS = [
     Mutation(
         "states: a fresh run starts among those of another",
         "callbacks/checkpointing.py",
-        "        if self.overwrite or trainer._goes_on_in(self.save_dir):\n",
+        "        if self.overwrite or self._is_gone_on_from(trainer):\n",
         "        if True:\n",
         STATES + "test_a_fresh_run_does_not_start_among_the_states_of_another_found_83",
     ),

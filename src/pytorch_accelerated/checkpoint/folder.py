@@ -397,7 +397,7 @@ class Checkpoint:
             reason = _damage_of(self.path, name, entry)
             if reason is not None:
                 raise CheckpointError(
-                    f"{self.path / name} {reason}. The checkpoint is damaged: load "
+                    f"{self.path}/{name} {reason}. The checkpoint is damaged: load "
                     "another one."
                 )
         self._is_verified = True
