@@ -86,7 +86,6 @@ def test_one_process_agrees_with_itself():
     assert distributed.agree(False) is False
     assert distributed.largest(2.5) == 2.5
     assert distributed.object_from_main_process({"a": 1}) == {"a": 1}
-    assert distributed.from_main_process(7, torch.device("cpu")) == 7
 
 
 def test_an_error_is_raised_and_none_is_not():

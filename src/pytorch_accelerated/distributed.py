@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,7 +27,6 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
@@ -158,18 +157,24 @@ def raise_on_all(error: Exception | None) -> None:
     """
     if not agree(error is not None):
         return
-    raised = [
-        (process, kind, text)
-        for process, (kind, text) in enumerate(
-            gather_object([(_kind_of(error), repr(error))])
-        )
-        if kind
-    ]
+    raised = gather_object([(_kind_of(error), repr(error))])
     if error is None:
-        process, kind, text = raised[0]
-        error = _ERRORS_BY_KIND[kind](f"Process {process} raised {text}")
+        process = next(p for p, (kind, _) in enumerate(raised) if kind is not None)
+        kind, text = raised[process]
+        error = kind(f"Process {process} raised {text}")
     set_attribute(error, "_is_on_all_processes", True)
     raise error
+
+
+def _kind_of(error: Exception | None) -> type[Exception] | None:
+    """Return the class that stands for an error on other processes."""
+    kinds = (NonFiniteLossError, TrainingInterruptedError, StopTrainingError)
+    if error is None:
+        return None
+    for kind in (*kinds, CheckpointError):
+        if isinstance(error, kind):
+            return kind
+    return RuntimeError
 
 
 def is_on_all_processes(error: BaseException) -> bool:
@@ -186,15 +191,6 @@ def add_up(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the sum of the tensors that the processes pass. Collective."""
     total: Tensor = reduce(tensor.to(device), "sum")
     return total
-
-
-def from_main_process(value: int, device: torch.device) -> int:
-    """Return on all processes the integer that the main process passes. Collective."""
-    if PartialState().num_processes == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    torch.distributed.broadcast(tensor, src=0)
-    return int(tensor.item())
 
 
 def same_on_all_processes(tensors: Iterable[Tensor]) -> None:
@@ -331,15 +327,6 @@ def sum_over_processes(
     return summed
 
 
-@contextmanager
-def _then_barrier() -> Iterator[None]:
-    # Also when the function raises: the others would wait for this process forever.
-    try:
-        yield
-    finally:
-        PartialState().wait_for_everyone()
-
-
 def local_process_zero_only(
     func: Callable[..., Result],
 ) -> Callable[..., Result | None]:
@@ -365,10 +352,11 @@ def _only_where(
 ) -> Callable[..., Result | None]:
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Result | None:
-        with _then_barrier():
-            if getattr(PartialState(), is_chosen):
-                return func(*args, **kwargs)
-        return None
+        state = PartialState()
+        try:
+            return func(*args, **kwargs) if getattr(state, is_chosen) else None
+        finally:  # also when it raises: the others would wait for ever
+            state.wait_for_everyone()
 
     return wrapper
 
@@ -382,29 +370,12 @@ def local_process_zero_first(func: Callable[..., Result]) -> Callable[..., Resul
     @functools.wraps(func)
     def wrapper(*args: Any, **kwargs: Any) -> Result:
         state = PartialState()
-        if state.is_local_main_process:
-            with _then_barrier():
-                return func(*args, **kwargs)
-        state.wait_for_everyone()
-        return func(*args, **kwargs)
+        if not state.is_local_main_process:
+            state.wait_for_everyone()
+            return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:  # also when it raises: the others would wait for ever
+            state.wait_for_everyone()
 
     return wrapper
-
-
-_ERRORS_BY_KIND: dict[str, type[Exception]] = {
-    "non-finite": NonFiniteLossError,
-    "interrupted": TrainingInterruptedError,
-    "stop": StopTrainingError,
-    "checkpoint": CheckpointError,
-    "error": RuntimeError,
-}
-
-
-def _kind_of(error: Exception | None) -> str:
-    """Return the key of an error in ``_ERRORS_BY_KIND``, "" for none."""
-    if error is None:
-        return ""
-    return next(
-        (kind for kind, type_ in _ERRORS_BY_KIND.items() if isinstance(error, type_)),
-        "error",
-    )

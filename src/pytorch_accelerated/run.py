@@ -465,7 +465,7 @@ def _seed_run(trainer: Trainer) -> int:
     trainer._num_runs += 1
     if trainer.seed is None:
         drawn = int(torch.randint(2**63 - 1, ()))
-        return distributed.from_main_process(drawn, accelerator.device)
+        return distributed.object_from_main_process(drawn)
     # Another run on the same trainer goes on, so it is not to repeat the first.
     seed = data.derive_seed(trainer.seed, number) if number else trainer.seed
     data.seed_everything(seed + accelerator.process_index)

@@ -386,14 +386,14 @@ MUTATIONS = [
     Mutation(
         "seeds: fetching moves the random state of the model",
         "data/fetching.py",
-        "            generator.set_state(torch_before)\n",
+        "            generator.set_state(state)\n",
         "",
         SEEDS + "test_augmentation_and_dropout_do_not_depend_on_the_number_of_workers",
     ),
     Mutation(
         "seeds: python's generator is not watched beyond the first batch",
         "data/fetching.py",
-        "            self.uses_python |= random.getstate() != self._python_left\n",
+        "        self._note_draws_since(self._before_epoch)\n",
         "",
         SEEDS + "test_a_generator_that_only_later_batches_draw_from_is_seeded"
         "_from_the_next_epoch",

@@ -41,15 +41,12 @@ from pytorch_accelerated.data.order import (
 )
 from pytorch_accelerated.data.workers import (
     AUTO_NUM_WORKERS,
-    HAND_OVER_SECONDS,
-    are_processes_forked,
     choose_num_workers,
     worker_init_fn,
 )
 
 __all__ = [
     "AUTO_NUM_WORKERS",
-    "HAND_OVER_SECONDS",
     "LIMIT_BATCHES_ENV_VAR",
     "BatchPlan",
     "DataLoaderSlice",
@@ -60,7 +57,6 @@ __all__ = [
     "PlannedBatchSampler",
     "PlannedLoader",
     "Share",
-    "are_processes_forked",
     "batch_limit_from_environment",
     "batch_size_of_loader",
     "choose_num_workers",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,78 +20,82 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
+from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.data.order import SeededIndices
 from pytorch_accelerated.errors import add_note
 
 
-class _RandomState:
-    """Gives a batch its own random numbers, and leaves the process's as they were.
+class _Generator(NamedTuple):
+    """One of the global generators of the host that a dataset may draw from."""
 
-    Saving and restoring python's and numpy's generators costs more than fetching a
-    small batch. So only torch's generator is always seeded; the other two are from the
-    moment at which a batch is seen to draw from them, which is looked for in the first
-    batch of every epoch. If one of them has moved by the next epoch, for whatever
-    reason, it is seeded from then on: a later batch may have drawn from it.
-    """
+    seed: Callable[[int], Any]
+    get_state: Callable[[], Any]
+    set_state: Callable[[Any], Any]
 
-    def __init__(self) -> None:
-        self.uses_python = False
-        self.uses_numpy = False
-        self._python_left: Any = None
-        self._numpy_left: Any = None
-
-    def fetch(self, fetch: Any, indices: SeededIndices, *, is_first: bool) -> Any:
-        seed = indices.seed
-        if is_first:
-            self._look_for_draws_of_later_batches()
-        seed_python = self.uses_python or is_first
-        seed_numpy = self.uses_numpy or is_first
-        generator = torch.default_generator
-        torch_before = generator.get_state()
-        python_before = random.getstate() if seed_python else None
-        numpy_before = np.random.get_state() if seed_numpy else None
-        try:
-            generator.manual_seed(seed)
-            if python_before is not None:
-                random.seed(seed)
-                python_seeded = random.getstate() if is_first else None
-            if numpy_before is not None:
-                np.random.seed(seed % 2**32)
-                numpy_seeded = np.random.get_state() if is_first else None
-            batch = fetch(indices)
-            if is_first:
-                self.uses_python |= random.getstate() != python_seeded
-                self.uses_numpy |= not _same_numpy_state(numpy_seeded)
-            return batch
-        finally:
-            generator.set_state(torch_before)
-            if python_before is not None:
-                random.setstate(python_before)
-            if numpy_before is not None:
-                np.random.set_state(numpy_before)
-
-    def _look_for_draws_of_later_batches(self) -> None:
-        if self._python_left is not None:
-            self.uses_python |= random.getstate() != self._python_left
-            self.uses_numpy |= not _same_numpy_state(self._numpy_left)
-        self._python_left, self._numpy_left = random.getstate(), np.random.get_state()
+    def has_moved_from(self, state: Any) -> bool:
+        """Say whether it has been drawn from since it had a state."""
+        return not all(map(np.array_equal, self.get_state(), state))
 
 
-def _same_numpy_state(state: Any) -> bool:
-    now: Any = np.random.get_state()
-    return now[2:] == state[2:] and bool(np.array_equal(now[1], state[1]))
+_TORCH = _Generator(
+    torch.default_generator.manual_seed,
+    torch.default_generator.get_state,
+    torch.default_generator.set_state,
+)
+_PYTHON = _Generator(random.seed, random.getstate, random.setstate)
+_NUMPY = _Generator(
+    lambda seed: np.random.seed(seed % 2**32), np.random.get_state, np.random.set_state
+)
+
+
+@contextmanager
+def seeded(
+    seed: int, generators: Iterable[_Generator] = (_TORCH, _PYTHON, _NUMPY)
+) -> Iterator[None]:
+    """Seed the generators of the host in the block, and put them back after it."""
+    before = [(generator, generator.get_state()) for generator in generators]
+    try:
+        for generator, _ in before:
+            generator.seed(seed)
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of python, numpy and torch in this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 class BatchDataset(Dataset[Any]):
-    """Fetches and collates a whole batch under the batch's own random seed."""
+    """Fetches and collates a whole batch under random numbers of the batch's own.
+
+    In the main process the random states stay as they are. Saving and restoring
+    python's and numpy's generators costs more than fetching a small batch. So only
+    torch's is always seeded; the other two are from the moment at which a batch is seen
+    to draw from them, which is looked for in the first batch of every epoch. If one of
+    them has moved by the next epoch, for whatever reason, it is seeded from then on: a
+    later batch may have drawn from it.
+
+    Args:
+        dataset: The map-style dataset.
+        collate_fn: Makes a batch of a list of samples.
+
+    Attributes:
+        is_first: Whether the next batch is the first of an epoch.
+    """
 
     def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self._collate_here = _collate_here if is_as_usual(collate_fn) else collate_fn
-        self.is_first = True
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
-        self._random_state = _RandomState()
+        self.is_first = True
+        self._drawn_from = [_TORCH]
+        self._before_epoch: list[tuple[_Generator, Any]] = []
 
     def __getitems__(self, indices: SeededIndices) -> Any:
         if get_worker_info() is None:
@@ -100,11 +105,22 @@ class BatchDataset(Dataset[Any]):
 
     def fetch_here(self, indices: SeededIndices) -> Any:
         """Fetch in the main process, whose random state stays as it is."""
-        is_first, self.is_first = self.is_first, False
-        return self._random_state.fetch(self._batch, indices, is_first=is_first)
+        if not self.is_first:
+            with seeded(indices.seed, self._drawn_from):
+                return self._collate_here(self._fetch(indices))
+        self.is_first = False
+        self._note_draws_since(self._before_epoch)
+        self._before_epoch = _states()
+        with seeded(indices.seed):
+            before = _states()
+            batch = self._collate_here(self._fetch(indices))
+            self._note_draws_since(before)
+        return batch
 
-    def _batch(self, indices: list[int]) -> Any:
-        return self._collate_here(self._fetch(indices))
+    def _note_draws_since(self, states: list[tuple[_Generator, Any]]) -> None:
+        for generator, state in states:
+            if generator not in self._drawn_from and generator.has_moved_from(state):
+                self._drawn_from.append(generator)
 
     def _fetch(self, indices: list[int]) -> Any:
         dataset = self.dataset
@@ -118,6 +134,10 @@ class BatchDataset(Dataset[Any]):
             add_note(error, f"Raised by sample {indices[len(samples)]}.")
             raise
         return samples
+
+
+def _states() -> list[tuple[_Generator, Any]]:
+    return [(generator, generator.get_state()) for generator in (_PYTHON, _NUMPY)]
 
 
 def is_as_usual(collate_fn: Any) -> bool:
@@ -148,9 +168,8 @@ def _collate_here(samples: Any) -> Any:
 
 
 def _is_dense(value: Any) -> bool:
-    return (
-        type(value) is Tensor and value.layout is torch.strided and not value.is_nested
-    )
+    is_strided = type(value) is Tensor and value.layout is torch.strided
+    return is_strided and not value.is_nested
 
 
 @dataclass(frozen=True)
@@ -196,10 +215,3 @@ class InMemoryDataset:
     def batch(self, rows: Tensor) -> list[Tensor]:
         """Return what fetching the samples one by one and collating them gives."""
         return [tensor.index_select(0, rows) for tensor in self.tensors]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of python, numpy and torch in this process."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

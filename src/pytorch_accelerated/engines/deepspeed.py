@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pytorch_accelerated.engines.plain import Engine, refuse_clip_value
+from pytorch_accelerated.engines.plain import Engine
 from pytorch_accelerated.errors import CheckpointError
 
 
@@ -23,13 +23,11 @@ class DeepSpeedEngine(Engine):
     optimizer holds.
     """
 
+    clips_by_norm_only = "DeepSpeed"
     owns_gradients = True
     computes_alone = False
-
-    @property
-    def saved_in_parts(self) -> frozenset[str]:
-        """The optimizer's state, with the weights that it holds."""
-        return frozenset(("optimizer",))
+    # With the weights that it holds.
+    saved_in_parts = frozenset(("optimizer",))
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
@@ -37,7 +35,9 @@ class DeepSpeedEngine(Engine):
         # Accelerate fills in the blanks of the config for good.
         self._asked: dict[str, Any] = copy.deepcopy(self._plugin.deepspeed_config)
         self._arguments: dict[str, Any] = {}
-        self._prepared: tuple[nn.Module, Any, Any] | None = None
+        self._model: nn.Module | None = None
+        self._engine: Any = None
+        self._optimizer: Any = None
 
     def check_arguments(
         self,
@@ -47,56 +47,47 @@ class DeepSpeedEngine(Engine):
         clip_norm: float | None,
     ) -> None:
         """Raise ValueError if arguments contradict the config of DeepSpeed."""
-        refuse_clip_value(clip_value, "DeepSpeed")
+        super().check_arguments(batch_size, accumulation_steps, clip_value, clip_norm)
         if batch_size is None:
             raise ValueError("DeepSpeed needs batches of a size that is known ahead.")
         total = batch_size * accumulation_steps * self.accelerator.num_processes
-        arguments: dict[str, tuple[str, Any]] = {
-            "train_micro_batch_size_per_gpu": ("per_device_batch_size", batch_size),
-            "gradient_accumulation_steps": (
-                "gradient_accumulation_steps",
-                accumulation_steps,
-            ),
-            "gradient_clipping": ("gradient_clip_norm", clip_norm),
-            "train_batch_size": (
-                "per_device_batch_size * gradient_accumulation_steps * processes",
-                total,
-            ),
-        }
-        for key, (name, value) in arguments.items():
+        per_update = "per_device_batch_size * gradient_accumulation_steps * processes"
+        for key, name, value in (
+            ("train_micro_batch_size_per_gpu", "per_device_batch_size", batch_size),
+            ("gradient_clipping", "gradient_clip_norm", clip_norm),
+            ("train_batch_size", per_update, total),
+            (*("gradient_accumulation_steps",) * 2, accumulation_steps),
+        ):
             asked = self._asked.get(key, "auto")
             # Accelerate writes 1 step where nothing is said.
             is_default = key == "gradient_accumulation_steps" and asked == 1
-            if asked == "auto" or value is None or is_default:
-                continue
-            if asked != value:
+            if value is not None and asked not in ("auto", value) and not is_default:
                 raise ValueError(
                     f"The DeepSpeed config says {key}={asked}, but the run was asked "
                     f'for {name}={value}. Write "auto" into the config, or give the '
                     "same value in both places."
                 )
         asked_clip = self._asked.get("gradient_clipping", "auto")
-        given = {
+        default_clip = 0.0 if asked_clip == "auto" else asked_clip
+        arguments = {
             "train_micro_batch_size_per_gpu": batch_size,
-            "gradient_clipping": clip_norm
-            if clip_norm is not None
-            else (0.0 if asked_clip == "auto" else asked_clip),
+            "gradient_clipping": default_clip if clip_norm is None else clip_norm,
         }
-        if self._prepared is not None and given != self._arguments:
+        if self._model is not None and arguments != self._arguments:
             raise ValueError(
                 f"DeepSpeed was set up for {self._arguments} by the first run of this "
-                f"trainer, and cannot change to {given}. Create a new trainer in a new "
-                "job for it."
+                f"trainer, and cannot change to {arguments}. Create a new trainer in a "
+                "new job for it."
             )
-        self._arguments = given
+        self._arguments = arguments
 
     def knows(self, model: nn.Module) -> bool:
         """Say whether the model was prepared by an earlier run."""
-        return self._prepared is not None and self._prepared[0] is model
+        return self._model is model
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
         """Create DeepSpeed's engine, or take that of an earlier run."""
-        if self._prepared is None or self._prepared[0] is not model:
+        if not self.knows(model):
             self._plugin.deepspeed_config.update(
                 self._arguments,
                 # The trainer says where a window ends and weights its losses itself.
@@ -104,17 +95,16 @@ class DeepSpeedEngine(Engine):
                 train_batch_size=self._arguments["train_micro_batch_size_per_gpu"]
                 * self.accelerator.num_processes,
             )
-            engine, wrapper = super().prepare(model, optimizer)
-            self._prepared = (model, engine, wrapper)
-        _, engine, wrapper = self._prepared
-        self.accelerator._models = [engine]
-        self.accelerator._optimizers = [wrapper]
-        return engine, wrapper
+            self._engine, self._optimizer = super().prepare(model, optimizer)
+            self._model = model
+        self.accelerator._models = [self._engine]
+        self.accelerator._optimizers = [self._optimizer]
+        return self._engine, self._optimizer
 
     def prepare_for_evaluation(self, model: nn.Module) -> Any:
         """Take the engine of an earlier run, or the model as it is."""
-        if self._prepared is not None and self.knows(model):
-            return self._prepared[1]
+        if self.knows(model):
+            return self._engine
         return super().prepare_for_evaluation(model)
 
     @contextmanager
@@ -134,11 +124,11 @@ class DeepSpeedEngine(Engine):
 
     def model_state(self, model: nn.Module, keep: bool = True) -> dict[str, Any]:
         """Return the whole state dict of a model, gathered under ZeRO 3. Collective."""
+        state: dict[str, Any] = model.state_dict()
         if self._plugin.zero_stage < 3 or not self.knows(model):
-            return super().model_state(model, keep)
+            return state
         import deepspeed  # type: ignore[import-not-found,unused-ignore]
 
-        state: dict[str, Any] = model.state_dict()
         for name, parameter in model.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep and name in state:
@@ -147,25 +137,18 @@ class DeepSpeedEngine(Engine):
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Load whole weights; DeepSpeed's own copies of them are made anew."""
-        if not self.knows(model):
-            super().load_model(model, state)
-            return
-        if self._plugin.zero_stage == 3:
+        if self.knows(model) and self._plugin.zero_stage == 3:
             raise CheckpointError(
                 "Under ZeRO 3 weights can be loaded before the first run of a trainer, "
                 "or with load_training_state()."
             )
         super().load_model(model, state)
-        assert self._prepared is not None
-        refresh = getattr(
-            self._prepared[1].optimizer, "refresh_fp32_params", lambda: None
-        )
-        refresh()
+        if self.knows(model) and hasattr(self._engine.optimizer, "refresh_fp32_params"):
+            self._engine.optimizer.refresh_fp32_params()
 
     def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
         """Let DeepSpeed write its files; it does so on all processes."""
-        assert self._prepared is not None
-        self._prepared[1].save_checkpoint(str(folder), tag="state", save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
     def load_parts(
         self, model: nn.Module, optimizer: Any, folder: Path, world_size: int
@@ -182,7 +165,6 @@ class DeepSpeedEngine(Engine):
                 f"cannot load it on {now}. Start as many processes as then, or load "
                 "only the weights, from the model file in that folder."
             )
-        assert self._prepared is not None
-        path, _ = self._prepared[1].load_checkpoint(str(folder), tag="state")
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {folder}.")

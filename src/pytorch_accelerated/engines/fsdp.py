@@ -9,18 +9,20 @@ loaded is unpickled.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.engines.plain import Engine, refuse_clip_value
+from pytorch_accelerated.engines.plain import Engine
 
 _SHAPE, _OFFSET, _PART = "shape of the whole", "offset of the part", "part"
 
@@ -32,27 +34,17 @@ class ShardedEngine(Engine):
     like this may not fit into the memory of one process.
     """
 
+    clips_by_norm_only = "FSDP"
     computes_alone = False
 
-    @property
-    def saved_in_parts(self) -> frozenset[str]:
-        """Everything, unless the plugin asks for whole states."""
-        kind: str = self.accelerator.state.fsdp_plugin.state_dict_type.name
-        return frozenset(() if kind == "FULL_STATE_DICT" else ("model", "optimizer"))
-
-    def check_arguments(
-        self,
-        batch_size: int | None,
-        accumulation_steps: int,
-        clip_value: float | None,
-        clip_norm: float | None,
-    ) -> None:
-        """Raise ValueError for clipping by value, which Accelerate does not do here."""
-        refuse_clip_value(clip_value, "FSDP")
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        if accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
+            self.saved_in_parts = frozenset(("model", "optimizer"))
 
     def knows(self, model: nn.Module) -> bool:
         """Say whether an earlier run has sharded the model."""
-        return is_sharded(model)
+        return isinstance(model, FSDPModule)
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[Any, Any]:
         """Shard the weights, unless an earlier run did."""
@@ -61,11 +53,11 @@ class ShardedEngine(Engine):
             # for all those of which this process has nothing.
             self.accelerator._models.append(model)
             return model, optimizer
-        blueprint = blueprint_of(model)
+        blueprint = _blueprint_of(model)
         prepared = super().prepare(model, optimizer)
         if self.knows(model):
             plugin = self.accelerator.state.fsdp_plugin
-            make_copyable(
+            _make_copyable(
                 model,
                 blueprint,
                 reshard_after_forward=plugin.reshard_after_forward,
@@ -75,12 +67,28 @@ class ShardedEngine(Engine):
         return prepared
 
     def release(self, model: nn.Module) -> None:
-        """Let go of whole weights that an evaluation has gathered."""
-        settle(model)
+        """Let go of whole weights that an evaluation has gathered.
+
+        Until then, FSDP shows them as the parameters of the model.
+        """
+        _reshard(model)
 
     def whole(self, tree: Any, keep: bool = True) -> Any:
-        """Return a state dict with whole tensors. Collective."""
-        return whole(tree, keep)
+        """Return a state dict with whole tensors in place of sharded ones. Collective.
+
+        Args:
+            tree: A nested structure, the same on all processes.
+            keep: Whether this process wants the result. Otherwise sharded tensors are
+                left out, so that it holds no more than one whole tensor at a time.
+        """
+
+        def gather(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, DTensor):
+                return tensor
+            gathered = tensor.full_tensor()
+            return gathered.cpu() if keep else torch.empty(0)
+
+        return recursively_apply(gather, tree)
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Load whole weights; each process takes its part."""
@@ -96,94 +104,37 @@ class ShardedEngine(Engine):
     def save_parts(self, model: nn.Module, optimizer: Any, folder: Path) -> None:
         """Write this process's part of the weights and of the optimizer's state."""
         folder.mkdir(parents=True, exist_ok=True)
-        contents = {
-            "model": parts(model.state_dict()),
-            "optimizer": parts(optimizer.state_dict()),
-        }
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        contents = recursively_apply(_part_of, states)
         torch.save(contents, folder / f"part_{self.accelerator.process_index:05d}.pt")
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Say whether a process holds only parts of the model's weights."""
-    return isinstance(model, FSDPModule)
+def _part_of(tensor: Tensor) -> Any:
+    """Return this process's part of a sharded tensor, with its place in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return {
+        _SHAPE: list(tensor.shape),
+        _OFFSET: list(offset),
+        # A part can be a view of a larger buffer, which is not to be saved.
+        _PART: tensor.to_local().clone(),
+    }
 
 
-def settle(model: nn.Module) -> None:
-    """Let go of the whole weights that an evaluation has gathered.
-
-    Until then, FSDP shows them as the parameters of the model.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tree: Any, keep: bool = True) -> Any:
-    """Return a state dict with whole tensors in place of sharded ones. Collective.
-
-    Args:
-        tree: A nested structure, the same on all processes.
-        keep: Whether this process wants the result. Otherwise sharded tensors are
-            left out, so that it holds no more than one whole tensor at a time.
-    """
-
-    def gather(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        gathered = tensor.full_tensor()
-        return gathered.cpu() if keep else torch.empty(0)
-
-    return _map_tensors(tree, gather)
-
-
-def parts(tree: Any) -> Any:
-    """Return a state dict with this process's part of each sharded tensor.
-
-    Args:
-        tree: A nested structure of dictionaries, lists and tensors.
-    """
-
-    def describe(tensor: Tensor) -> Any:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        _, offset = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        return {
-            _SHAPE: list(tensor.shape),
-            _OFFSET: list(offset),
-            # A part can be a view of a larger buffer, which is not to be saved.
-            _PART: tensor.to_local().clone(),
-        }
-
-    return _map_tensors(tree, describe)
-
-
-class Parts:
-    """A tensor in the parts that processes saved; put together when it is asked for.
-
-    Args:
-        saved: What :func:`parts` made of it on each process.
-    """
-
-    def __init__(self, saved: Iterable[Mapping[str, Any]]) -> None:
-        self._saved = list(saved)
-        self.shape: torch.Size = torch.Size(self._saved[0][_SHAPE])
+class Parts(list[Mapping[str, Any]]):
+    """A tensor in the parts that processes saved; put together when it is asked for."""
 
     def join(self) -> Tensor:
         """Return the whole tensor."""
-        joined = torch.empty(self.shape, dtype=self._saved[0][_PART].dtype)
-        for saved in self._saved:
+        joined = torch.empty(self[0][_SHAPE], dtype=self[0][_PART].dtype)
+        for saved in self:
             part, place = saved[_PART], joined
-            for dim, (start, length) in enumerate(
-                zip(saved[_OFFSET], part.shape, strict=True)
-            ):
-                place = place.narrow(dim, min(start, self.shape[dim]), length)
+            for dim, start in enumerate(saved[_OFFSET]):
+                start = min(start, joined.shape[dim])
+                place = place.narrow(dim, start, part.shape[dim])
             place.copy_(part)
         return joined
 
@@ -219,7 +170,7 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """
     for name, target in model.state_dict().items():
         if isinstance(target, Tensor):
-            local(target).copy_(local(_like(state_dict[name], target)))
+            _local(target).copy_(_local(_like(state_dict[name], target)))
         else:
             module, _, _ = name.rpartition("._extra_state")
             model.get_submodule(module).set_extra_state(state_dict[name])
@@ -264,17 +215,18 @@ def _like(value: Any, reference: Tensor) -> Any:
     return value
 
 
-def _map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_tensors(value, change) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)([_map_tensors(value, change) for value in tree])
-    return tree
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def blueprint_of(model: nn.Module) -> nn.Module:
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _blueprint_of(model: nn.Module) -> nn.Module:
     """Return a copy of a model that is not sharded yet, without memory for tensors."""
     without_memory: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -285,33 +237,33 @@ def blueprint_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, without_memory)
 
 
-def make_copyable(model: nn.Module, blueprint: nn.Module, **kwargs: Any) -> None:
+def _make_copyable(model: nn.Module, blueprint: nn.Module, **kwargs: Any) -> None:
     """Let ``copy.deepcopy``, which FSDP refuses, make a sharded copy of a model.
 
     A moving average of the weights needs one.
 
     Args:
         model: The model, which is sharded.
-        blueprint: What :func:`blueprint_of` returned before it was.
+        blueprint: What :func:`_blueprint_of` returned before it was.
         **kwargs: The arguments of ``fully_shard``, except for the mesh.
     """
 
     def make_copy(memo: dict[int, Any]) -> nn.Module:
+        _reshard(model)
+        some = next(p for p in model.parameters() if isinstance(p, DTensor))
         twin = copy.deepcopy(blueprint)
-        originals = dict(model.named_modules())
-        some = next(p for p in model.state_dict().values() if isinstance(p, DTensor))
         for name, module in reversed(list(twin.named_modules())):
-            if isinstance(originals[name], FSDPModule):
+            if isinstance(model.get_submodule(name), FSDPModule):
                 fully_shard(module, mesh=some.device_mesh, **kwargs)
         twin.to_empty(device=some.device)
         with torch.no_grad():
             for target, source in zip(_tensors(twin), _tensors(model), strict=True):
-                local(target).copy_(local(source))
+                _local(target).copy_(_local(source))
         return twin
 
     vars(model)["__deepcopy__"] = make_copy
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    settle(model)
-    return [*model.parameters(), *model.buffers()]
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -21,11 +21,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
-    InitProcessGroupKwargs,
     parse_choice_from_env,
 )
 
@@ -48,7 +47,7 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
     It is ``Accelerator(**kwargs)``, except that
 
     - on a machine without an accelerator device, several processes form one job on the
-      CPU under any launcher, also with FSDP2 and DeepSpeed;
+      CPU under any launcher;
     - FSDP2 with ``mixed_precision="bf16"`` reduces gradients and returns outputs in
       float32, unless the plugin has a policy of its own;
     - what Accelerate would silently ignore is refused or warned of.
@@ -61,26 +60,17 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
             accelerator sees, or could not start what it was asked for.
     """
     _refuse_lost_processes()
-    is_on_cpu = not torch.accelerator.is_available()
-    has_deepspeed = _asks_for(
-        "DEEPSPEED", kwargs, "deepspeed_plugin", "deepspeed_plugins"
-    )
     sharding = _fsdp_plugin(kwargs)
     if sharding is not None:
         kwargs["fsdp_plugin"] = sharding
-    if num_launched() > 1 and is_on_cpu:
-        if has_deepspeed:
-            _use_gloo(kwargs)
-        else:
+    if num_launched() > 1 and not torch.accelerator.is_available():
+        if not _asks_for("DEEPSPEED", kwargs, "deepspeed_plugin", "deepspeed_plugins"):
             kwargs.setdefault("cpu", True)
-    with precision_of_its_own(kwargs.get("mixed_precision")):
-        accelerator = Accelerator(**kwargs)
-    if num_launched() > 1 and is_on_cpu:
         atexit.unregister(_leave_job)  # one trainer or many, it is left once
         atexit.register(_leave_job)
-    if num_launched() > 1 and is_on_cpu and sharding is not None:
-        _shard_on_cpu(accelerator, sharding)
-    _check_world(accelerator)
+    with precision_of_its_own(kwargs.get("mixed_precision")):
+        accelerator = Accelerator(**kwargs)
+    _check_world(accelerator, sharding)
     _check_settings(accelerator)
     return accelerator
 
@@ -152,34 +142,7 @@ def _fsdp_plugin(kwargs: dict[str, Any]) -> Any:
     return plugin
 
 
-def _use_gloo(kwargs: dict[str, Any]) -> None:
-    """Let DeepSpeed communicate on a machine without an accelerator device."""
-    handlers = list(kwargs.get("kwargs_handlers") or [])
-    if not any(isinstance(each, InitProcessGroupKwargs) for each in handlers):
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    kwargs["kwargs_handlers"] = handlers
-    # With it, Accelerate would replace DeepSpeed by DDP without a word.
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-
-
-def _shard_on_cpu(
-    accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin
-) -> None:
-    """Let Accelerate shard over CPU processes, which it does on other devices only."""
-    if plugin.fsdp_version != 2:
-        raise RuntimeError(
-            "FSDP 1 does not run on a CPU. Ask for FSDP2: fsdp_version=2 in the "
-            "FullyShardedDataParallelPlugin, --fsdp_version 2, or fsdp_version: 2 in "
-            "the fsdp_config of a config file."
-        )
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
-
-
-def _check_world(accelerator: Accelerator) -> None:
+def _check_world(accelerator: Accelerator, sharding: Any) -> None:
     launched, seen = num_launched(), accelerator.num_processes
     if launched > 1 and seen != launched:
         raise RuntimeError(
@@ -187,6 +150,12 @@ def _check_world(accelerator: Accelerator) -> None:
             "each would train a model of its own. On a machine without an accelerator "
             "device set ACCELERATE_USE_CPU=true; otherwise check the distributed type "
             "in `accelerate env`."
+        )
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharding is not None and launched > 1 and not is_sharded:
+        raise RuntimeError(
+            "FSDP does not run on a CPU: Accelerate would use DDP there. Leave it out, "
+            "or launch the script where there are GPUs."
         )
 
 

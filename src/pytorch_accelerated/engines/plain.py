@@ -20,16 +20,15 @@ class Engine:
         accelerator: Accelerate's view of the job.
     """
 
+    # The name of an engine that clips gradients by their norm only.
+    clips_by_norm_only = ""
     # Whether gradients are out of reach between backward and the optimizer's step.
     owns_gradients = False
     # Whether a process needs no other during a forward pass, nor, where gradients are
     # not synchronised, during a backward pass.
     computes_alone = True
-
-    @property
-    def saved_in_parts(self) -> frozenset[str]:
-        """What of a training state every process writes a part of."""
-        return frozenset()
+    # What of a training state every process writes a part of.
+    saved_in_parts: frozenset[str] = frozenset()
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -42,6 +41,12 @@ class Engine:
         clip_norm: float | None,
     ) -> None:
         """Raise ValueError if a run cannot be made with these arguments."""
+        if clip_value is not None and self.clips_by_norm_only:
+            raise ValueError(
+                f"gradient_clip_value={clip_value} was given, but "
+                f"{self.clips_by_norm_only} clips gradients by their norm only. Use "
+                "gradient_clip_norm."
+            )
 
     def knows(self, model: nn.Module) -> bool:
         """Say whether an earlier run left the model in the engine's hands."""
@@ -112,7 +117,7 @@ class Engine:
     def load_parts(
         self, model: nn.Module, optimizer: Any, folder: Path, world_size: int
     ) -> None:
-        """Load what ``ShardedEngine`` wrote, on any number of processes.
+        """Load what FSDP's processes wrote, on any number of processes.
 
         Args:
             model: The plain model.
@@ -123,7 +128,7 @@ class Engine:
         Raises:
             CheckpointError: If another engine wrote it.
         """
-        from pytorch_accelerated.engines import fsdp
+        from pytorch_accelerated.engines import fsdp  # it takes a second to import
 
         files = list(folder.glob("part_*.pt"))
         if len(files) != world_size:
@@ -135,10 +140,8 @@ class Engine:
         contents = fsdp.read_parts(files)
         fsdp.load_model(model, contents["model"])
         if optimizer is not None:
-            load_with_dtypes(
-                optimizer,
-                fsdp.optimizer_state_like(optimizer, contents["optimizer"]),
-            )
+            state = fsdp.optimizer_state_like(optimizer, contents["optimizer"])
+            load_with_dtypes(optimizer, state)
 
 
 def have_same_dtypes(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -179,18 +182,5 @@ def _restore_dtypes(loaded: Any, saved: Mapping[Any, Any]) -> None:
         now = loaded.get(key)
         if isinstance(value, Mapping) and isinstance(now, dict):
             _restore_dtypes(now, value)
-        elif (
-            isinstance(value, Tensor)
-            and isinstance(now, Tensor)
-            and now.dtype != value.dtype
-        ):
-            loaded[key] = value.to(now.device)
-
-
-def refuse_clip_value(clip_value: float | None, engine: str) -> None:
-    """Raise ValueError if gradients are to be clipped by value."""
-    if clip_value is not None:
-        raise ValueError(
-            f"gradient_clip_value={clip_value} was given, but {engine} clips gradients "
-            "by their norm only. Use gradient_clip_norm."
-        )
+        elif isinstance(value, Tensor) and isinstance(now, Tensor):
+            loaded[key] = value.to(now.device) if now.dtype != value.dtype else now

@@ -4,7 +4,7 @@ import os
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from sharded_cases import (
     CountsItems,
     SaveOnce,
@@ -36,6 +36,8 @@ def create_trainer(stage, callbacks=(), trainer_class=WithoutDropout, **settings
         kwargs["deepspeed_plugin"] = DeepSpeedPlugin(
             hf_ds_config=config, zero3_init_flag=False
         )
+        if not torch.cuda.is_available():
+            kwargs["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
     model = create_model()
     return trainer_class(
         model,

@@ -2,6 +2,7 @@
 
 import os
 
+import sharding_on_cpu  # noqa: F401 (FSDP has to run without a GPU)
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
