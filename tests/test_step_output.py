@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from pytorch_accelerated import step_output
 
@@ -26,7 +27,7 @@ def test_a_batch_of_inputs_and_targets_may_have_further_members(container):
 
     batch = container([inputs, targets, "file names"])
 
-    assert step_output.inputs_and_targets_of(batch) == (inputs, targets)
+    assert step_output.inputs_and_targets_of(batch, nn.MSELoss()) == (inputs, targets)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_a_batch_that_cannot_be_taken_apart_is_described(batch, description):
     with pytest.raises(
         TypeError, match=f"got {description}. Override calculate_train_batch_loss and"
     ):
-        step_output.inputs_and_targets_of(batch)
+        step_output.inputs_and_targets_of(batch, nn.MSELoss())
 
 
 def test_the_size_of_a_batch_of_named_tensors_is_that_of_the_first_with_dimensions():

@@ -1,6 +1,5 @@
 """What cannot work is refused with advice, before any weight has moved."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -346,20 +345,6 @@ def test_nothing_to_evaluate_on(create_trainer, samples):
         create_trainer().evaluate()
     with pytest.raises(ValueError, match="dataset is empty"):
         create_trainer().evaluate(samples(0))
-
-
-def test_too_few_samples_to_evaluate_on_several_processes(create_trainer, samples):
-    """Defect 50: a set smaller than a batch of all processes was refused."""
-    trainer = create_trainer()
-    trainer.evaluate(samples(2))
-    config = replace(trainer.run_config, is_distributed=True, num_processes=2)
-
-    trainer.run_config = config
-    trainer._check_eval_batch_size()  # one sample for each is enough
-
-    trainer.run_config = replace(config, num_processes=3)
-    with pytest.raises(ValueError, match="at least 3 samples are needed"):
-        trainer._check_eval_batch_size()
 
 
 def test_arguments_that_are_refused_leave_the_history_of_the_last_run(

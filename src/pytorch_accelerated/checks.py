@@ -22,11 +22,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
-from pytorch_accelerated.data import length_of
+from pytorch_accelerated.data import batch_size_of_loader, length_of
 from pytorch_accelerated.errors import warn
+from pytorch_accelerated.modes import warn_of_sleeping_submodules
 from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase
+from pytorch_accelerated.step_output import check_loss
 
 if TYPE_CHECKING:
+    from pytorch_accelerated.run import Run
     from pytorch_accelerated.trainer import Trainer
 
 _NUM_NAMES_SHOWN = 3
@@ -334,3 +337,79 @@ def _words_in(code: CodeType | None) -> Iterator[str]:
             yield constant
         elif isinstance(constant, CodeType):
             yield from _words_in(constant)
+
+
+def check_can_train(trainer: Trainer, run: Run) -> None:
+    """Check what a training run is asked to do.
+
+    Raises:
+        ValueError: If the arguments cannot make a run.
+        TypeError: If one of them is something else than what is meant.
+    """
+    limit, model, optimizer = run.max_num_train_steps, trainer.model, trainer.optimizer
+    check_is_at_least("num_epochs", run.num_epochs, 0)
+    check_is_at_least("gradient_accumulation_steps", run.gradient_accumulation_steps, 1)
+    if limit is not None:
+        check_is_at_least("max_num_train_steps", limit, 1)
+    check_clipping(run.gradient_clip_value, run.gradient_clip_norm)
+    check_scheduler_fn(run.create_scheduler_fn)
+    check_dataset_is_not_empty(run.train_dataset, "train_dataset")
+    check_dataset_serves_all(run.train_dataset, trainer._accelerator.num_processes)
+    if not trainer._engine.knows(model):
+        check_optimizer(model, optimizer)
+    if not overrides(trainer, "optimizer_step", "_run_train_epoch", "_run_training"):
+        check_optimizer_needs_no_closure(optimizer)
+    trainer._engine.check_arguments(
+        batch_size_of_loader(
+            run.train_dataset, run.train_dataloader_kwargs, run.batch_size
+        ),
+        run.gradient_accumulation_steps,
+        run.gradient_clip_value,
+        run.gradient_clip_norm,
+    )
+    check_dataset_is_not_empty(run.eval_dataset, "eval_dataset")
+    if trainer._num_runs == 0 and optimizer is not None:
+        warn_of_sleeping_submodules(model, optimizer)
+
+
+def check_first_step(trainer: Trainer, batch_output: Any) -> None:
+    """Check what can only be known at the first step of a run."""
+    check_loss(batch_output, needs_graph=not overrides(trainer, "backward_step"))
+    if not overrides(trainer, "optimizer_step"):
+        check_optimizer_is_in_training_mode(trainer.optimizer)
+
+
+def overrides(trainer: Trainer, *methods: str) -> bool:
+    """Say whether any of these methods of a trainer is the user's own."""
+    ours = "pytorch_accelerated.trainer"
+    return any(
+        getattr(getattr(trainer, name), "__module__", None) != ours for name in methods
+    )
+
+
+def warn_of_oversights(trainer: Trainer) -> None:
+    """Warn of what would go unnoticed for a whole run."""
+    # DeepSpeed holds copies of the parameters, not those of the model.
+    if not trainer._engine.owns_gradients:
+        warn_of_untrained_parameters(trainer)
+    warn_of_misspelt_names(trainer)
+
+
+def warn_of_uncounted_updates(trainer: Trainer) -> None:
+    """Say what is not followed by an override of the epoch, after the first one."""
+    run, event = trainer._run, "on_train_update_end"
+    if run.progress.epochs_done > 0 or not overrides(trainer, "_run_train_epoch"):
+        return
+    ignored = [
+        getattr(listener, "__qualname__", event)
+        for listener in trainer.callback_handler.listeners(event)
+    ]
+    if run.max_num_train_steps is not None:
+        ignored.insert(0, f"max_num_train_steps={run.max_num_train_steps}")
+    if ignored:
+        warn(
+            "Your _run_train_epoch made no update that the trainer could count, so "
+            f"these are not followed: {', '.join(ignored)}. Call "
+            "super()._run_train_epoch(train_dl) for the loop and override the "
+            "methods of a step, or return True to end the run."
+        )

@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from pytorch_accelerated import checkpoint, data, distributed, modes
+from pytorch_accelerated import checkpoint, checks, data, distributed, modes
 from pytorch_accelerated.data import sharing
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import CheckpointError, warn
@@ -72,7 +73,15 @@ class Run:
     eval_dataset: Any = None
     collate_fn: Callable[[list[Any]], Any] | None = None
     create_scheduler_fn: Callable[..., Any] | None = None
+    num_epochs: int = 1
     max_num_train_steps: int | None = None
+    batch_size: int = 8
+    eval_batch_size: int | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_clip_value: float | None = None
+    gradient_clip_norm: float | None = None
+    train_dataloader_kwargs: Mapping[str, Any] | None = None
+    eval_dataloader_kwargs: Mapping[str, Any] | None = None
     plateau_metric: str = "eval_loss_epoch"
     resume_from: str | os.PathLike[str] | None = None
 
@@ -119,7 +128,31 @@ class Run:
 
     def __post_init__(self) -> None:
         self.training: Run = self
-        self.outer: Run | None = None
+        if self.eval_dataset is None and self.plateau_metric == "eval_loss_epoch":
+            self.plateau_metric = "train_loss_epoch"
+
+    @classmethod
+    def for_evaluation(
+        cls,
+        dataset: Any,
+        batch_size: int,
+        dataloader_kwargs: Mapping[str, Any] | None,
+        collate_fn: Callable[[list[Any]], Any] | None,
+    ) -> Run:
+        """Return a run that does not train.
+
+        Raises:
+            ValueError: If there is no data.
+        """
+        if dataset is None:
+            raise ValueError("A dataset or a DataLoader is needed, got None.")
+        checks.check_dataset_is_not_empty(dataset, "dataset")
+        return cls(
+            eval_dataset=dataset,
+            batch_size=batch_size,
+            eval_dataloader_kwargs=dataloader_kwargs,
+            collate_fn=collate_fn,
+        )
 
     # ------------------------------------------------------------ what it works with
 
@@ -509,6 +542,19 @@ def create_run_config(trainer: Trainer, **asked: Any) -> TrainerRunConfig:
         num_processes=num_processes,
         seed=trainer.seed,
         data_seed=run.data_seed,
+    )
+
+
+def create_accumulation(trainer: Trainer) -> Accumulation:
+    """Return what weights the losses of a run."""
+    accelerator = trainer._accelerator
+    return Accumulation(
+        trainer.run_config.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        largest=distributed.largest,
+        add_up=partial(distributed.add_up, device=accelerator.device),
+        corrects_gradients=not trainer._engine.owns_gradients,
     )
 
 

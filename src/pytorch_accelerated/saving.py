@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pytorch_accelerated import checkpoint, data, distributed, engines
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
@@ -369,6 +369,13 @@ def _go_on_from(
     if saved.run_history is not None and hasattr(history, "load_state_dict"):
         history.load_state_dict(saved.run_history)
     trainer.callback_handler.load_state_dict(saved.callbacks)
+
+
+def restore_gradients(trainer: Trainer, gradients: Mapping[str, Tensor]) -> None:
+    """Put back what a saved run had accumulated of a window."""
+    for name, parameter in _named_parameters(trainer):
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)
 
 
 def _check_schedule_was_saved(run: Run, source: str | os.PathLike[str] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -39,14 +40,26 @@ def is_scalar(value: Any) -> bool:
     return isinstance(value, numbers.Real)
 
 
-def inputs_and_targets_of(batch: Any) -> tuple[Any, Any]:
-    """Take a batch apart for the default step, or say why it cannot be."""
-    try:
+def inputs_and_targets_of(batch: Any, loss_func: Any) -> tuple[Any, Any]:
+    """Take a batch apart for the default step, or say why it cannot be done."""
+    is_pair = False
+    with suppress(KeyError, IndexError, TypeError):
         # The rows of a tensor are samples.
-        if not isinstance(batch, Tensor) and isinstance(batch[1], Tensor):
-            return batch[0], batch[1]
-    except (KeyError, IndexError, TypeError):
-        pass
+        is_pair = not isinstance(batch, Tensor) and isinstance(batch[1], Tensor)
+    if is_pair and loss_func is None:
+        raise ValueError(
+            "loss_func is None, and the batch is not a mapping whose members could "
+            "be passed to a model that returns its loss. Pass a loss_func, or "
+            "override calculate_train_batch_loss and calculate_eval_batch_loss."
+        )
+    if is_pair and isinstance(loss_func, type):
+        name = loss_func.__name__
+        raise TypeError(
+            f"loss_func must be an instance, got the class {name}. Create it: "
+            f"{name}(...)."
+        )
+    if is_pair:
+        return batch[0], batch[1]
     raise TypeError(
         "The default step takes batches of (inputs, targets), where targets is a "
         f"tensor; got {describe_batch(batch)}. Override calculate_train_batch_loss and "

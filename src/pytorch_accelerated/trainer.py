@@ -67,14 +67,21 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 from pytorch_accelerated.engines import launch
-from pytorch_accelerated.errors import CheckpointError, warn
+from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.means import LossTracker, Means
 from pytorch_accelerated.memory import BatchesTooLargeError, BatchShrinker
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
 )
-from pytorch_accelerated.run import Aside, Run, UnderWay, create_run_config, of_run
+from pytorch_accelerated.run import (
+    Aside,
+    Run,
+    UnderWay,
+    create_accumulation,
+    create_run_config,
+    of_run,
+)
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.state import Stage
@@ -85,7 +92,6 @@ from pytorch_accelerated.tracking import (
     InMemoryRunHistory,
     RunHistory,
 )
-from pytorch_accelerated.window import Accumulation
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -281,37 +287,24 @@ class Trainer:
             eval_dataset=eval_dataset,
             collate_fn=collate_fn,
             create_scheduler_fn=create_scheduler_fn,
+            num_epochs=num_epochs,
             max_num_train_steps=max_num_train_steps,
+            batch_size=per_device_batch_size,
+            eval_batch_size=eval_per_device_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_clip_value=gradient_clip_value,
+            gradient_clip_norm=gradient_clip_norm,
+            train_dataloader_kwargs=train_dataloader_kwargs,
+            eval_dataloader_kwargs=eval_dataloader_kwargs,
             plateau_metric=plateau_metric,
             resume_from=resume_from,
         )
-        asked = {
-            "num_epochs": num_epochs,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "max_num_train_steps": max_num_train_steps,
-            "per_device_batch_size": per_device_batch_size,
-            "gradient_clip_value": gradient_clip_value,
-        }
-        # Arguments that 0.1.61 did not have reach an override only when they are used.
-        if gradient_clip_norm is not None:
-            asked["gradient_clip_norm"] = gradient_clip_norm
-        self._check_can_train(run, asked, train_dataloader_kwargs)
+        checks.check_can_train(self, run)
         saving.find_state(self, run)
         if reset_run_history and run.state_to_resume is None:
             self.run_history.reset()
-
         with UnderWay(self, run):
-            self._train_dataloader = self.create_train_dataloader(
-                batch_size=per_device_batch_size,
-                train_dl_kwargs=train_dataloader_kwargs,
-            )
-            if eval_dataset is not None:
-                self._eval_dataloader = self.create_eval_dataloader(
-                    batch_size=eval_per_device_batch_size or per_device_batch_size,
-                    eval_dl_kwargs=eval_dataloader_kwargs,
-                )
-            self._prepare(asked)
-            run.accumulation = self._create_accumulation()
+            self._prepare(run)
             if halve_batch_if_out_of_memory:
                 run.shrinker = BatchShrinker(run, self.model, self._engine)
             if create_scheduler_fn is not None:
@@ -350,10 +343,12 @@ class Trainer:
         Raises:
             ValueError: If there is nothing to evaluate on.
         """
-        run = self._run_for_evaluation(dataset, collate_fn)
+        run = Run.for_evaluation(
+            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        )
         recorded = self._count_recorded_metrics()
         with self.run_history._evaluation(), UnderWay(self, run):
-            self._prepare_evaluation(per_device_batch_size, dataloader_kwargs)
+            self._prepare(run)
             self._run_evaluation()
         return {
             name: list(self.run_history.get_metric_values(name))[-1]
@@ -386,10 +381,12 @@ class Trainer:
         Raises:
             ValueError: If there is nothing to predict.
         """
-        run = self._run_for_evaluation(dataset, collate_fn)
+        run = Run.for_evaluation(
+            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        )
         predictions = []
         with UnderWay(self, run), torch.no_grad():
-            self._prepare_evaluation(per_device_batch_size, dataloader_kwargs)
+            self._prepare(run)
             with Aside(self):
                 self.model.eval()
                 for batch in self._eval_dataloader:
@@ -403,7 +400,7 @@ class Trainer:
         with events.Ending(self, "training_run_end"):
             events.call(self, self.training_run_start)
             events.announce(self, "on_training_run_start")
-            self._warn_of_oversights()
+            checks.warn_of_oversights(self)
             for _ in range(run.progress.epochs_done, run.config.num_epochs):
                 at_start = run.progress.is_at_epoch_start
                 if (at_start and run.is_used_up) or self._run_epoch():
@@ -434,7 +431,7 @@ class Trainer:
             num_updates = progress.num_updates
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
             if progress.num_updates == num_updates and not is_over:
-                self._warn_of_uncounted_updates()
+                checks.warn_of_uncounted_updates(self)
         progress = run.progress
         if progress.stage is not Stage.ENDED:
             if self.eval_dataset is not None and progress.stage is not Stage.EVALUATED:
@@ -479,7 +476,7 @@ class Trainer:
         if run.is_used_up:
             return True  # it was saved right after the last one
         if run.resumed is not None:
-            self._restore_gradients(run.resumed.gradients)
+            saving.restore_gradients(self, run.resumed.gradients)
         while True:
             with suppress(BatchesTooLargeError):
                 for window in run.windows(train_dl, self.run_history.current_epoch):
@@ -496,14 +493,14 @@ class Trainer:
 
     # A method of its own, so that nothing of a step outlives it.
     def _run_train_step(self, batch: Any, step: int) -> None:
-        run = self._run
+        run, engine = self._run, self._engine
         is_complete = run.window.is_complete  # type: ignore[union-attr]
         events.tell(self, "on_train_step_start")
         if run.shrinker is not None:
             passes = partial(self._perform_forward_and_backward_passes, batch, step)
             batch_output = run.shrinker.attempt(passes, step)
         else:
-            with _AS_USUAL if is_complete else self._without_gradient_sync():
+            with _AS_USUAL if is_complete else engine.without_gradient_sync(self.model):
                 batch_output = self._perform_forward_and_backward_passes(batch, step)
         # An override from 0.1.61 returns nothing, and either lets this class do the
         # work, or calls the event itself.
@@ -535,7 +532,7 @@ class Trainer:
         run = self._run
         batch_output = self.calculate_train_batch_loss(batch)
         if run.progress.num_steps == 0:
-            self._check_first_step(batch_output)
+            checks.check_first_step(self, batch_output)
         loss = batch_output["loss"]
         num_items, are_samples = run.items_of(batch_output, step)
         self._update_loss_tracker(loss, num_items)
@@ -735,24 +732,43 @@ class Trainer:
             loss = step_output.loss_of(outputs)
             batch_size = step_output.batch_size_of(batch)
         else:
-            inputs, targets = self._inputs_and_targets(batch)
+            inputs, targets = step_output.inputs_and_targets_of(batch, self.loss_func)
             outputs = self.model(inputs)
             loss = self.loss_func(outputs, targets)  # type: ignore[misc]
             batch_size = targets.size(0)
         return {"loss": loss, "model_outputs": outputs, "batch_size": batch_size}
 
-    def _inputs_and_targets(self, batch: Any) -> tuple[Any, Any]:
-        inputs, targets = step_output.inputs_and_targets_of(batch)
-        if self.loss_func is None:
-            raise ValueError(
-                "loss_func is None, and the batch is not a mapping whose members could "
-                "be passed to a model that returns its loss. Pass a loss_func, or "
-                "override calculate_train_batch_loss and calculate_eval_batch_loss."
-            )
-        checks.check_is_instance("loss_func", self.loss_func)
-        return inputs, targets
-
     # ---------------------------------------------------- what a run is created from
+
+    def _prepare(self, run: Run) -> None:
+        """Create what a run works with, and hand it to Accelerate."""
+        if run.is_training:
+            self._train_dataloader = self.create_train_dataloader(
+                batch_size=run.batch_size, train_dl_kwargs=run.train_dataloader_kwargs
+            )
+        if self.eval_dataset is not None:
+            self._eval_dataloader = self.create_eval_dataloader(
+                batch_size=run.eval_batch_size or run.batch_size,
+                eval_dl_kwargs=run.eval_dataloader_kwargs,
+            )
+        self._prepare_model_optimizer_and_dataloaders()
+        # Before the run config, so that schedules know the true length of the run.
+        for callback in self.callback_handler:
+            if isinstance(callback, LimitBatchesCallback):
+                callback.limit(self)
+        # An argument that 0.1.61 did not have reaches an override only when it is used.
+        clip_norm = run.gradient_clip_norm
+        more = {} if clip_norm is None else {"gradient_clip_norm": clip_norm}
+        self.run_config = self._create_run_config(
+            num_epochs=run.num_epochs,
+            gradient_accumulation_steps=run.gradient_accumulation_steps,
+            max_num_train_steps=run.max_num_train_steps,
+            per_device_batch_size=run.batch_size,
+            gradient_clip_value=run.gradient_clip_value,
+            **more,
+        )
+        self._check_eval_batch_size()
+        run.accumulation = create_accumulation(self)
 
     def create_train_dataloader(
         self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
@@ -765,15 +781,11 @@ class Trainer:
                 :meth:`get_default_train_dl_kwargs`.
         """
         checks.check_dataset_is_given(self.train_dataset)
-        if data.yields_batches(self.train_dataset):
-            checks.check_no_loader_arguments(train_dl_kwargs, self.collate_fn)
-            return self.train_dataset
-        self._train_dl_kwargs = data.merge_dl_kwargs(
-            self.train_dataset,
-            self.get_default_train_dl_kwargs(batch_size),
-            train_dl_kwargs,
+        defaults = self.get_default_train_dl_kwargs(batch_size)
+        loader, self._train_dl_kwargs = self._create_dataloader(
+            self.train_dataset, defaults, train_dl_kwargs
         )
-        return self._create_dataloader(self.train_dataset, self._train_dl_kwargs)
+        return loader
 
     def create_eval_dataloader(
         self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None
@@ -785,15 +797,11 @@ class Trainer:
             eval_dl_kwargs: Arguments that win over those of
                 :meth:`get_default_eval_dl_kwargs`.
         """
-        if data.yields_batches(self.eval_dataset):
-            checks.check_no_loader_arguments(eval_dl_kwargs, self.collate_fn)
-            return self.eval_dataset
-        self._eval_dl_kwargs = data.merge_dl_kwargs(
-            self.eval_dataset,
-            self.get_default_eval_dl_kwargs(batch_size),
-            eval_dl_kwargs,
+        defaults = self.get_default_eval_dl_kwargs(batch_size)
+        loader, self._eval_dl_kwargs = self._create_dataloader(
+            self.eval_dataset, defaults, eval_dl_kwargs
         )
-        return self._create_dataloader(self.eval_dataset, self._eval_dl_kwargs)
+        return loader
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the arguments of the training loader that the user did not give.
@@ -856,36 +864,17 @@ class Trainer:
         # What an earlier run or a learning rate finder may have left.
         self.optimizer.zero_grad()  # type: ignore[union-attr]
 
-    def _prepare(self, asked: dict[str, Any]) -> None:
-        """Prepare what a run works with, once its loaders are created."""
-        self._prepare_model_optimizer_and_dataloaders()
-        # Before the run config, so that schedules know the true length of the run.
-        for callback in self.callback_handler:
-            if isinstance(callback, LimitBatchesCallback):
-                callback.limit(self)
-        self.run_config = self._create_run_config(**asked)
-        self._check_eval_batch_size()
-
-    def _prepare_evaluation(
-        self, batch_size: int, dataloader_kwargs: Mapping[str, Any] | None
-    ) -> None:
-        """Prepare a run that does not train."""
-        self._eval_dataloader = self.create_eval_dataloader(
-            batch_size=batch_size, eval_dl_kwargs=dataloader_kwargs
-        )
-        self._prepare(
-            {
-                "num_epochs": 1,
-                "gradient_accumulation_steps": 1,
-                "max_num_train_steps": None,
-                "per_device_batch_size": batch_size,
-                "gradient_clip_value": None,
-            }
-        )
-
     def _create_dataloader(
-        self, dataset: Any, kwargs: dict[str, Any]
-    ) -> DataLoader[Any]:
+        self,
+        dataset: Any,
+        defaults: Mapping[str, Any],
+        given: Mapping[str, Any] | None,
+    ) -> tuple[Iterable[Any], dict[str, Any] | None]:
+        """Return a loader, and the arguments that it was made with, if it was."""
+        if data.yields_batches(dataset):
+            checks.check_no_loader_arguments(given, self.collate_fn)
+            return dataset, None
+        kwargs = data.merge_dl_kwargs(dataset, defaults, given)
         arguments = {"collate_fn": self.collate_fn, **kwargs}
         if kwargs.get("num_workers") is data.AUTO_NUM_WORKERS:
             arguments["num_workers"] = kwargs["num_workers"] = data.choose_num_workers(
@@ -893,7 +882,7 @@ class Trainer:
             )
         loader: DataLoader[Any] = DataLoader(dataset=dataset, **arguments)
         self._run.loaders_made.append(loader)
-        return loader
+        return loader, kwargs
 
     def _create_run_config(
         self,
@@ -915,31 +904,8 @@ class Trainer:
             gradient_clip_norm=gradient_clip_norm,
         )
 
-    def _create_accumulation(self) -> Accumulation:
-        accelerator = self._accelerator
-        return Accumulation(
-            self.run_config.gradient_accumulation_steps,
-            accelerator.num_processes,
-            accelerator.process_index,
-            largest=distributed.largest,
-            add_up=partial(distributed.add_up, device=accelerator.device),
-            corrects_gradients=not self._engine.owns_gradients,
-        )
-
     def _check_eval_batch_size(self) -> None:
-        """Raise ValueError if evaluation would leave a process without samples."""
-        if self.eval_dataset is None or not self.run_config.is_distributed:
-            return
-        num_samples = data.length_of(self.eval_dataset)
-        batch_size = self.run_config.eval_per_device_batch_size
-        if (
-            num_samples is not None
-            and batch_size is not None
-            and not data.yields_batches(self.eval_dataset)
-        ):
-            data.BatchPlan(
-                num_samples, batch_size, self.run_config.num_processes, even=True
-            )
+        """Called once a run is prepared; its loaders have refused too little data."""
 
     # ----------------------------------------------------------- saving and loading
 
@@ -1090,14 +1056,6 @@ class Trainer:
 
     # --------------------------------------------------------- the parts of the story
 
-    def _run_for_evaluation(
-        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None
-    ) -> Run:
-        if dataset is None:
-            raise ValueError("A dataset or a DataLoader is needed, got None.")
-        checks.check_dataset_is_not_empty(dataset, "dataset")
-        return Run(eval_dataset=dataset, collate_fn=collate_fn)
-
     def _start_schedule(self) -> None:
         """Apply the first value of a scheduler whose counter starts before it."""
         if (
@@ -1115,18 +1073,11 @@ class Trainer:
     def _step_scheduler_after_epoch(self) -> None:
         """Step a scheduler that goes by a metric of the epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            name = self._name_of_plateau_metric
+            name = self._run.plateau_metric
             value = saving.latest_metrics(self).get(name)
             if value is None:  # to be told which there are
                 value = self.run_history.get_latest_metric(name)
             self.scheduler.step(value)
-
-    @property
-    def _name_of_plateau_metric(self) -> str:
-        name = self._run.plateau_metric
-        if self.eval_dataset is None and name == "eval_loss_epoch":
-            return "train_loss_epoch"
-        return name
 
     def _clip_gradients(self) -> None:
         """Clip the gradients of an update as the run config says."""
@@ -1145,38 +1096,6 @@ class Trainer:
         groups = self.optimizer.param_groups  # type: ignore[union-attr]
         of_optimizer = (each for group in groups for each in group["params"])
         yield from dict.fromkeys(chain(self.model.parameters(), of_optimizer))
-
-    def _without_gradient_sync(self) -> Any:
-        if self._accelerator.num_processes == 1:
-            return _AS_USUAL
-        return self._engine.without_gradient_sync(self.model)
-
-    def _warn_of_uncounted_updates(self) -> None:
-        """Say what is not followed by an override of the epoch, after the first one."""
-        run = self._run
-        if run.progress.epochs_done > 0 or not self._overrides("_run_train_epoch"):
-            return
-        event = "on_train_update_end"
-        ignored = [
-            getattr(listener, "__qualname__", event)
-            for listener in self.callback_handler.listeners(event)
-        ]
-        if run.max_num_train_steps is not None:
-            ignored.insert(0, f"max_num_train_steps={run.max_num_train_steps}")
-        if ignored:
-            warn(
-                "Your _run_train_epoch made no update that the trainer could count, so "
-                f"these are not followed: {', '.join(ignored)}. Call "
-                "super()._run_train_epoch(train_dl) for the loop and override the "
-                "methods of a step, or return True to end the run."
-            )
-
-    def _restore_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Put back what a saved run had accumulated of a window."""
-        model = self.get_model(keep_torch_compile=False)
-        for name, parameter in model.named_parameters():
-            if name in gradients:
-                parameter.grad = gradients[name].to(parameter)
 
     def _update_loss_tracker(self, batch_loss: Tensor, batch_size: NumItems) -> None:
         """Add a batch's loss to the epoch's, without waiting for the device."""
@@ -1278,61 +1197,8 @@ class Trainer:
         )
         return model
 
-    def _warn_of_oversights(self) -> None:
-        # DeepSpeed holds copies of the parameters, not those of the model.
-        if not self._engine.owns_gradients:
-            checks.warn_of_untrained_parameters(self)
-        checks.warn_of_misspelt_names(self)
-
     def _check_can_be_saved(self) -> None:
         saving.check_can_be_saved(self)
-
-    def _check_can_train(
-        self,
-        run: Run,
-        asked: Mapping[str, Any],
-        train_dataloader_kwargs: Mapping[str, Any] | None,
-    ) -> None:
-        """Check what the run was asked to do, before anything has changed."""
-        accumulation, clip_value = (
-            asked["gradient_accumulation_steps"],
-            asked["gradient_clip_value"],
-        )
-        clip_norm, dataset = asked.get("gradient_clip_norm"), run.train_dataset
-        checks.check_is_at_least("num_epochs", asked["num_epochs"], 0)
-        checks.check_is_at_least("gradient_accumulation_steps", accumulation, 1)
-        if run.max_num_train_steps is not None:
-            checks.check_is_at_least("max_num_train_steps", run.max_num_train_steps, 1)
-        checks.check_clipping(clip_value, clip_norm)
-        checks.check_scheduler_fn(run.create_scheduler_fn)
-        checks.check_dataset_is_not_empty(dataset, "train_dataset")
-        checks.check_dataset_serves_all(dataset, self._accelerator.num_processes)
-        if not self._engine.knows(self.model):
-            checks.check_optimizer(self.model, self.optimizer)
-        if not self._overrides("optimizer_step", "_run_train_epoch", "_run_training"):
-            checks.check_optimizer_needs_no_closure(self.optimizer)
-        batch_size = data.batch_size_of_loader(
-            dataset, train_dataloader_kwargs, asked["per_device_batch_size"]
-        )
-        self._engine.check_arguments(batch_size, accumulation, clip_value, clip_norm)
-        checks.check_dataset_is_not_empty(run.eval_dataset, "eval_dataset")
-        if self._num_runs == 0 and self.optimizer is not None:
-            modes.warn_of_sleeping_submodules(self.model, self.optimizer)
-
-    def _check_first_step(self, batch_output: Any) -> None:
-        """Check what can only be known at the first step of a run."""
-        step_output.check_loss(
-            batch_output, needs_graph=not self._overrides("backward_step")
-        )
-        if not self._overrides("optimizer_step"):
-            checks.check_optimizer_is_in_training_mode(self.optimizer)
-
-    def _overrides(self, *methods: str) -> bool:
-        """Say whether any of these methods is the user's own."""
-        return any(
-            getattr(getattr(self, name), "__func__", None) is not getattr(Trainer, name)
-            for name in methods
-        )
 
 
 def _learning_rates_of(optimizer: Any) -> list[float | Tensor]:
@@ -1367,5 +1233,5 @@ class TrainerWithTimmScheduler(Trainer):
     def _step_scheduler_after_epoch(self) -> None:
         """Tell the scheduler how many epochs are completed, and the plateau metric."""
         if self.scheduler is not None:
-            metric = saving.latest_metrics(self).get(self._name_of_plateau_metric)
+            metric = saving.latest_metrics(self).get(self._run.plateau_metric)
             self.scheduler.step(self._run.progress.epochs_done + 1, metric)

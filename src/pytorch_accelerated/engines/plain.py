@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,12 @@ class Engine:
     def release(self, model: nn.Module) -> None:
         """Bring a plain model into the state in which it stays between runs."""
 
-    @contextmanager
-    def without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
+    def without_gradient_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """Keep gradients on their process, for all but the last batch of a window."""
-        with self.accelerator.no_sync(model):
-            yield
+        if self.accelerator.num_processes == 1:
+            return nullcontext()
+        context: AbstractContextManager[None] = self.accelerator.no_sync(model)
+        return context
 
     def clip_by_norm(self, parameters: Iterable[Tensor], norm: float) -> Any:
         """Clip gradients by their total norm, and return that of before, 0-dim."""
