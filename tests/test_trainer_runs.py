@@ -14,7 +14,6 @@ from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.schedulers import StatefulSchedulerBase
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
-from pytorch_accelerated.utils import LimitBatches
 
 
 class CountsUpdates(TrainerCallback):
@@ -50,14 +49,6 @@ def train(create_trainer, samples, counter):
 # --- counts
 
 
-def test_a_run_counts_its_updates_steps_and_samples(train):
-    trainer = train(num_epochs=3, gradient_accumulation_steps=3)
-
-    assert trainer.num_steps == 12
-    assert trainer.num_updates == 6
-    assert trainer.num_samples_seen == 24
-
-
 def test_before_the_first_run_there_is_nothing_to_count(create_trainer):
     trainer = create_trainer()
 
@@ -90,13 +81,6 @@ def test_counts_in_the_events_of_a_step_are_those_of_what_is_done(
     assert counts == expected
 
 
-def test_the_history_knows_the_number_of_updates_at_each_value(train):
-    trainer = train(num_epochs=2)
-
-    records = trainer.run_history.records("train_loss_epoch")
-    assert [(record.epoch, record.step) for record in records] == [(1, 4), (2, 8)]
-
-
 def test_no_epochs_make_a_run_without_training(train, counter):
     trainer = train(num_epochs=0)
 
@@ -106,27 +90,6 @@ def test_no_epochs_make_a_run_without_training(train, counter):
 
 
 # --- limits
-
-
-@pytest.mark.parametrize(
-    ("num_epochs", "limit", "expected"),
-    [(2, None, [4, 4]), (3, 6, [4, 2]), (1, 12, [4]), (3, 8, [4, 4]), (5, 1, [1])],
-)
-def test_the_smaller_of_the_two_limits_ends_a_run(
-    train, counter, num_epochs, limit, expected
-):
-    """Defect 17: with one epoch and a limit of 12 updates, 3 epochs were trained."""
-    train(num_epochs, max_num_train_steps=limit)
-
-    assert counter.updates == expected
-
-
-def test_a_limit_counts_updates_and_not_batches(train, counter):
-    """Defect 15: max_num_train_steps had no consistent meaning."""
-    trainer = train(3, max_num_train_steps=3, gradient_accumulation_steps=2)
-
-    assert counter.updates == [2, 1]
-    assert trainer.num_steps == 6
 
 
 def test_an_epoch_cut_short_has_its_loss_and_its_evaluation_recorded(train, samples):
@@ -146,18 +109,6 @@ def test_the_limit_is_announced(train, capsys):
     train(3, max_num_train_steps=5)
 
     assert "after 5 updates, as max_num_train_steps asks" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("limit", [None, 6])
-def test_limits_hold_for_each_call_also_where_the_history_goes_on(
-    train, counter, limit
-):
-    """Defect 7: the limit was compared with the updates of the whole history."""
-    trainer = train(2)
-    train(3, trainer, max_num_train_steps=limit, reset_run_history=False)
-
-    assert counter.updates[2:] == ([4, 4, 4] if limit is None else [4, 2])
-    assert trainer.run_history.current_epoch == (6 if limit is None else 5)
 
 
 def test_the_run_config_says_what_the_run_does(train, samples):
@@ -186,46 +137,6 @@ def test_the_run_config_says_what_the_run_does(train, samples):
     assert config.mixed_precision == "no"
 
 
-@pytest.mark.parametrize(
-    ("limit", "length"), [(None, 8), (6, 6), (100, 8), (8, 8), (3, 3)]
-)
-def test_a_schedule_is_as_long_as_the_run(create_trainer, train, limit, length):
-    """Defect 58: schedules ignored max_num_train_steps."""
-    lengths = []
-
-    def create(optimizer, num_updates):
-        lengths.append(num_updates)
-        return LambdaLR(optimizer, lambda update: 1.0)
-
-    train(
-        2,
-        max_num_train_steps=limit,
-        create_scheduler_fn=partial(
-            create,
-            num_updates=TrainerPlaceholderValues.NUM_EPOCHS
-            * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
-        ),
-    )
-
-    assert lengths == [length]
-
-
-def test_a_schedule_is_as_long_as_a_run_on_a_few_batches(create_trainer, train):
-    """Defect 58: with LimitBatches(2) a schedule was as long as all the data."""
-    lengths = []
-
-    def create(optimizer, num_updates):
-        lengths.append(num_updates)
-        return LambdaLR(optimizer, lambda update: 1.0)
-
-    with LimitBatches(3):
-        trainer = create_trainer()
-    steps = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
-    train(2, trainer, create_scheduler_fn=partial(create, num_updates=steps))
-
-    assert lengths == [3]
-
-
 def test_placeholders_are_replaced_wherever_they_stand(create_trainer, train, samples):
     """Defect 36: positional and nested placeholders stayed, silently."""
     received = []
@@ -244,27 +155,6 @@ def test_placeholders_are_replaced_wherever_they_stand(create_trainer, train, sa
     train(2, eval_dataset=samples(5), create_scheduler_fn=factory)
 
     assert received == [(3, 1, [4, {"eval": 3}])]
-
-
-def test_the_scheduler_is_stepped_once_per_update(train):
-    rates = []
-
-    class KeepsRates(Trainer):
-        def optimizer_step(self):
-            rates.append(self.optimizer.param_groups[0]["lr"])
-            super().optimizer_step()
-
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    trainer = KeepsRates(model, nn.MSELoss(), optimizer, callbacks=())
-    train(
-        2,
-        trainer,
-        gradient_accumulation_steps=2,
-        create_scheduler_fn=partial(LambdaLR, lr_lambda=lambda update: 0.5**update),
-    )
-
-    assert rates == [1.0, 0.5, 0.25, 0.125]
 
 
 @pytest.mark.parametrize("has_eval", [True, False])
@@ -395,126 +285,6 @@ def test_evaluate_works_without_an_optimizer(samples):
     assert trainer.evaluate(samples(3)) == {"evaluation_loss": 1.0}
 
 
-def test_evaluate_leaves_the_global_random_state_alone(create_trainer, samples):
-    """Defect 9: evaluate() in a script reset the random state of its caller."""
-    trainer = create_trainer(seed=3)
-    before = torch.get_rng_state()
-
-    trainer.evaluate(samples(4))
-
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-class FrozenNorm(nn.Module):
-    """A model whose batch norm is in evaluation mode on purpose."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(1, 1)
-        self.norm = nn.BatchNorm1d(1)
-        self.dropout = nn.Dropout(0.0)
-        self.norm.eval()
-
-    def forward(self, inputs):
-        return self.dropout(self.norm(self.linear(inputs)))
-
-
-def modes(model):
-    return {name: module.training for name, module in model.named_modules()}
-
-
-def test_a_frozen_batch_norm_stays_frozen_through_a_run(samples):
-    model = FrozenNorm()
-    before = modes(model)
-    in_training = []
-
-    class KeepsModes(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            in_training.append(modes(trainer.get_model()))
-
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=[KeepsModes])
-    trainer.train(samples(4), num_epochs=2, eval_dataset=samples(2))
-
-    assert before["norm"] is False
-    assert before["linear"] is True
-    assert in_training == [before, before]
-    assert modes(model) == before
-    assert model.norm.num_batches_tracked == 0
-
-
-def test_evaluate_puts_all_modules_back_into_the_modes_they_had(samples):
-    model = FrozenNorm()
-    before = modes(model)
-    during = []
-
-    class KeepsModes(TrainerCallback):
-        def on_eval_step_end(self, trainer, **kwargs):
-            during.append(any(modes(trainer.get_model()).values()))
-
-    Trainer(model, nn.MSELoss(), None, callbacks=[KeepsModes]).evaluate(samples(2))
-
-    assert during == [False]
-    assert modes(model) == before
-
-
-def test_an_evaluation_in_the_middle_of_an_epoch_changes_nothing_else(
-    create_trainer, noise, create_classifier
-):
-    """Defect 12: dropout and batch norm were off for the rest of the epoch."""
-
-    class Evaluates(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
-            assert all(modes(trainer.get_model()).values())
-
-    def train(callbacks):
-        model = create_classifier(dropout=0.5)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(
-            model, nn.CrossEntropyLoss(), optimizer, callbacks=callbacks, seed=1
-        )
-        history = trainer.train(noise(20), num_epochs=2, eval_dataset=noise(10))
-        return model[0].weight, history.get_metric_values("train_loss_epoch"), history
-
-    weight, losses, _ = train(())
-    same_weight, same_losses, history = train([Evaluates])
-
-    assert torch.equal(weight, same_weight)
-    assert losses == same_losses
-    assert len(history.get_metric_values("intermediate_eval_loss")) == 6
-
-
-def test_modes_come_back_also_when_an_evaluation_fails(create_trainer, samples):
-    """Defect 12: an evaluation that raised left its modes behind."""
-
-    class Fails(Trainer):
-        def calculate_eval_batch_loss(self, batch):
-            raise RuntimeError("broken")
-
-    trainer = create_trainer(trainer_class=Fails)
-    with pytest.raises(RuntimeError, match="broken"):
-        trainer.train(samples(2), num_epochs=1, eval_dataset=samples(2))
-
-    assert trainer.model.training
-
-
-def test_an_evaluation_can_be_limited_to_some_batches(create_trainer, samples):
-    class Limits(TrainerCallback):
-        def on_eval_epoch_start(self, trainer, **kwargs):
-            trainer.eval_batch_limit = 2
-
-        def on_eval_step_end(self, trainer, **kwargs):
-            batches.append(trainer.run_history.current_epoch)
-
-    batches = []
-    create_trainer([Limits]).train(
-        samples(2), num_epochs=1, eval_dataset=samples(8), per_device_batch_size=2
-    )
-
-    assert batches == [1, 1]
-
-
 # --- data of other kinds
 
 
@@ -527,50 +297,6 @@ class Stream(IterableDataset):
     def __iter__(self):
         for _ in range(self.num_samples):
             yield torch.ones(1), torch.zeros(1)
-
-
-class StreamWithLength(Stream):
-    def __init__(self, num_samples, length):
-        super().__init__(num_samples)
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_stream_of_unknown_length_ends_the_epoch_where_it_ends(
-    create_trainer, counter, num_workers
-):
-    """Defect 37: iterable datasets could not be used."""
-    trainer = create_trainer([counter])
-
-    trainer.train(
-        Stream(5),
-        num_epochs=2,
-        eval_dataset=Stream(3),
-        per_device_batch_size=2,
-        train_dataloader_kwargs={"num_workers": num_workers},
-    )
-
-    assert counter.updates == [3, 3]
-    assert trainer.model.weight.item() == 0.5**6
-    assert trainer.num_samples_seen == 10
-    assert trainer.run_config.num_update_steps_per_epoch is None
-    values = trainer.run_history.get_metric_values("eval_loss_epoch")
-    assert values == [0.25**3, 0.25**6]
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(2, [2]), (3, [3]), (4, [3, 1])])
-def test_a_limit_ends_a_run_on_a_stream(create_trainer, counter, limit, expected):
-    trainer = create_trainer([counter])
-
-    trainer.train(
-        Stream(5), num_epochs=3, per_device_batch_size=2, max_num_train_steps=limit
-    )
-
-    assert counter.updates == expected
-    assert trainer.model.weight.item() == 0.5**limit
 
 
 def test_the_last_window_of_a_stream_is_scaled_by_what_it_holds(
@@ -588,24 +314,6 @@ def test_the_last_window_of_a_stream_is_scaled_by_what_it_holds(
 
     assert counter.updates == [2]  # of 6 samples and of 1
     assert trainer.model.weight.item() == pytest.approx(0.25, rel=1e-6)
-
-
-@pytest.mark.parametrize("length", [4, 40])
-@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
-def test_a_stream_may_be_longer_or_shorter_than_it_says(
-    create_trainer, counter, length
-):
-    trainer = create_trainer([counter])
-
-    trainer.train(
-        StreamWithLength(8, length),
-        num_epochs=1,
-        per_device_batch_size=1,
-        gradient_accumulation_steps=3,
-    )
-
-    assert counter.updates == [3]
-    assert trainer.model.weight.item() == pytest.approx(0.125, rel=1e-6)
 
 
 def test_an_empty_stream_is_an_error(create_trainer):

@@ -362,11 +362,3 @@ def test_clipping_happens_once_per_update():
         gradient_clip_norm=1.0,
     )
     assert trainer.calls == (0, 1, 2)
-
-
-def test_a_value_and_a_norm_to_clip_at_are_refused_together():
-    model = one_weight()
-    with pytest.raises(ValueError, match="choose one of them"):
-        Trainer(model, nn.MSELoss(), sgd(model), ()).train(
-            samples(1), 1, gradient_clip_value=1.0, gradient_clip_norm=1.0
-        )

@@ -178,19 +178,3 @@ def test_long_sums_do_not_lose_small_losses():
     trainer = Ones(model, None, torch.optim.SGD(model.parameters(), lr=0.1), ())
     history = trainer.train(range(4000), 1, per_device_batch_size=1)
     assert history.get_latest_metric("train_loss_epoch") == 1.0
-
-
-def test_the_loss_that_callbacks_and_users_see_is_untouched():
-    """Defect 16: it was divided in place."""
-    seen = []
-
-    class Keeps(Scripted):
-        def calculate_train_batch_loss(self, batch):
-            output = super().calculate_train_batch_loss(batch)
-            seen.append((output["loss"], output["loss"].item()))
-            return output
-
-    model = nn.Linear(1, 1).double()
-    trainer = Keeps(model, None, torch.optim.SGD(model.parameters(), lr=0.1), ())
-    trainer.train(Numbers(), 1, per_device_batch_size=2, gradient_accumulation_steps=4)
-    assert all(loss.item() == value for loss, value in seen)

@@ -1,5 +1,7 @@
 """An evaluation amid a run leaves that run as if nothing had happened (found 62)."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +27,10 @@ def evaluate(trainer):
     trainer.evaluate(noise(10, seed=2), per_device_batch_size=2)
 
 
+def evaluate_the_same(trainer):
+    trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
+
+
 def evaluate_a_loader(trainer):
     """Its sampler draws from the global generator."""
     data = noise(10, seed=2)
@@ -48,16 +54,17 @@ def evaluate_within_an_evaluation(trainer):
 
 
 class At(TrainerCallback):
-    """Does something in an event, each time or the first time that it comes."""
+    """Does something in an event, but not in those that this itself calls."""
 
-    def __init__(self, event, action, once=False):
-        self.action, self.once, self.num_calls = action, once, 0
+    def __init__(self, event, action):
+        self.action, self.is_acting = action, False
         setattr(self, event, self.act)
 
     def act(self, trainer, **kwargs):
-        self.num_calls += 1
-        if self.num_calls == 1 or not self.once:
+        if not self.is_acting:
+            self.is_acting = True
             self.action(trainer)
+            self.is_acting = False
 
 
 class KeepsRun(TrainerCallback):
@@ -72,7 +79,7 @@ class KeepsRun(TrainerCallback):
         self.seen.append((config, lengths, len(trainer.eval_dataset)))
 
 
-def train(callbacks=(), accumulation=2, **kwargs):
+def train(callbacks=()):
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = nn.Sequential(
@@ -88,15 +95,14 @@ def train(callbacks=(), accumulation=2, **kwargs):
         2,
         eval_dataset=noise(6, seed=3),
         per_device_batch_size=4,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=2,
         gradient_clip_norm=0.1,
         create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
-        **kwargs,
     )
     metrics = [
         record[:4]
         for record in trainer.run_history.records()
-        if not record[0].startswith("evaluation_")
+        if not record[0].startswith(("evaluation_", "intermediate_"))
     ]
     return {
         "model": {name: value.clone() for name, value in model.state_dict().items()},
@@ -126,17 +132,21 @@ EVENTS = [
     "on_train_step_end",
     "on_train_epoch_end",
     "on_eval_epoch_start",
+    "on_eval_step_start",
+    "on_eval_step_end",
     "on_eval_epoch_end",
     "on_training_run_epoch_end",
     "on_training_run_end",
 ]
 
 
+ACTIONS = [evaluate, evaluate_the_same, predict]
+
+
 @pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("action", [evaluate, predict])
+@pytest.mark.parametrize("action", ACTIONS)
 def test_a_run_goes_on_bit_for_bit_after_an_evaluation_from_a_callback(event, action):
-    once = event.startswith("on_eval_epoch")  # these are events of the evaluation too
-    assert_same(train([At(event, action, once)]), train())
+    assert_same(train([At(event, action)]), train())
 
 
 @pytest.mark.parametrize("action", [evaluate_a_loader, evaluate_within_an_evaluation])
@@ -168,15 +178,15 @@ def test_an_evaluation_that_fails_leaves_the_run_as_it_was():
     assert_same(train([At("on_train_step_end", fail)]), train())
 
 
-def train_on_two_processes(event, action, accumulation):
-    return train([] if action is None else [At(event, action)], accumulation)
+def train_in_all_ways():
+    return train(), [train([At(*way)]) for way in itertools.product(EVENTS, ACTIONS)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event", ["on_train_step_end", "on_train_epoch_end"])
-def test_so_it_does_on_two_processes(on_processes, event):
-    run = on_processes(2, train_on_two_processes, event, evaluate, 1)
-    assert_same(run[0], on_processes(2, train_on_two_processes, event, None, 1)[0])
+def test_so_it_does_on_two_processes(on_processes):
+    for plain, runs in on_processes(2, train_in_all_ways):
+        for run in runs:
+            assert_same(run, plain)
 
 
 def test_the_average_of_the_weights_is_not_evaluated_on_other_data(tmp_path):

@@ -286,18 +286,12 @@ class OwnEpochOfOurSteps(Plain):
 
 
 class InCallback(TrainerCallback):
-    """Evaluates or predicts at an event, and notes what."""
+    """Evaluates or predicts after each update, and notes what."""
 
-    def __init__(self, how, event="on_train_update_end"):
+    def __init__(self, how):
         self.how = how
-        self.event = event
-        self.is_inside = False
-        setattr(self, event, self.evaluate)
 
-    def evaluate(self, trainer, **kwargs):
-        if self.is_inside:
-            return
-        self.is_inside = True
+    def on_train_update_end(self, trainer, **kwargs):
         model = trainer.get_model()
         outer, model.evaluated = model.evaluated, [[]]
         inner = self.how(trainer)
@@ -305,7 +299,6 @@ class InCallback(TrainerCallback):
             [n for seen in model.evaluated for n in seen] if inner is None else inner
         )
         model.evaluated = outer
-        self.is_inside = False
 
 
 def numbers_from(first, count=7):
@@ -721,76 +714,6 @@ def test_one_process_with_all_data_in_all_ways(use, action, tmp_path):
 @pytest.mark.parametrize(("use", "action"), cells_of(CROSSED))
 def test_two_processes_with_all_data_in_all_ways(use, action, on_two):
     check_cell(use, action, on_two(use, action, CROSSED))
-
-
-# ------------------------------------------------- an evaluation from within a training
-
-EVENTS = [
-    "on_training_run_start",
-    "on_train_epoch_start",
-    "on_train_step_start",
-    "on_train_update_end",
-    "on_train_step_end",
-    "on_train_epoch_end",
-    "on_eval_epoch_start",
-    "on_eval_step_start",
-    "on_eval_step_end",
-    "on_eval_epoch_end",
-    "on_training_run_epoch_end",
-    "on_training_run_end",
-]
-HOWS = [evaluate_another, evaluate_the_same, predict_another]
-
-
-def train_with_callback(how, event, folder):
-    use = Use("", way=lambda callbacks: Plain([InCallback(how, event), *callbacks]))
-    return run_cell(use, "train", folder)
-
-
-def train_with_all(folder):
-    plain = run_cell(Use(""), "train", folder)
-    return plain, {
-        (how, event): train_with_callback(how, event, folder)
-        for how in HOWS
-        for event in EVENTS
-    }
-
-
-def events_and_hows():
-    return [
-        pytest.param(how, event, id=f"{how.__name__}-{event}")
-        for how in HOWS
-        for event in EVENTS
-    ]
-
-
-def check_inner(how, event, processes):
-    """Check that the outer run went on as if nothing had happened."""
-    inner = []
-    for plain, with_all in processes:
-        cell = with_all[how, event]
-        inner.append(cell["inner"])
-        assert {**cell, "inner": []} == plain
-    numbers = numbers_from(EVAL, 9) if how is evaluate_the_same else numbers_from(INNER)
-    assert inner[0]
-    check_each_once(inner, numbers)
-
-
-@pytest.mark.parametrize(("how", "event"), events_and_hows())
-def test_an_evaluation_within_a_run_changes_nothing(how, event, tmp_path):
-    plain = run_cell(Use(""), "train", tmp_path)
-    cell = train_with_callback(how, event, tmp_path)
-    check_inner(how, event, [(plain, {(how, event): cell})])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "event"), events_and_hows())
-def test_an_evaluation_within_a_run_of_two_processes_changes_nothing(
-    how, event, tmp_path, on_processes
-):
-    if "inner" not in ON_TWO:
-        ON_TWO["inner"] = on_processes(2, train_with_all, tmp_path)
-    check_inner(how, event, ON_TWO["inner"])
 
 
 # -------------------------------------------------------------- the tables of the docs
