@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 UpdateFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class _Pairs(NamedTuple):
-    averages: list[torch.Tensor]
-    new_values: list[torch.Tensor]
 
 
 class ModelEma(nn.Module):
@@ -38,6 +32,9 @@ class ModelEma(nn.Module):
     from the model, and averaged once they are finite. Averages of 16-bit weights are
     kept in float32 beside the copy, because a 16-bit number is too coarse to take steps
     as small as ``1 - decay``; the copy itself stays in the precision of the model.
+
+    A model that is sharded over processes cannot be copied: there ``module`` holds the
+    averaged tensors under their names, sharded in the same way, and cannot be called.
 
     The average may live on another device than the model: ``ema.to("cpu")``. Its
     ``state_dict`` holds all that is needed to go on exactly.
@@ -73,8 +70,11 @@ class ModelEma(nn.Module):
         self.decay = decay
         self.warmup = warmup
         self.num_updates: int = 0
-        self.module: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
-        entries = _get_entries(self.module)
+        # Models that are sharded over processes cannot be copied.
+        is_sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+        twin = Tensors(model) if is_sharded else copy.deepcopy(model)
+        self.module: nn.Module = twin.eval().requires_grad_(False)
+        entries = tensors_of(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         self._copied = frozenset(
             name
@@ -153,9 +153,8 @@ class ModelEma(nn.Module):
 
     @torch.no_grad()
     def _update(self, model: nn.Module, update_fn: UpdateFn) -> None:
-        entries, new_entries = _get_entries(self.module), _get_entries(model)
-        _check_names_match(entries, new_entries)
-        _check_shapes_match(entries, new_entries)
+        entries, new_entries = tensors_of(self.module), tensors_of(model)
+        _check_entries_match(entries, new_entries)
         shadow = {
             name: self.shadow.get_buffer(key) for name, key in self._shadow_keys.items()
         }
@@ -167,32 +166,58 @@ class ModelEma(nn.Module):
             average = shadow.get(name, entry)
             if name in self._copied:
                 entry.copy_(new_value)
-            elif name in self._not_finite and is_default_rule:
+            elif not is_default_rule:
+                new_value = new_value.detach().to(average.dtype)
+                average.copy_(update_fn(average, new_value))
+            elif name in self._not_finite:
                 _lerp_finite_(average, new_value.to(average.dtype), weight)
             else:
                 averages.append(average)
                 new_values.append(new_value)
-
-        if is_default_rule:
-            _lerp_(averages, new_values, weight)
-        else:
-            for average, new_value in zip(averages, new_values, strict=True):
-                new_value = new_value.detach().to(average.dtype)
-                average.copy_(update_fn(average, new_value))
-
+        _lerp_(averages, new_values, weight)
         for name, average in shadow.items():
             entries[name].copy_(average)
 
 
-def _get_entries(module: nn.Module) -> dict[str, torch.Tensor]:
+class Tensors(nn.Module):
+    """Copies of the tensors of a model, under their names, and nothing to call.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, tensor in tensors_of(model).items():
+            path, _, leaf = name.rpartition(".")
+            module: nn.Module = self
+            for part in path.split(".") if path else ():
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            values = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(leaf, nn.Parameter(values))
+            else:
+                module.register_buffer(leaf, values)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Give the model of these tensors their values."""
+        own = tensors_of(self)
+        for name, tensor in tensors_of(model).items():
+            tensor.copy_(own[name])
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of the state dict, those with several names only once."""
-    entries: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     seen_ids = set()
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor) and id(value) not in seen_ids:
             seen_ids.add(id(value))
-            entries[name] = value
-    return entries
+            tensors[name] = value
+    return tensors
 
 
 def _has_fractions(entry: torch.Tensor) -> bool:
@@ -203,7 +228,7 @@ def _is_low_precision(entry: torch.Tensor) -> bool:
     return entry.is_floating_point() and entry.element_size() < 4
 
 
-def _check_names_match(
+def _check_entries_match(
     entries: dict[str, torch.Tensor], new_entries: dict[str, torch.Tensor]
 ) -> None:
     differing = sorted(entries.keys() ^ new_entries.keys())
@@ -215,11 +240,6 @@ def _check_names_match(
             "training or compiled, pass the model inside, as trainer.get_model() "
             "returns it."
         )
-
-
-def _check_shapes_match(
-    entries: dict[str, torch.Tensor], new_entries: dict[str, torch.Tensor]
-) -> None:
     for name, entry in entries.items():
         new_shape = new_entries[name].shape
         if new_shape != entry.shape:
@@ -240,18 +260,18 @@ def _lerp_finite_(
 
 
 def _lerp_(
-    averages: list[torch.Tensor], new_values: list[torch.Tensor], weight: float
+    averages: Sequence[torch.Tensor], new_values: Sequence[torch.Tensor], weight: float
 ) -> None:
     """Move averages towards new values, many tensors in one call."""
-    same, mixed = _Pairs([], []), _Pairs([], [])
-    for average, new_value in zip(averages, new_values, strict=True):
-        pairs = same if average.dtype == new_value.dtype else mixed
-        pairs.averages.append(average)
-        pairs.new_values.append(new_value)
-    if same.averages:
-        torch._foreach_lerp_(same.averages, same.new_values, weight)
-    if mixed.averages:
+    pairs = list(zip(averages, new_values, strict=True))
+    same = [(average, new) for average, new in pairs if average.dtype == new.dtype]
+    if same:
+        averages, new_values = zip(*same, strict=True)
+        torch._foreach_lerp_(averages, new_values, weight)
+    mixed = [(average, new) for average, new in pairs if average.dtype != new.dtype]
+    if mixed:
         # `lerp` takes one dtype only, and to convert the whole model at once would take
         # the memory of a second one.
-        torch._foreach_mul_(mixed.averages, 1.0 - weight)
-        torch._foreach_add_(mixed.averages, mixed.new_values, alpha=weight)
+        averages, new_values = zip(*mixed, strict=True)
+        torch._foreach_mul_(averages, 1.0 - weight)
+        torch._foreach_add_(averages, new_values, alpha=weight)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from pytorch_accelerated.callbacks.base import CallbackHandler, event_with_data
 from pytorch_accelerated.callbacks.best import check_watch_metric
 from pytorch_accelerated.callbacks.checkpointing import SaveBestModelCallback
 from pytorch_accelerated.distributed import same_on_all_processes
-from pytorch_accelerated.ema import ModelEma
+from pytorch_accelerated.ema import ModelEma, Tensors
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -147,45 +146,61 @@ class ModelEmaCallback(SaveBestModelCallback):
             # Each process has averaged its own, such as the statistics of batch norm;
             # the average that is saved is that of the first.
             same_on_all_processes(self._average(trainer).module.buffers())
-            with (
-                self._average_as_model(trainer),
-                self._own_callbacks(trainer),
-                trainer.run_history.prefixed(_PREFIX),
-            ):
+            self._with_the_average(trainer, self._evaluate_average)
+
+    def _evaluate_average(self, trainer: Trainer) -> None:
+        handler = trainer.callback_handler
+        trainer.callback_handler = self._callback_handler or CallbackHandler()
+        try:
+            with trainer.run_history.prefixed(_PREFIX):
                 trainer._run_eval_epoch(trainer._eval_dataloader)
+        finally:
+            trainer.callback_handler = handler
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average if it is the best so far, or always if it has no metric."""
-        with self._average_as_model(trainer):
-            if self.evaluate_during_training:
-                super().on_training_run_epoch_end(trainer, **kwargs)
-            else:
-                trainer.save_checkpoint(
-                    save_path=self.save_path, save_optimizer=False, save_scheduler=False
-                )
+        self._with_the_average(trainer, self._save_average)
+
+    def _save_average(self, trainer: Trainer) -> None:
+        if self.evaluate_during_training:
+            super().on_training_run_epoch_end(trainer)
+        else:
+            trainer.save_checkpoint(
+                save_path=self.save_path, save_optimizer=False, save_scheduler=False
+            )
+
+    def _with_the_average(
+        self, trainer: Trainer, action: Callable[[Trainer], None]
+    ) -> None:
+        """Do something while the averaged weights are those of the trainer's model."""
+        average, model = self._average(trainer).module, trainer.model
+        if isinstance(average, Tensors):
+            self._with_tensors(average, trainer, action)
+            return
+        trainer.model = average
+        try:
+            action(trainer)
+        finally:
+            trainer.model = model
+
+    def _with_tensors(
+        self, average: Tensors, trainer: Trainer, action: Callable[[Trainer], None]
+    ) -> None:
+        model = trainer.get_model(keep_torch_compile=False)
+        trainer._engine.release(model)
+        own = Tensors(model)
+        average.copy_to(model)
+        try:
+            action(trainer)
+        finally:
+            # Otherwise it would go on with the whole weights that this has gathered.
+            trainer._engine.release(model)
+            own.copy_to(model)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Let go of the model, and keep the average."""
         super().on_training_run_end(trainer, **kwargs)
         self._averaged_model = None
-
-    @contextmanager
-    def _average_as_model(self, trainer: Trainer) -> Iterator[None]:
-        model = trainer.model
-        trainer.model = self._average(trainer).module
-        try:
-            yield
-        finally:
-            trainer.model = model
-
-    @contextmanager
-    def _own_callbacks(self, trainer: Trainer) -> Iterator[None]:
-        handler = trainer.callback_handler
-        trainer.callback_handler = self._callback_handler or CallbackHandler()
-        try:
-            yield
-        finally:
-            trainer.callback_handler = handler
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average, the best value and its epoch."""

@@ -8,8 +8,7 @@ loaded is unpickled.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -53,25 +52,16 @@ class ShardedEngine(Engine):
             # for all those of which this process has nothing.
             self.accelerator._models.append(model)
             return model, optimizer
-        blueprint = _blueprint_of(model)
-        prepared = super().prepare(model, optimizer)
-        if self.knows(model):
-            plugin = self.accelerator.state.fsdp_plugin
-            _make_copyable(
-                model,
-                blueprint,
-                reshard_after_forward=plugin.reshard_after_forward,
-                offload_policy=plugin.cpu_offload,
-                mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
-            )
-        return prepared
+        return super().prepare(model, optimizer)
 
     def release(self, model: nn.Module) -> None:
         """Let go of whole weights that an evaluation has gathered.
 
         Until then, FSDP shows them as the parameters of the model.
         """
-        _reshard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def whole(self, tree: Any, keep: bool = True) -> Any:
         """Return a state dict with whole tensors in place of sharded ones. Collective.
@@ -218,52 +208,3 @@ def _like(value: Any, reference: Tensor) -> Any:
 def _local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _blueprint_of(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that is not sharded yet, without memory for tensors."""
-    without_memory: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        without_memory[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-    for buffer in model.buffers():
-        without_memory[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, without_memory)
-
-
-def _make_copyable(model: nn.Module, blueprint: nn.Module, **kwargs: Any) -> None:
-    """Let ``copy.deepcopy``, which FSDP refuses, make a sharded copy of a model.
-
-    A moving average of the weights needs one.
-
-    Args:
-        model: The model, which is sharded.
-        blueprint: What :func:`_blueprint_of` returned before it was.
-        **kwargs: The arguments of ``fully_shard``, except for the mesh.
-    """
-
-    def make_copy(memo: dict[int, Any]) -> nn.Module:
-        _reshard(model)
-        some = next(p for p in model.parameters() if isinstance(p, DTensor))
-        twin = copy.deepcopy(blueprint)
-        for name, module in reversed(list(twin.named_modules())):
-            if isinstance(model.get_submodule(name), FSDPModule):
-                fully_shard(module, mesh=some.device_mesh, **kwargs)
-        twin.to_empty(device=some.device)
-        with torch.no_grad():
-            for target, source in zip(_tensors(twin), _tensors(model), strict=True):
-                _local(target).copy_(_local(source))
-        return twin
-
-    vars(model)["__deepcopy__"] = make_copy
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

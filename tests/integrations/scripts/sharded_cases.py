@@ -200,7 +200,7 @@ def _averaged(folder, fsdp):
     history = train(trainer)
     return {
         "weights": whole(ema.ema_model.module),
-        "is_sharded": isinstance(ema.ema_model.module[0].weight, DTensor),
+        "is_sharded": isinstance(next(ema.ema_model.module.parameters()), DTensor),
         "losses": list(history.get_metric_values("ema_model_eval_loss_epoch")),
     }
 
