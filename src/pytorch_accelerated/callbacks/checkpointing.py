@@ -6,9 +6,8 @@ import math
 import operator
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,12 +35,6 @@ if TYPE_CHECKING:
 
 
 _NAME = re.compile(r"(epoch|step)_\d+|final")
-
-
-def fixed_path(path: str | Path) -> str | Path:
-    """Return a path that a later change of the working directory does not move."""
-    fixed = absolute(path)
-    return str(fixed) if isinstance(path, str) else fixed
 
 
 class SaveBestModelCallback(TrainerCallback):
@@ -96,7 +89,7 @@ class SaveBestModelCallback(TrainerCallback):
         self.load_saved_checkpoint = load_saved_checkpoint
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
-        self.save_path = fixed_path(self.save_path)
+        self.save_path = type(self.save_path)(absolute(self.save_path))
         if self.reset_on_train:
             self.best_metric = self.best_metric_epoch = None
 
@@ -230,6 +223,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     on_save_error: Literal["warn", "raise"] = "warn"
     overwrite: bool = False
     _lock: DirectoryLock | None = None
+    _saved_checkpoints: Sequence[Path] = ()  # oldest first
     _saving: Path | None = None
     _is_writing: bool = False
     _global_step: int = 0
@@ -283,10 +277,6 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.asynchronous = asynchronous
         self.on_save_error = on_save_error
         self.overwrite = overwrite
-
-    @cached_property
-    def _saved_checkpoints(self) -> list[Path]:
-        return []  # oldest first
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self.save_dir = absolute(self.save_dir)
@@ -353,13 +343,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._lock.release()
 
     @event_with_data
-    def on_train_step_end(
-        self,
-        trainer: Trainer,
-        batch: Any = None,
-        batch_output: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_step_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if this step has made an update, and it is time to."""
         num_updates = trainer.num_updates
         if not isinstance(num_updates, int):
@@ -369,12 +353,10 @@ class SaveTrainingStateCallback(TrainerCallback):
             if not self._is_checked:  # now optimizers have their states
                 trainer._check_can_be_saved()
                 self._is_checked = True
-            if self._is_step_due() or self._is_minute_due(trainer):
+            every = self.save_every_n_steps
+            is_due = every is not None and num_updates % every == 0
+            if is_due or self._is_minute_due(trainer):
                 self._save(trainer, f"step_{num_updates}")
-
-    def _is_step_due(self) -> bool:
-        every = self.save_every_n_steps
-        return every is not None and self._global_step % every == 0
 
     def _is_minute_due(self, trainer: Trainer) -> bool:
         if self.save_every_n_minutes is None:

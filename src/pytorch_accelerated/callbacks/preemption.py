@@ -94,9 +94,7 @@ class PreemptionCallback(TrainerCallback):
             os.kill(os.getpid(), number)
 
     @event_with_data
-    def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
-    ) -> None:
+    def on_train_step_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """End the run, if a signal came and this step has made an update.
 
         Raises:

@@ -67,20 +67,17 @@ class WSDCheckpointCallback(TrainerCallback):
             ValueError: If the trainer has no scheduler with checkpoints.
             FileNotFoundError: If there is no such initial checkpoint.
         """
-        self._check_scheduler(trainer.scheduler)
+        if not hasattr(trainer.scheduler, "get_checkpoint_steps"):
+            raise ValueError(
+                "WSDCheckpointCallback needs a WSDLrScheduler, got "
+                f"{type(trainer.scheduler).__name__}. Pass "
+                "create_scheduler_fn=WSDLrScheduler.create_scheduler_fn() to train(), "
+                "or leave the callback out."
+            )
         # A run that goes on from a state of its own is past its initial checkpoint.
         if self.initial_checkpoint is not None and not trainer.is_resumed:
             self._load_initial_checkpoint(trainer, Path(self.initial_checkpoint))
         self._learn_turning_points(trainer)
-
-    def _check_scheduler(self, scheduler: Any) -> None:
-        if not hasattr(scheduler, "get_checkpoint_steps"):
-            raise ValueError(
-                "WSDCheckpointCallback needs a WSDLrScheduler, got "
-                f"{type(scheduler).__name__}. Pass "
-                "create_scheduler_fn=WSDLrScheduler.create_scheduler_fn() to train(), "
-                "or leave the callback out."
-            )
 
     def _learn_turning_points(self, trainer: Trainer) -> None:
         scheduler = trainer.scheduler
@@ -111,31 +108,16 @@ class WSDCheckpointCallback(TrainerCallback):
             scheduler.step_update(max(scheduler.get_current_step(), 0))
 
     @event_with_data
-    def on_train_step_end(
-        self,
-        trainer: Trainer,
-        batch: Any = None,
-        batch_output: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_step_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if this step has brought the schedule to a turning point."""
         if not self.decay_info:
             self._learn_turning_points(trainer)
-        step = self._updates_in_schedule(trainer)
-        if step == self.last_checkpoint_step:
-            return
-        if any(step == period["pre_decay_step"] for period in self.decay_info):
-            self._save_pre_decay(trainer, step)
-        if self._is_end_of_decay(step):
-            self._save_post_decay(trainer, step)
+        self._save_if_due(trainer)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save the trained model if the run has ended where a decay does."""
-        step = self._updates_in_schedule(trainer)
-        if trainer.has_failed or step == self.last_checkpoint_step:
-            return
-        if self._is_end_of_decay(step):
-            self._save_post_decay(trainer, step)
+        """Save if the run has ended where a decay does."""
+        if not trainer.has_failed:
+            self._save_if_due(trainer)
 
     def _updates_in_schedule(self, trainer: Trainer) -> int:
         if isinstance(trainer.num_updates, int):
@@ -144,35 +126,31 @@ class WSDCheckpointCallback(TrainerCallback):
         step: int = trainer.scheduler.get_current_step()
         return step + 1
 
-    def _is_end_of_decay(self, step: int) -> bool:
-        return any(step == period["period_end"] for period in self.decay_info)
-
-    def _save_pre_decay(self, trainer: Trainer, step: int) -> None:
-        trainer.save_training_state(
-            str(self.save_dir / f"checkpoint_{step}_wsd_pre_decay"),
-            checkpoint_kwargs=self._describe(trainer, step, "wsd_pre_decay"),
-        )
-        self.last_checkpoint_step = step
-
-    def _save_post_decay(self, trainer: Trainer, step: int) -> None:
-        trainer.save_checkpoint(
-            str(self.save_dir / f"checkpoint_{step}_wsd_post_decay.pt"),
-            save_optimizer=self.save_optimizer,
-            save_scheduler=self.save_scheduler,
-            checkpoint_kwargs=self._describe(trainer, step, "wsd_post_decay"),
-        )
-        self.last_checkpoint_step = step
-
-    def _describe(
-        self, trainer: Trainer, step: int, checkpoint_type: str
-    ) -> dict[str, Any]:
-        return {
+    def _save_if_due(self, trainer: Trainer) -> None:
+        step = self._updates_in_schedule(trainer)
+        if step == self.last_checkpoint_step:
+            return
+        path = str(self.save_dir / f"checkpoint_{step}_")
+        about = {
             "step": step,
-            "checkpoint_type": checkpoint_type,
             "total_steps": trainer.run_config.max_num_train_steps,
             "decay_fraction": self.decay_phase_ratio,
             "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         }
+        if step in (period["pre_decay_step"] for period in self.decay_info):
+            trainer.save_training_state(
+                f"{path}wsd_pre_decay",
+                checkpoint_kwargs={**about, "checkpoint_type": "wsd_pre_decay"},
+            )
+            self.last_checkpoint_step = step
+        if step in (period["period_end"] for period in self.decay_info):
+            trainer.save_checkpoint(
+                f"{path}wsd_post_decay.pt",
+                save_optimizer=self.save_optimizer,
+                save_scheduler=self.save_scheduler,
+                checkpoint_kwargs={**about, "checkpoint_type": "wsd_post_decay"},
+            )
+            self.last_checkpoint_step = step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates at which this run was last saved."""

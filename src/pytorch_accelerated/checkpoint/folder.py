@@ -15,7 +15,6 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import safetensors
@@ -122,12 +121,7 @@ class CheckpointWriter:
             self.folder.mkdir()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, obj: Any) -> None:
@@ -622,13 +616,11 @@ def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
         return state_dict
     names = {_plain(name): name for name in expected}
     fitted = OrderedDict((names.get(_plain(k), k), v) for k, v in state_dict.items())
-    tied: dict[int, Any] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in fitted:
-            tied[id(parameter)] = fitted[name]
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in fitted and id(parameter) in tied:
-            fitted[name] = tied[id(parameter)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = {id(parameters[k]): v for k, v in fitted.items() if k in parameters}
+    for name, parameter in parameters.items():
+        if id(parameter) in tied:
+            fitted.setdefault(name, tied[id(parameter)])
     versions = getattr(state_dict, "_metadata", None)
     if versions is not None:
         modules = {_plain(f"{name}."): name for name, _ in model.named_modules()}

@@ -33,14 +33,13 @@ def get_random_states() -> dict[str, Any]:
     kind = _used_kind()
     if kind is not None:
         module = torch.get_device_module(kind)
-        has_several = hasattr(module, "get_rng_state_all")
-        states["accelerator"] = {
-            "type": kind,
-            "current": torch.accelerator.current_device_index() if has_several else 0,
-            "states": module.get_rng_state_all()
-            if has_several
-            else [module.get_rng_state()],
-        }
+        saved: dict[str, Any] = {"type": kind, "current": 0}
+        if hasattr(module, "get_rng_state_all"):
+            saved["current"] = torch.accelerator.current_device_index()
+            saved["states"] = module.get_rng_state_all()
+        else:
+            saved["states"] = [module.get_rng_state()]
+        states["accelerator"] = saved
     return states
 
 
