@@ -156,6 +156,26 @@ class Run:
 
     # ------------------------------------------------------------ what it works with
 
+    def prepare_model_and_optimizer(self, trainer: Trainer) -> None:
+        """Hand the user's to Accelerate, unless this is amid another run."""
+        if self.prepared is not None:
+            return
+        engine = trainer._engine
+        self.prepared = distributed.PreparedModel(trainer.model)
+        self.plain_optimizer = trainer.optimizer
+        if not self.is_training:
+            trainer.model = engine.prepare_for_evaluation(trainer.model)
+            return
+        trainer.model, trainer.optimizer = engine.prepare(
+            trainer.model, trainer.optimizer
+        )
+        self.backward_is_plain = distributed.is_plain(trainer._accelerator)
+        if self.backward_is_plain:
+            # Accelerate's wrapper would do nothing else than cost time.
+            trainer.optimizer = self.plain_optimizer
+        # What an earlier run or a learning rate finder may have left.
+        trainer.optimizer.zero_grad()  # type: ignore[union-attr]
+
     def prepare_loader(
         self, loader: Any, accelerator: Accelerator, *, is_evaluation: bool
     ) -> Any:

@@ -78,24 +78,6 @@ def contents_of(
     return contents
 
 
-def check_can_be_saved(trainer: Trainer) -> None:
-    """Find out, at little cost, whether the run's training states would load again.
-
-    Raises:
-        NotStorableError: If not; it names what cannot be stored.
-    """
-    in_parts = trainer._engine.saved_in_parts
-    states = {
-        "the scheduler": trainer.scheduler,
-        "the callbacks": trainer.callback_handler,
-        "the model": None if "model" in in_parts else trainer.get_model(False),
-        "the optimizer": None if "optimizer" in in_parts else trainer.optimizer,
-    }
-    for name, owner in states.items():
-        if owner is not None:
-            checkpoint.check_storable(owner.state_dict(), f"The state of {name}")
-
-
 def save_training_state(
     trainer: Trainer,
     path: str,

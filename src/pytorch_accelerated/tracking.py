@@ -110,11 +110,8 @@ class RunHistory(ABC):
         """
         return _Prefixed(self, prefix)
 
-    def _evaluation(self) -> AbstractContextManager[None]:
-        """Used by the trainer around ``evaluate()``, which is no epoch of a run.
-
-        Names start with ``evaluation_``, and the epoch is 1 meanwhile.
-        """
+    def _evaluation(self) -> _Evaluation:
+        """Used by the trainer around ``evaluate()``, which is no epoch of a run."""
         return _Evaluation(self, self.metric_name_prefix + EVALUATION_PREFIX)
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,14 +143,35 @@ class _Prefixed(AbstractContextManager[None]):
 
 
 class _Evaluation(_Prefixed):
+    """Names start with ``evaluation_``, and the epoch is 1 meanwhile.
+
+    Attributes:
+        recorded: The last value of each metric that has been recorded meanwhile.
+    """
+
+    recorded: dict[str, Any]
+
     def __enter__(self) -> None:
         super().__enter__()
+        self._values_before = self._count_values()
         self._epoch_before = self._history.current_epoch
         self._history._set_epoch(1)
 
     def __exit__(self, *error: object) -> None:
         super().__exit__()
         self._history._set_epoch(self._epoch_before)
+        self.recorded = {
+            name: list(self._history.get_metric_values(name))[-1]
+            for name, number in self._count_values().items()
+            if number > self._values_before.get(name, 0)
+        }
+
+    def _count_values(self) -> dict[str, int]:
+        history = self._history
+        return {
+            name: len(list(history.get_metric_values(name)))
+            for name in history.get_metric_names()
+        }
 
 
 class MetricRecord(NamedTuple):

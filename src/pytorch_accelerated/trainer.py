@@ -32,10 +32,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ from pytorch_accelerated.run import (
     of_run,
 )
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.schedulers.scheduler_base import start_schedule
 from pytorch_accelerated.state import Stage
 from pytorch_accelerated.step_output import NumItems
 from pytorch_accelerated.tracking import (
@@ -92,6 +92,7 @@ from pytorch_accelerated.tracking import (
     InMemoryRunHistory,
     RunHistory,
 )
+from pytorch_accelerated.window import parameters_of
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -312,7 +313,7 @@ class Trainer:
             self.callback_handler.call_event("_forget_earlier_runs", self)
             if run.state_to_resume is not None:
                 saving.resume(self)
-            self._start_schedule()
+            start_schedule(self.scheduler)
             self._run_training()
         return self.run_history
 
@@ -346,15 +347,11 @@ class Trainer:
         run = Run.for_evaluation(
             dataset, per_device_batch_size, dataloader_kwargs, collate_fn
         )
-        recorded = self._count_recorded_metrics()
-        with self.run_history._evaluation(), UnderWay(self, run):
+        evaluation = self.run_history._evaluation()
+        with evaluation, UnderWay(self, run):
             self._prepare(run)
             self._run_evaluation()
-        return {
-            name: list(self.run_history.get_metric_values(name))[-1]
-            for name, count in self._count_recorded_metrics().items()
-            if count > recorded.get(name, 0)
-        }
+        return evaluation.recorded
 
     @names_what_was_meant
     def predict(
@@ -546,7 +543,7 @@ class Trainer:
     def _update_weights(self, step: int) -> None:
         """Apply the gradients of the window that this step completes."""
         run = self._run
-        run.accumulation.close(step, self._parameters_to_update())
+        run.accumulation.close(step, parameters_of(self.model, self.optimizer))
         config = run.config
         if (config.gradient_clip_value, config.gradient_clip_norm) != (None, None):
             self._clip_gradients()
@@ -840,29 +837,13 @@ class Trainer:
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         """Hand the model, the optimizer and the loaders to Accelerate."""
         run, accelerator = self._run, self._accelerator
-        if run.prepared is None:  # else this is amid another run
-            self._prepare_model_and_optimizer()
+        run.prepare_model_and_optimizer(self)
         self._train_dataloader = run.prepare_loader(
             self._train_dataloader, accelerator, is_evaluation=False
         )
         self._eval_dataloader = run.prepare_loader(
             self._eval_dataloader, accelerator, is_evaluation=True
         )
-
-    def _prepare_model_and_optimizer(self) -> None:
-        run = self._run
-        run.prepared = distributed.PreparedModel(self.model)
-        run.plain_optimizer = self.optimizer
-        if self._train_dataloader is None:
-            self.model = self._engine.prepare_for_evaluation(self.model)
-            return
-        self.model, self.optimizer = self._engine.prepare(self.model, self.optimizer)
-        run.backward_is_plain = distributed.is_plain(self._accelerator)
-        if run.backward_is_plain:
-            # Accelerate's wrapper would do nothing else than cost time.
-            self.optimizer = run.plain_optimizer
-        # What an earlier run or a learning rate finder may have left.
-        self.optimizer.zero_grad()  # type: ignore[union-attr]
 
     def _create_dataloader(
         self,
@@ -1056,14 +1037,6 @@ class Trainer:
 
     # --------------------------------------------------------- the parts of the story
 
-    def _start_schedule(self) -> None:
-        """Apply the first value of a scheduler whose counter starts before it."""
-        if (
-            isinstance(self.scheduler, StatefulSchedulerBase)
-            and self.scheduler._num_updates < 0
-        ):
-            self.scheduler.step()
-
     @property
     def _steps_scheduler(self) -> bool:
         return self.scheduler is not None and not isinstance(
@@ -1091,12 +1064,6 @@ class Trainer:
                 parameters, clip_value=config.gradient_clip_value
             )
 
-    def _parameters_to_update(self) -> Iterator[Tensor]:
-        """Yield those of the model and of the optimizer, each once."""
-        groups = self.optimizer.param_groups  # type: ignore[union-attr]
-        of_optimizer = (each for group in groups for each in group["params"])
-        yield from dict.fromkeys(chain(self.model.parameters(), of_optimizer))
-
     def _update_loss_tracker(self, batch_loss: Tensor, batch_size: NumItems) -> None:
         """Add a batch's loss to the epoch's, without waiting for the device."""
         self._loss_tracker.update(batch_loss, batch_size)
@@ -1116,13 +1083,6 @@ class Trainer:
                 self.run_history.update_metric(
                     metric_name.replace("loss", name, 1), total / count
                 )
-
-    def _count_recorded_metrics(self) -> dict[str, int]:
-        history = self.run_history
-        return {
-            name: len(list(history.get_metric_values(name)))
-            for name in history.get_metric_names()
-        }
 
     def agree(self, flag: bool) -> bool:
         """Return True on all processes if any of them passes True.
@@ -1196,9 +1156,6 @@ class Trainer:
             self.model, keep_torch_compile=keep_torch_compile
         )
         return model
-
-    def _check_can_be_saved(self) -> None:
-        saving.check_can_be_saved(self)
 
 
 def _learning_rates_of(optimizer: Any) -> list[float | Tensor]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytorch_accelerated.data import BatchPlan
 from pytorch_accelerated.errors import warn
@@ -274,6 +275,12 @@ class Accumulation:
                 "Return num_items_in_batch for every batch to have the true number "
                 "counted."
             )
+
+
+def parameters_of(model: nn.Module, optimizer: Any) -> Iterator[Tensor]:
+    """Yield the parameters of a model and of its optimizer, each once."""
+    of_optimizer = (p for group in optimizer.param_groups for p in group["params"])
+    yield from dict.fromkeys(chain(model.parameters(), of_optimizer))
 
 
 def _in_double_precision(number: NumItems) -> float | Tensor:

@@ -263,7 +263,9 @@ def test_a_state_that_cannot_be_deleted_is_a_warning(
 
 def test_it_can_be_called_by_hand_with_only_the_step(tmp_path):
     saving = SaveTrainingStateCallback(tmp_path, save_every_n_steps=2)
-    trainer = MagicMock()
+    trainer = MagicMock(scheduler=None, optimizer=None)
+    trainer.callback_handler.state_dict.return_value = {}
+    trainer.get_model.return_value = torch.nn.Linear(1, 1)
     for step in range(5):
         saving.on_train_step_end(trainer, step=step)
     saved = [call.args[0] for call in trainer.save_training_state.call_args_list]

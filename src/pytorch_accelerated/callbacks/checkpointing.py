@@ -23,6 +23,7 @@ from pytorch_accelerated.callbacks.best import (
 from pytorch_accelerated.checkpoint import (
     Checkpoint,
     DirectoryLock,
+    check_storable,
     is_legacy_training_state,
     list_checkpoints,
     prune,
@@ -288,7 +289,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Find the folders of earlier runs, and where this run starts."""
         if self.keep_best:
             check_watch_metric(trainer, self.watch_metric)
-        trainer._check_can_be_saved()
+        _check_can_be_saved(trainer)
         if trainer._accelerator.is_main_process:
             self._take_over_folder(trainer)
             # What a longer run left here before is not newer than what comes now.
@@ -351,7 +352,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         if num_updates != self._global_step:
             self._global_step = num_updates
             if not self._is_checked:  # now optimizers have their states
-                trainer._check_can_be_saved()
+                _check_can_be_saved(trainer)
                 self._is_checked = True
             every = self.save_every_n_steps
             is_due = every is not None and num_updates % every == 0
@@ -512,3 +513,21 @@ def _check_at_least_one(**arguments: int | None) -> None:
                 f"{name} must be at least 1, got {value}. Leave it out to switch it "
                 "off."
             )
+
+
+def _check_can_be_saved(trainer: Trainer) -> None:
+    """Find out, at little cost, whether the run's training states would load again.
+
+    Raises:
+        NotStorableError: If not; it names what cannot be stored.
+    """
+    in_parts = trainer._engine.saved_in_parts
+    states = {
+        "the scheduler": trainer.scheduler,
+        "the callbacks": trainer.callback_handler,
+        "the model": None if "model" in in_parts else trainer.get_model(False),
+        "the optimizer": None if "optimizer" in in_parts else trainer.optimizer,
+    }
+    for name, owner in states.items():
+        if owner is not None:
+            check_storable(owner.state_dict(), f"The state of {name}")

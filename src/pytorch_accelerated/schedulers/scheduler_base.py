@@ -191,6 +191,12 @@ def count_updates(num_epochs: float, num_update_steps_per_epoch: int) -> float:
     return nearest if math.isclose(num_updates, nearest) else num_updates
 
 
+def start_schedule(scheduler: Any) -> None:
+    """Apply the first value of a scheduler whose counter starts before it."""
+    if isinstance(scheduler, StatefulSchedulerBase) and scheduler._num_updates < 0:
+        scheduler.step()
+
+
 def remember_scheduled_values(
     optimizer: Optimizer, param_group_field: str = "lr"
 ) -> None:
