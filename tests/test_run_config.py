@@ -50,8 +50,3 @@ def test_fields_can_be_read_by_their_names(config):
     assert config["num_epochs"] == 2
     with pytest.raises(KeyError, match=r"no field 'epochs'; it has: \['num_epochs'"):
         config["epochs"]
-
-
-def test_a_run_config_cannot_be_changed(config):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.num_epochs = 3

@@ -17,6 +17,8 @@ from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer
 
+NOTHING = TensorDataset(torch.ones(0, 1))
+
 
 @pytest.fixture
 def refuses(samples):
@@ -34,59 +36,83 @@ def refuses(samples):
     return refuses
 
 
-def test_an_optimizer_of_another_model(create_trainer, refuses):
-    trainer = create_trainer()
+def optimizer_of_another_model(trainer):
     trainer.optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
 
-    refuses(
-        trainer,
-        ValueError,
-        "holds no parameter of the model. Create it from the parameters of this model",
-    )
 
-
-def test_a_model_that_is_frozen_as_a_whole(create_trainer, refuses):
-    trainer = create_trainer()
+def freeze_the_model(trainer):
     trainer.model.requires_grad_(False)
 
-    refuses(trainer, ValueError, r"nothing to train. Unfreeze.*ModelFreezer")
+
+def set_to(name, value):
+    return lambda trainer: setattr(trainer, name, value)
 
 
-def test_no_optimizer(refuses):
-    trainer = Trainer(nn.Linear(1, 1), nn.MSELoss(), None, callbacks=())
+def parameters_as(form):
+    def change(trainer):
+        trainer.optimizer = form(trainer.model.parameters())
 
-    refuses(
-        trainer, ValueError, "needs an optimizer; the trainer was created with None"
-    )
+    return change
+
+
+A_LIST_IS_NO_OPTIMIZER = (
+    r"must be a torch.optim.Optimizer, got a (list|list_iterator|generator). "
+    r"Create it: .*AdamW\(model.parameters\(\), lr="
+)
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value", "message"),
+    ("change", "error", "message"),
     [
-        ("optimizer", torch.optim.SGD, "optimizer must be an instance, got the class"),
-        ("loss_func", nn.MSELoss, r"got the class MSELoss. Create it: MSELoss\(...\)"),
+        (
+            optimizer_of_another_model,
+            ValueError,
+            "holds no parameter of the model. Create it from the parameters of this mo",
+        ),
+        (freeze_the_model, ValueError, r"nothing to train. Unfreeze.*ModelFreezer"),
+        (
+            set_to("optimizer", None),
+            ValueError,
+            "needs an optimizer; the trainer was created with None",
+        ),
+        (
+            set_to("optimizer", torch.optim.SGD),
+            TypeError,
+            "optimizer must be an instance, got the class",
+        ),
+        (
+            set_to("loss_func", nn.MSELoss),
+            TypeError,
+            r"got the class MSELoss. Create it: MSELoss\(...\)",
+        ),
+        (
+            set_to("loss_func", None),
+            ValueError,
+            "loss_func is None, and the batch is not a mapping",
+        ),
+        # found 104
+        (parameters_as(iter), TypeError, A_LIST_IS_NO_OPTIMIZER),
+        (parameters_as(list), TypeError, A_LIST_IS_NO_OPTIMIZER),
+        # found 105
+        (
+            parameters_as(torch.optim.LBFGS),
+            ValueError,
+            r"LBFGS.*closure.*override optimizer_step to pass one",
+        ),
+        (
+            parameters_as(lambda parameters: ScheduleFree(parameters, lr=0.25)),
+            ValueError,
+            r"ScheduleFree .*optimizer\.train\(\) in train_epoch_start",
+        ),
     ],
 )
-def test_a_class_in_place_of_an_instance(
-    create_trainer, refuses, attribute, value, message
+def test_what_a_trainer_cannot_train_with(
+    create_trainer, refuses, change, error, message
 ):
     trainer = create_trainer()
-    setattr(trainer, attribute, value)
+    change(trainer)
 
-    refuses(trainer, TypeError, message)
-
-
-@pytest.mark.parametrize("form", [iter, list])
-def test_parameters_in_place_of_an_optimizer_found_104(create_trainer, refuses, form):
-    trainer = create_trainer()
-    trainer.optimizer = form(trainer.model.parameters())
-
-    refuses(
-        trainer,
-        TypeError,
-        r"must be a torch.optim.Optimizer, got a (list|list_iterator|generator). "
-        r"Create it: .*AdamW\(model.parameters\(\), lr=",
-    )
+    refuses(trainer, error, message)
 
 
 def test_log_with_is_refused_since_nothing_would_be_logged_found_103():
@@ -104,69 +130,46 @@ def test_no_dataset(create_trainer):
         create_trainer().train(None, num_epochs=1)
 
 
-def test_an_empty_dataset(create_trainer, refuses, samples):
-    """Defect 59: a loss of NaN was recorded silently."""
-    refuses(
-        create_trainer(),
-        ValueError,
-        "train_dataset is empty: there is nothing to take a batch from",
-        dataset=samples(0),
-    )
-
-
-def test_an_empty_evaluation_dataset(create_trainer, refuses, samples):
-    refuses(
-        create_trainer(), ValueError, "eval_dataset is empty", eval_dataset=samples(0)
-    )
-
-
-def test_a_loader_without_a_batch(create_trainer, refuses):
-    """Defect 59: with a limit of updates it was a division by zero."""
-    refuses(
-        create_trainer(),
-        ValueError,
-        "no batches.*drop_last leaves out the only batch. Use more data or a smaller",
-        train_dataloader_kwargs={"drop_last": True},
-        max_num_train_steps=2,
-    )
-
-
-@pytest.mark.parametrize("value", [0, -2, 1.5])
-def test_an_accumulation_of_less_than_one_batch(create_trainer, refuses, value):
-    """Defect 59: 0 was a division by zero, and -2 was accepted."""
-    refuses(
-        create_trainer(),
-        ValueError,
-        f"gradient_accumulation_steps must be .* at least 1, got {value}",
-        gradient_accumulation_steps=value,
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_epochs": -1}, "num_epochs must be a whole number of at least 0, got -1"),
-        (
-            {"max_num_train_steps": 0},
-            "max_num_train_steps must be .* at least 1, got 0",
-        ),
+        ({"max_num_train_steps": 0}, "max_num_train_steps must be .* at least 1, got"),
         ({"gradient_clip_value": 0}, "gradient_clip_value must be greater than 0"),
         ({"gradient_clip_norm": -1.0}, "got -1.0. To train without clipping, leave"),
+        (
+            {"gradient_clip_value": 1.0, "gradient_clip_norm": 2.0},
+            "Both gradient_clip_value=1.0 and gradient_clip_norm=2.0 .* choose one",
+        ),
         ({"per_device_batch_size": 0}, "batch_size should be a positive integer"),
+        # defect 59: 0 was a division by zero, and -2 was accepted
+        *(
+            (
+                {"gradient_accumulation_steps": value},
+                f"gradient_accumulation_steps must be .* at least 1, got {value}",
+            )
+            for value in (0, -2, 1.5)
+        ),
+        # defect 59: without a batch, a loss of NaN was recorded silently
+        ({"dataset": NOTHING}, "train_dataset is empty: there is nothing to take a"),
+        ({"eval_dataset": NOTHING}, "eval_dataset is empty"),
+        (
+            {"train_dataloader_kwargs": {"drop_last": True}, "max_num_train_steps": 2},
+            "no batches.*drop_last leaves out the only batch. Use more data or a smal",
+        ),
+        (
+            {
+                "dataset": DataLoader([(torch.ones(1), torch.zeros(1))]),
+                "train_dataloader_kwargs": {"num_workers": 2},
+                "collate_fn": list,
+            },
+            r"loader arguments were given too: \['num_workers', 'collate_fn'\]. Give "
+            "them to the DataLoader",
+        ),
     ],
 )
-def test_numbers_that_make_no_sense(create_trainer, refuses, arguments, message):
+def test_arguments_that_make_no_run(create_trainer, refuses, arguments, message):
     refuses(create_trainer(), ValueError, message, **arguments)
-
-
-def test_two_ways_of_clipping(create_trainer, refuses):
-    refuses(
-        create_trainer(),
-        ValueError,
-        "Both gradient_clip_value=1.0 and gradient_clip_norm=2.0 .* choose one",
-        gradient_clip_value=1.0,
-        gradient_clip_norm=2.0,
-    )
 
 
 @pytest.mark.parametrize(
@@ -236,30 +239,6 @@ def test_a_batch_that_the_default_step_cannot_take_apart(create_trainer, refuses
 
 
 @pytest.mark.parametrize(
-    ("tensors", "description"),
-    [
-        ([torch.ones(4, 1)], r"a list of length 1 \(Tensor\)"),
-        (torch.ones(4, 3), r"a tensor of shape \(4, 3\)"),
-    ],
-)
-def test_a_batch_without_targets(create_trainer, refuses, tensors, description):
-    is_dataset = isinstance(tensors, list)
-    refuses(
-        create_trainer(),
-        TypeError,
-        f"got {description}. Override calculate_train_batch_loss",
-        dataset=TensorDataset(*tensors) if is_dataset else tensors,
-    )
-
-
-def test_no_loss_function_for_batches_of_inputs_and_targets(create_trainer, refuses):
-    trainer = create_trainer()
-    trainer.loss_func = None
-
-    refuses(trainer, ValueError, "loss_func is None, and the batch is not a mapping")
-
-
-@pytest.mark.parametrize(
     ("loss_func", "error", "message"),
     [
         (
@@ -325,20 +304,6 @@ def test_a_metric_that_is_never_recorded(
         trainer.train(samples(2), num_epochs=2, eval_dataset=samples(2))
 
 
-def test_arguments_for_making_a_loader_beside_a_ready_one(
-    create_trainer, refuses, samples
-):
-    refuses(
-        create_trainer(),
-        ValueError,
-        r"loader arguments were given too: \['num_workers', 'collate_fn'\]. Give them "
-        "to the DataLoader",
-        dataset=DataLoader(samples(4)),
-        train_dataloader_kwargs={"num_workers": 2},
-        collate_fn=list,
-    )
-
-
 def test_nothing_to_evaluate_on(create_trainer, samples):
     """Defect 37: evaluate() without a dataset was a TypeError of DataLoader."""
     with pytest.raises(ValueError, match="A dataset or a DataLoader is needed"):
@@ -384,15 +349,6 @@ def test_a_schedule_that_ends_before_the_run_is_torch_s_own_error(
         )
 
 
-def test_an_optimizer_that_calculates_the_loss_itself_found_105(
-    create_trainer, refuses
-):
-    trainer = create_trainer()
-    trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
-
-    refuses(trainer, ValueError, r"LBFGS.*closure.*override optimizer_step to pass one")
-
-
 def test_an_optimizer_that_calculates_the_loss_in_an_override_found_105(
     create_trainer, samples
 ):
@@ -436,19 +392,6 @@ class ScheduleFree(torch.optim.SGD):
     def step(self, closure=None):
         assert self.param_groups[0]["train_mode"]
         super().step(closure)
-
-
-def test_an_optimizer_that_waits_for_its_training_mode_found_105(
-    create_trainer, refuses
-):
-    trainer = create_trainer()
-    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.25)
-
-    refuses(
-        trainer,
-        ValueError,
-        r"ScheduleFree .*optimizer\.train\(\) in train_epoch_start",
-    )
 
 
 def test_an_optimizer_whose_modes_are_set_by_hooks_or_callbacks_found_105(

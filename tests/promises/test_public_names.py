@@ -417,16 +417,3 @@ def test_a_trainer_can_be_made_of_stand_ins():
     trainer = Trainer(stand_in, stand_in, stand_in, (), stand_in)
 
     assert trainer.model is trainer.optimizer is trainer.run_history is stand_in
-
-
-def test_default_arguments_of_loaders(create_trainer):
-    trainer = create_trainer()
-
-    for kwargs, shuffle in (
-        (trainer.get_default_train_dl_kwargs(4), True),
-        (trainer.get_default_eval_dl_kwargs(4), False),
-    ):
-        assert {"shuffle", "pin_memory", "batch_size", "num_workers"} <= set(kwargs)
-        assert kwargs["shuffle"] is shuffle
-        assert kwargs["batch_size"] == 4
-        assert kwargs["worker_init_fn"] is utils.worker_init_fn
