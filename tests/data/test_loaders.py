@@ -516,16 +516,21 @@ def test_usable_cores_are_those_that_the_process_may_use():
 # --- small things
 
 
-@pytest.mark.parametrize(
-    ("batches", "expected"),
-    [
-        ([], []),
-        ("a", [("a", True)]),
-        ("abc", [("a", False), ("b", False), ("c", True)]),
-    ],
-)
-def test_the_last_batch_is_marked(batches, expected):
-    assert list(loaders.mark_last(batches)) == expected
+def test_on_an_accelerator_one_batch_is_fetched_ahead():
+    fetched = []
+
+    def batches():
+        for number in range(3):
+            fetched.append(number)
+            yield torch.ones(number)
+
+    on_device = loaders.to_device(batches(), torch.device("meta"))
+    assert fetched == []
+    for length, ahead in ((0, [0, 1]), (1, [0, 1, 2]), (2, [0, 1, 2])):
+        batch = next(on_device)
+        assert (batch.device.type, batch.shape) == ("meta", (length,))
+        assert fetched == ahead
+    assert list(on_device) == []
 
 
 def test_the_length_of_what_has_none_is_none():

@@ -568,14 +568,14 @@ MUTATIONS = [
     Mutation(
         "sharing: each process draws the order of a sampler itself",
         "data/sharing.py",
-        "        batches = distributed.object_from_main_process(batches)\n",
-        "        batches = [self._checked(batch) for batch in self._batches]\n",
+        "        return distributed.object_from_main_process(batches)\n",
+        "        return [self._checked(batch) for batch in self._batches]\n",
         SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
     ),
     Mutation(
         "sharing: a stream draws from generators that differ between processes",
         "data/sharing.py",
-        "            with _seeded(derive_seed(*place, step)):\n                samples",
+        "            with seeded(derive_seed(*place, step)):\n                samples",
         "            if True:\n                samples",
         SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
     ),
@@ -589,8 +589,8 @@ MUTATIONS = [
     Mutation(
         "sharing: what is split by a sampler is shared once more",
         "data/sharing.py",
-        "        or any(_is_distributed(sampler) for sampler in samplers)\n",
-        "",
+        "    return is_distributed_sampler or getattr",
+        "    return getattr",
         SHARED + "test_what_is_split_already_is_used_as_it_is_found_63",
     ),
     # --------------------------------------------------- schedules, continued and read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.data import DataLoaderSlice
@@ -30,24 +30,9 @@ class LimitBatchesCallback(TrainerCallback):
         """Replace the loaders of the trainer by their first batches.
 
         The trainer calls this as soon as the loaders exist, so that schedules are as
-        long as the run. Doing it again changes nothing.
+        long as the run.
         """
-        trainer._train_dataloader = self._first_batches(trainer._train_dataloader)
-        trainer._eval_dataloader = self._first_batches(trainer._eval_dataloader)
-
-    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Limit the loaders."""
-        self.limit(trainer)
-
-    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Limit the loaders."""
-        self.limit(trainer)
-
-    def _first_batches(self, loader: Any) -> Any:
-        is_limited = (
-            isinstance(loader, DataLoaderSlice)
-            and loader.slice_size <= self.num_batches
-        )
-        if loader is None or is_limited:
-            return loader
-        return DataLoaderSlice(loader, self.num_batches)
+        for name in ("_train_dataloader", "_eval_dataloader"):
+            loader = getattr(trainer, name)
+            if loader is not None:
+                setattr(trainer, name, DataLoaderSlice(loader, self.num_batches))

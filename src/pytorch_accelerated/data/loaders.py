@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import replace
@@ -22,14 +21,17 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from pytorch_accelerated.data import workers
 from pytorch_accelerated.data.fetching import BatchDataset, InMemoryDataset, is_as_usual
 from pytorch_accelerated.data.order import (
     BatchPlan,
     PlannedBatchSampler,
-    SeededIndices,
     Share,
     derive_seed,
+)
+from pytorch_accelerated.data.workers import (
+    AUTO_NUM_WORKERS,
+    LastIteration,
+    worker_init_fn,
 )
 
 # One to know which is the last, one to copy to the device, and the present one.
@@ -38,22 +40,13 @@ _MOST_FETCHED_AHEAD = 4
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def is_loader(data: Any) -> TypeGuard[DataLoader[Any]]:
-    """Say whether this is a loader of torch."""
-    return isinstance(data, DataLoader)
-
-
 def yields_batches(data: Any) -> TypeGuard[Iterable[Any]]:
     """Say whether this is a ready loader and not a dataset.
 
     Besides torch's loaders these are other iterables from which no single sample can be
     taken, such as the loader of timm that normalises images on the device.
     """
-    return is_loader(data) or (
+    return isinstance(data, DataLoader) or (
         isinstance(data, Iterable)
         and not isinstance(data, Dataset)
         and not hasattr(data, "__getitem__")
@@ -69,15 +62,17 @@ def is_plain(loader: Any) -> bool:
         and type(loader.batch_sampler) is BatchSampler
         and loader.batch_sampler.sampler is loader.sampler
         and loader.generator is None
-        and (
-            type(loader.sampler) is SequentialSampler
-            or (
-                type(loader.sampler) is RandomSampler
-                and not loader.sampler.replacement
-                and loader.sampler._num_samples is None
-                and loader.sampler.generator is None
-            )
-        )
+        and (type(loader.sampler) is SequentialSampler or _is_shuffled(loader))
+    )
+
+
+def _is_shuffled(loader: DataLoader[Any]) -> bool:
+    sampler = loader.sampler
+    return (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.generator is None
+        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     )
 
 
@@ -93,7 +88,24 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     return list(unique.values())
 
 
-class PlannedLoader:
+class _OnDevice:
+    """What the loaders of a trainer have in common.
+
+    Attributes that they do not have are those of the loader that they were made from.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+        self._iteration = LastIteration()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not there yet, while this is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+class PlannedLoader(_OnDevice):
     """The loader that the trainer iterates over in place of a plain ``DataLoader``.
 
     It yields the same samples, in an order that is a function of (seed, epoch); shares
@@ -120,10 +132,9 @@ class PlannedLoader:
         process_index: int = 0,
         even: bool = False,
     ) -> None:
+        super().__init__(loader, device)
         assert isinstance(loader.dataset, Sized)
         assert loader.batch_size is not None
-        self.loader = loader
-        self.device = device
         self._plan_at_start = BatchPlan(
             len(loader.dataset),
             loader.batch_size,
@@ -138,12 +149,7 @@ class PlannedLoader:
             type(loader.sampler) is RandomSampler,
         )
         self._batches = BatchDataset(loader.dataset, loader.collate_fn)
-        self._loader = self._rebuild(loader)
-        self._iteration = workers.LastIteration()
-
-    def _rebuild(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        has_workers = loader.num_workers > 0
-        return DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             self._batches,
             batch_sampler=self.batch_sampler,
             collate_fn=_as_it_is,
@@ -154,17 +160,10 @@ class PlannedLoader:
             multiprocessing_context=loader.multiprocessing_context,
             # A generator of its own: without one, each epoch would draw a number from
             # the global generator, which belongs to the model.
-            generator=torch.Generator().manual_seed(
-                derive_seed(self.batch_sampler.seed)
-            ),
-            prefetch_factor=loader.prefetch_factor if has_workers else None,
+            generator=torch.Generator().manual_seed(derive_seed(seed)),
+            prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
             persistent_workers=loader.persistent_workers,
         )
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":
-            raise AttributeError(name)
-        return getattr(self.loader, name)
 
     @property
     def plan(self) -> BatchPlan:
@@ -214,30 +213,26 @@ class PlannedLoader:
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this process that are due in the chosen epoch."""
         self._follow_dataset()
-        in_memory = self._data_in_memory()
+        return to_device(self._iterate(), self.device)
+
+    def _iterate(self) -> Iterator[Any]:
+        loader = self.loader
+        in_memory = None if loader.num_workers else InMemoryDataset.of(loader)
         if in_memory is not None:
-            return to_device(self._in_memory_batches(in_memory), self.device)
+            return self._in_memory_batches(in_memory)
         self._batches.is_first = True
-        if self.loader.num_workers == 0 and not self.loader.pin_memory:
+        if loader.num_workers == 0 and not loader.pin_memory:
             # What the loader would do, without what it spends on each batch.
-            here = map(self._batches.fetch_here, self.batch_sampler)
-            return to_device(here, self.device)
-        return to_device(self._iteration.of(self._loader), self.device)
+            return map(self._batches.fetch_here, self.batch_sampler)
+        return self._iteration.of(self._loader)
 
-    @property
-    def is_in_memory(self) -> bool:
-        """Whether whole batches are taken by indexing."""
-        return self._data_in_memory() is not None
-
-    def seconds_per_batch(self) -> float:
-        """Measure how long it takes to load the first batch in this process."""
-        indices = SeededIndices(range(self.plan.bounds(0, 0)[1]), seed=0)
-        seconds = []
-        for _ in range(2):  # the first includes what is done only once
-            start = time.perf_counter()
-            self._batches.fetch_here(indices)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+    def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
+        is_here = data.tensors[0].device.type == "cpu"
+        pin = self.loader.pin_memory and is_here and self.device.type != "cpu"
+        rows = data.rows(self.batch_sampler.order())
+        for _, first, last in self.batch_sampler.positions():
+            batch = data.batch(rows[first:last])
+            yield [tensor.pin_memory() for tensor in batch] if pin else batch
 
     def stop_workers(self) -> None:
         """End worker processes that were kept for another epoch, or by an error."""
@@ -250,19 +245,12 @@ class PlannedLoader:
             plan = replace(self._plan_at_start, length=len(self.dataset))
             self.batch_sampler.plan = plan.with_batch_size(self.plan.batch_size)
 
-    def _data_in_memory(self) -> InMemoryDataset | None:
-        return None if self.loader.num_workers else InMemoryDataset.of(self.loader)
 
-    def _in_memory_batches(self, data: InMemoryDataset) -> Iterator[list[Tensor]]:
-        is_here = data.tensors[0].device.type == "cpu"
-        pin = self.loader.pin_memory and is_here and self.device.type != "cpu"
-        rows = data.rows(self.batch_sampler.order())
-        for _, first, last in self.batch_sampler.positions():
-            batch = data.batch(rows[first:last])
-            yield [tensor.pin_memory() for tensor in batch] if pin else batch
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
-class DeviceLoader:
+class DeviceLoader(_OnDevice):
     """Moves the batches of any iterable to the device, and changes nothing else.
 
     Args:
@@ -271,23 +259,18 @@ class DeviceLoader:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
-        self.loader = self._iterable = loader
-        self.device = device
+        super().__init__(loader, device)
+        self._iterable = loader
         # A loader such as torchdata's, or a stream that is read in this process.
+        keepers: list[Any] = [loader]
         dataset = getattr(loader, "dataset", None)
-        is_stream = isinstance(dataset, IterableDataset)
-        in_process = getattr(loader, "num_workers", 0) == 0
-        self._keeps_place: Any = next(
-            (
-                each
-                for each in (loader, dataset if is_stream and in_process else None)
-                if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
-            ),
-            None,
-        )
+        if isinstance(dataset, IterableDataset) and not getattr(
+            loader, "num_workers", 0
+        ):
+            keepers.append(dataset)
+        self._keeps_place: Any = next(filter(_has_state, keepers), None)
         self._places: dict[int, Any] = {}
         self._num_fetched = 0
-        self._iteration = workers.LastIteration()
 
     def place_after(self, num_batches: int) -> Any:
         """Return the state of the loader or stream after some batches of this epoch.
@@ -309,34 +292,36 @@ class DeviceLoader:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
     def __len__(self) -> int:
         """Return the length of the iterable; TypeError if it has none."""
-        return len(self.loader)  # type: ignore[arg-type]
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
-        return to_device(self._fetched(self._iteration.of(self._iterable)), self.device)
+        batches = self._fetched(self._iteration.of(self._iterable), self._num_fetched)
+        self._num_fetched = 0
+        return to_device(batches, self.device)
 
-    def _fetched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        return batches if self._keeps_place is None else self._noting_places(batches)
+    def _fetched(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
+        if self._keeps_place is None:
+            return batches
+        return self._noting_places(batches, first_step)
+
+    def _noting_places(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
+        for number, batch in enumerate(batches, first_step + 1):
+            # Batches are fetched ahead, so the place to save is an earlier one.
+            self._places[number] = self._keeps_place.state_dict()
+            self._places.pop(number - _MOST_FETCHED_AHEAD, None)
+            yield batch
 
     def stop_workers(self) -> None:
         """End worker processes that an error keeps, unless they are for all epochs."""
         if not getattr(self.loader, "persistent_workers", False):
             self._iteration.stop_workers()
 
-    def _noting_places(self, batches: Iterator[Any]) -> Iterator[Any]:
-        first, self._num_fetched = self._num_fetched + 1, 0
-        for number, batch in enumerate(batches, first):
-            # Batches are fetched ahead, so the place to save is an earlier one.
-            self._places[number] = self._keeps_place.state_dict()
-            self._places.pop(number - _MOST_FETCHED_AHEAD, None)
-            yield batch
+
+def _has_state(part: Any) -> bool:
+    return hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
 
 
 def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -345,29 +330,18 @@ def to_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     On an accelerator the next batch is fetched and its copy started before the present
     one is yielded, so that copying overlaps with computing.
     """
-    if device.type == "cpu":
-        return iter(batches)
     # Started here, not at the first batch: a resumed run counts on it.
-    return _one_ahead(iter(batches), device)
-
-
-def _one_ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    moved = (send_to_device(batch, device, non_blocking=True) for batch in batches)
-    for batch, _ in mark_last(moved):
-        yield batch
-
-
-def mark_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield each batch with whether it is the last, by fetching one batch ahead."""
     iterator = iter(batches)
-    try:
-        batch = next(iterator)
-    except StopIteration:
-        return
-    for following in iterator:
-        yield batch, False
-        batch = following
-    yield batch, True
+    return iterator if device.type == "cpu" else _one_ahead(iterator, device)
+
+
+def _one_ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    moved: list[Any] = []
+    for batch in batches:
+        moved.append(send_to_device(batch, device, non_blocking=True))
+        if len(moved) == 2:
+            yield moved.pop(0)
+    yield from moved
 
 
 class LookAhead(Iterator[Any]):
@@ -520,8 +494,8 @@ def default_dl_kwargs(batch_size: int, *, shuffle: bool) -> dict[str, Any]:
         "shuffle": shuffle,
         "pin_memory": torch.cuda.is_available(),
         "batch_size": batch_size,
-        "num_workers": workers.AUTO_NUM_WORKERS,
-        "worker_init_fn": workers.worker_init_fn,
+        "num_workers": AUTO_NUM_WORKERS,
+        "worker_init_fn": worker_init_fn,
     }
 
 

@@ -14,13 +14,10 @@ weight; in evaluation it is emptied.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import count, islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
@@ -28,7 +25,8 @@ from torch.utils.data.datapipes.datapipe import IterDataPipe
 from torch.utils.data.graph import traverse_dps
 
 from pytorch_accelerated import distributed
-from pytorch_accelerated.data.loaders import DeviceLoader, length_of
+from pytorch_accelerated.data.fetching import seeded
+from pytorch_accelerated.data.loaders import DeviceLoader, LookAhead, length_of
 from pytorch_accelerated.data.order import Share, derive_seed, share_bounds
 
 # That are taken from a sampler which may have no end.
@@ -50,53 +48,44 @@ def is_split_by_process(loader: Any) -> bool:
         loader: A ``DataLoader`` or another iterable of batches.
     """
     batch_sampler = getattr(loader, "batch_sampler", None)
-    dataset = getattr(loader, "dataset", None)
-    samplers = (
+    parts = (
+        loader,
+        getattr(loader, "dataset", None),
         getattr(loader, "sampler", None),
         batch_sampler,
         getattr(batch_sampler, "sampler", None),
     )
-    return (
-        any(
-            getattr(part, "is_split_by_process", False) is True
-            for part in (loader, dataset, *samplers)
-        )
-        or any(_is_distributed(sampler) for sampler in samplers)
-        or _is_split_stream(dataset)
-        or _is_split_stream(loader)
-    )
+    return any(_says_so(part) or _is_split_stream(part) for part in parts)
 
 
-def _is_distributed(sampler: Any) -> bool:
-    return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
+def _says_so(part: Any) -> bool:
+    is_distributed_sampler = hasattr(part, "num_replicas") and hasattr(part, "rank")
+    return is_distributed_sampler or getattr(part, "is_split_by_process", None) is True
 
 
-def _is_split_stream(dataset: Any) -> bool:
-    if isinstance(dataset, IterDataPipe):
-        return any(_is_sharding_pipe(pipe) for pipe in _pipes_of(traverse_dps(dataset)))
-    stages = getattr(dataset, "pipeline", None)
+def _is_split_stream(stream: Any) -> bool:
+    if isinstance(stream, IterDataPipe):
+        pipes = _pipes_of(traverse_dps(stream))
+        return any(callable(getattr(pipe, "apply_sharding", None)) for pipe in pipes)
+    stages = getattr(stream, "pipeline", None)
     if isinstance(stages, list) and any(_is_splitting_stage(each) for each in stages):
         return True
     # Set by datasets.distributed.split_dataset_by_node().
-    return getattr(dataset, "_distributed", None) is not None
+    return getattr(stream, "_distributed", None) is not None
 
 
 def _is_splitting_stage(stage: Any) -> bool:
     name = getattr(stage, "__name__", type(stage).__name__)
-    if name in _SPLITTING_STAGES:
-        return True
     # The first stage of a WebLoader is a DataLoader.
-    return _is_split_stream(getattr(stage, "dataset", None))
+    return name in _SPLITTING_STAGES or _is_split_stream(
+        getattr(stage, "dataset", None)
+    )
 
 
 def _pipes_of(graph: Mapping[int, Any]) -> Iterator[Any]:
     for pipe, sources in graph.values():
         yield pipe
         yield from _pipes_of(sources)
-
-
-def _is_sharding_pipe(pipe: Any) -> bool:
-    return callable(getattr(pipe, "apply_sharding", None))
 
 
 def share(
@@ -121,29 +110,24 @@ def share(
     Raises:
         ValueError: If the batches come ready, so that the last ones cannot be shared.
     """
-    comes_ready = not isinstance(loader, DataLoader) or (
-        loader.batch_size is None and isinstance(loader.dataset, IterableDataset)
-    )
-    if comes_ready:
+    is_torchs = isinstance(loader, DataLoader)
+    is_stream = is_torchs and isinstance(loader.dataset, IterableDataset)
+    if not is_torchs or (is_stream and loader.batch_size is None):
+        kind = type(loader.dataset if is_torchs else loader).__name__
+        kind += " with batch_size=None" if is_torchs else ""
         raise ValueError(
-            f"Batches that come ready, from a {_kind_of(loader)}, cannot be shared by "
+            f"Batches that come ready, from a {kind}, cannot be shared by "
             f"{num_processes} processes. Pass a dataset of samples, or a DataLoader "
             "that makes the batches. If what each process is given belongs to it "
             "alone, and all have the same number of batches, say so: set the attribute "
             "is_split_by_process = True on it or on its dataset."
         )
     source: SharedStream | SharedBatches
-    if isinstance(loader.dataset, IterableDataset):
+    if is_stream:
         source = SharedStream(loader, seed, num_processes, process_index)
     else:
         source = SharedBatches(loader, num_processes, process_index)
     return SharedLoader(loader, device, source, is_evaluation)
-
-
-def _kind_of(loader: Any) -> str:
-    if isinstance(loader, DataLoader):
-        return f"{type(loader.dataset).__name__} with batch_size=None"
-    return type(loader).__name__
 
 
 class SharedLoader(DeviceLoader):
@@ -194,15 +178,15 @@ class SharedLoader(DeviceLoader):
         self._source.start(self._num_fetched)
         return super().__iter__()
 
-    def _fetched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        first_step = self._num_fetched
-        return super()._fetched(self._unpacked(batches, first_step))
+    def _fetched(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
+        unpacked = self._unpacked(batches, first_step)
+        return super()._fetched(unpacked, first_step)
 
     def _unpacked(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
         for step, batch in enumerate(batches, first_step):
-            if isinstance(batch, _LastBatch):
+            if isinstance(batch, _OfLastStep):
                 self._source.shares[step] = batch.share
-                batch = batch.batch
+                batch = batch.content
             if self._is_evaluation and self.share_of(step).is_filler:
                 batch = emptied(batch)
             yield batch
@@ -236,9 +220,7 @@ class SharedBatches(Sampler[Any]):
         self._num_processes = num_processes
         self._process_index = process_index
         self._drop_last = bool(getattr(self._batches, "drop_last", False))
-        self._undrawn: Iterator[Any] = iter(())
-        self._is_drawn = False
-        self._own: list[list[Any]] = []
+        self._own: Iterator[list[Any]] = iter(())
         self.shares: dict[int, Share] = {}
 
     def parts_of_loader(self) -> dict[str, Any]:
@@ -256,38 +238,39 @@ class SharedBatches(Sampler[Any]):
         Raises:
             ValueError: If they are no lists of indices.
         """
-        self._own, self.shares, self._is_drawn = [], {}, False
-        self._undrawn = iter(self._batches)
-        self._draw_more()
+        self.shares = {}
+        self._own = LookAhead(self._own_batches())
+        self._own.is_exhausted()  # before others draw from the same generator
 
-    def _draw_more(self) -> None:
-        batches, each = self._draw(), self._num_processes
-        for first in range(0, len(batches), each):
-            group = batches[first : first + each]
-            if len(group) < each:
-                if self._drop_last:
-                    break
-                group = self._spread([index for batch in group for index in batch])
-            own = group[self._process_index]
-            total = sum(len(batch) for batch in group)
-            self.shares[len(self._own)] = Share(total, is_filler=not own)
-            self._own.append(own or next(batch for batch in group if batch)[-1:])
-
-    def _draw(self) -> list[list[Any]]:
-        batches: list[Any] = []
-        error: Exception | None = None
+    def _own_batches(self) -> Iterator[list[Any]]:
+        undrawn, each, step = iter(self._batches), self._num_processes, 0
         has_length = length_of(self._batches) is not None
-        number = None if has_length else _STEPS_AT_A_TIME * self._num_processes
+        number = None if has_length else _STEPS_AT_A_TIME * each
+        while True:
+            batches = self._draw(islice(undrawn, number))
+            for first in range(0, len(batches), each):
+                group = batches[first : first + each]
+                if len(group) < each:
+                    if self._drop_last:
+                        return
+                    group = self._spread([*chain(*group)])
+                own = group[self._process_index]
+                self.shares[step] = Share(sum(map(len, group)), is_filler=not own)
+                yield own or next(batch for batch in group if batch)[-1:]
+                step += 1
+            if number is None or len(batches) < number:
+                return
+
+    def _draw(self, undrawn: Iterator[Any]) -> list[list[Any]]:
+        batches: list[list[Any]] = []
+        error: Exception | None = None
         if self._process_index == 0:
             try:
-                drawn = islice(self._undrawn, number)
-                batches = [self._checked(batch) for batch in drawn]
+                batches = [self._checked(batch) for batch in undrawn]
             except Exception as raised:
                 error = raised
         distributed.raise_on_all(error)
-        batches = distributed.object_from_main_process(batches)
-        self._is_drawn = number is None or len(batches) < number
-        return batches
+        return distributed.object_from_main_process(batches)
 
     def _checked(self, batch: Any) -> list[Any]:
         if not isinstance(batch, (list, tuple)):
@@ -311,25 +294,13 @@ class SharedBatches(Sampler[Any]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Yield the indices of each batch of this process."""
-        for step in count():
-            if step == len(self._own) and not self._is_drawn:
-                self._draw_more()
-            if step == len(self._own):
-                return
-            yield self._own[step]
+        return self._own
 
 
 class _OfLastStep(NamedTuple):
-    """A sample of a step that is not full, on its way to the collate function."""
+    """A sample or a batch of a step that is not full, on its way from a worker."""
 
-    sample: Any
-    share: Share
-
-
-class _LastBatch(NamedTuple):
-    """A batch of a step that is not full, on its way from where it was loaded."""
-
-    batch: Any
+    content: Any
     share: Share
 
 
@@ -412,10 +383,10 @@ class SharedStream(IterableDataset[Any]):
         worker = get_worker_info()
         seed, epoch, step = self._place.tolist()
         place = (seed, epoch, 0 if worker is None else worker.id)
-        with _seeded(derive_seed(*place, step)):
+        with seeded(derive_seed(*place, step)):
             stream = iter(self._stream)
         while True:
-            with _seeded(derive_seed(*place, step)):
+            with seeded(derive_seed(*place, step)):
                 samples = list(islice(stream, self._step_size))
             if samples:
                 yield samples
@@ -434,24 +405,8 @@ class _MarkingCollate:
         first = samples[0]
         if not isinstance(first, _OfLastStep):
             return self._collate_fn(samples)
-        batch = self._collate_fn([each.sample for each in samples])
-        return _LastBatch(batch, first.share)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of the host in the block, and put them back after."""
-    generator = torch.default_generator
-    before = generator.get_state(), random.getstate(), np.random.get_state()
-    try:
-        generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        yield
-    finally:
-        generator.set_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
+        batch = self._collate_fn([each.content for each in samples])
+        return _OfLastStep(batch, first.share)
 
 
 def emptied(batch: Any) -> Any:

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
@@ -92,15 +92,6 @@ def _send_seconds(sender: Any, batches: BatchDataset, indices: list[int]) -> Non
         sender.send(min(seconds))
 
 
-def are_processes_forked() -> bool:
-    """Say whether new processes are forked, and do not start with the user's script.
-
-    Asked in the usual way, torch would take the default for chosen.
-    """
-    chosen = torch.multiprocessing.get_start_method(allow_none=True)
-    return (chosen or torch.multiprocessing.get_all_start_methods()[0]) == "fork"
-
-
 def choose_num_workers(
     dataset: Any, arguments: Mapping[str, Any], num_local_processes: int = 1
 ) -> int:
@@ -125,16 +116,17 @@ def choose_num_workers(
     most = min(8, usable_cores() // num_local_processes)
     if any(arguments.get(name) for name in _ARGUMENTS_FOR_WORKERS):
         return max(most, 1)
-    batch_size = arguments.get("batch_size") or 1
-    collate_fn = arguments.get("collate_fn")
     length = len(dataset) if hasattr(dataset, "__len__") else 0
-    if most == 0 or not length or isinstance(dataset, IterableDataset):
+    # Asked in the usual way, torch would take its default for chosen.
+    chosen = torch.multiprocessing.get_start_method(allow_none=True)
+    start_method = chosen or torch.multiprocessing.get_all_start_methods()[0]
+    is_stream = isinstance(dataset, IterableDataset)
+    if most == 0 or length == 0 or is_stream or start_method != "fork":
         return 0
-    if not are_processes_forked():
-        return 0
+    collate_fn = arguments.get("collate_fn")
     if InMemoryDataset.of(DataLoader(dataset, collate_fn=collate_fn)) is not None:
         return 0
-    indices = list(range(min(batch_size, length)))
+    indices = list(range(min(arguments.get("batch_size") or 1, length)))
     try:
         seconds = _seconds_in_a_worker(dataset, collate_fn or default_collate, indices)
     except Exception:
@@ -179,8 +171,7 @@ class LastIteration:
         self._iterator = None
         if not getattr(loader, "num_workers", 0):
             return iter(loader)
-        has_workers = getattr(loader, "_iterator", None) is not None
-        with nullcontext() if has_workers else _ctrl_c_deferred():
+        with _ctrl_c_deferred():
             iterator = iter(loader)
             if not hasattr(iterator, "_shutdown_workers"):
                 return iterator
