@@ -23,8 +23,6 @@ from pytorch_accelerated.trainer import Trainer
         ("patience", r"early_stopping_patience, an argument of EarlyStoppingCallback"),
         ("monitor", "watch_metric, an argument of .*Callback"),
         ("callbacks", r"Did you mean callbacks, an argument of Trainer\(\)"),
-        ("lr", "Give it to the optimizer"),
-        ("num_workers", "give it in the train_dataloader_kwargs"),
         ("xyz", "It takes: train_dataset, num_epochs, eval_dataset"),
     ],
 )

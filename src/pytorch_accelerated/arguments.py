@@ -32,21 +32,6 @@ _OTHER_NAMES = {
     "val_loader": "eval_dataset",
 }
 
-# What is no argument at all, and where it goes.
-_ELSEWHERE = {
-    "lr learning_rate weight_decay momentum": (
-        "Give it to the optimizer: torch.optim.AdamW(model.parameters(), lr=...)."
-    ),
-    "num_workers shuffle drop_last pin_memory sampler batch_sampler": (
-        "It is an argument of DataLoader: give it in the train_dataloader_kwargs or "
-        "eval_dataloader_kwargs of train(), or in the dataloader_kwargs of evaluate()."
-    ),
-    "mixed_precision precision fp16 bf16": (
-        "Give it to Accelerate: Trainer(accelerator_kwargs={'mixed_precision': 'bf16'})"
-        ", or `accelerate launch --mixed_precision bf16`."
-    ),
-}
-
 # How alike an argument of the function itself must be to be meant rather than one, of
 # the very name, of another function.
 _ALIKE = 0.7
@@ -77,9 +62,6 @@ def names_what_was_meant(
 
 def _advice(name: str, argument: str) -> str:
     """Say what was probably meant by an argument that a function does not have."""
-    for names, advice in _ELSEWHERE.items():
-        if argument in names.split():
-            return advice
     meant, known = _OTHER_NAMES.get(argument, argument), _parameters[name]
     near = difflib.get_close_matches(meant, known, n=1, cutoff=_ALIKE)
     if not near:
