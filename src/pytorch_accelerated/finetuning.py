@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -60,13 +61,6 @@ class _Member(NamedTuple):
     parameters: list[nn.Parameter]
 
 
-class _Group(NamedTuple):
-    """A direct child of the model, with everything that counts with it."""
-
-    module: nn.Module
-    members: list[_Member]
-
-
 class ModelFreezer:
     """Freezes and unfreezes the layer groups of a model.
 
@@ -108,9 +102,8 @@ class ModelFreezer:
         self.model = model
         self.freeze_bn = freeze_batch_norms
         for group in self._get_groups():
-            for member in group.members:
-                _set_requires_grad(member.parameters, True)
-                self._set_mode(member.module, training=True)
+            _set_requires_grad(_parameters_of(group), True)
+            self._set_mode(group, training=True)
 
     @property
     def num_groups(self) -> int:
@@ -119,18 +112,16 @@ class ModelFreezer:
 
     def get_layer_groups(self) -> list[LayerGroup]:
         """Return the layer groups, in order."""
-        groups = self._get_groups()
+        children = list(self.model.children()) or [self.model]
         return [
             LayerGroup(
-                (idx, idx - len(groups)),
-                group.module,
-                any(
-                    not parameter.requires_grad
-                    for member in group.members
-                    for parameter in member.parameters
-                ),
+                (idx, idx - len(children)),
+                child,
+                not all(p.requires_grad for p in _parameters_of(group)),
             )
-            for idx, group in enumerate(groups)
+            for idx, (child, group) in enumerate(
+                zip(children, self._get_groups(), strict=True)
+            )
         ]
 
     def get_layers(self) -> list[Layer]:
@@ -144,7 +135,7 @@ class ModelFreezer:
         return [
             Layer((idx, idx - len(groups)), member.module, _is_frozen(member))
             for idx, group in enumerate(groups)
-            for member in group.members
+            for member in group
             if member.parameters or not any(member.module.children())
         ]
 
@@ -173,12 +164,10 @@ class ModelFreezer:
         """
         if to_index == -2 and self.num_groups == 1:
             return  # "all but the last one" of a single group is none
-        first, last = self._convert_idxs(from_index, to_index)
-        for group in self._get_groups()[first : last + 1]:
-            for member in self._members_to_change(group):
-                _set_requires_grad(member.parameters, False)
-                if set_modules_as_eval:
-                    self._set_mode(member.module, training=False)
+        for _, members in self._select(from_index, to_index):
+            _set_requires_grad(_parameters_of(members), False)
+            if set_modules_as_eval:
+                self._set_mode(members, training=False)
 
     def unfreeze(
         self,
@@ -203,20 +192,31 @@ class ModelFreezer:
         Raises:
             IndexError: If the model has no group with one of these indices.
         """
-        first, last = self._convert_idxs(from_index, to_index)
-        groups = self._get_groups()
         unfrozen = {}
-        for idx in range(first, last + 1):
-            members = self._members_to_change(groups[idx])
-            parameters = [p for member in members for p in member.parameters]
-            newly_trainable = [p for p in parameters if not p.requires_grad]
-            _set_requires_grad(newly_trainable, True)
-            if newly_trainable:
-                unfrozen[idx] = {"params": newly_trainable}
+        for idx, members in self._select(from_index, to_index):
+            frozen = [p for p in _parameters_of(members) if not p.requires_grad]
+            _set_requires_grad(frozen, True)
+            if frozen:
+                unfrozen[idx] = {"params": frozen}
             if set_modules_as_training:
-                for member in members:
-                    self._set_mode(member.module, training=True)
+                self._set_mode(members, training=True)
         return unfrozen
+
+    def _select(
+        self, from_index: int, to_index: int
+    ) -> Iterator[tuple[int, list[_Member]]]:
+        """Yield the groups of a range with those members that may be changed."""
+        groups = self._get_groups()
+        first, last = self._convert_idxs(from_index, to_index)
+        for idx in range(first, last + 1):
+            yield (
+                idx,
+                [
+                    member
+                    for member in groups[idx]
+                    if self.freeze_bn or not _module_is_batch_norm(member.module)
+                ],
+            )
 
     def _convert_idxs(self, from_index: int, to_index: int) -> tuple[int, int]:
         """Return the ends of a range of groups, in order and counted from the first."""
@@ -231,8 +231,8 @@ class ModelFreezer:
         first, last = sorted(index % num_groups for index in (from_index, to_index))
         return first, last
 
-    def _get_groups(self) -> list[_Group]:
-        """Return the layer groups as the model is now; its head may be new."""
+    def _get_groups(self) -> list[list[_Member]]:
+        """Return the members of each group as the model is now; its head may be new."""
         seen_modules = {self.model}
         seen_parameters: set[nn.Parameter] = set()
 
@@ -244,32 +244,27 @@ class ModelFreezer:
 
         root = create_member("the model itself", self.model)
         groups = [
-            _Group(
-                child,
-                [
-                    create_member(name, module)
-                    for name, module in child.named_modules(seen_modules, child_name)
-                ],
-            )
+            [
+                create_member(name, module)
+                for name, module in child.named_modules(seen_modules, child_name)
+            ]
             for child_name, child in self.model.named_children()
         ]
         if not groups:
-            return [_Group(self.model, [root])]
-        groups[0].members.insert(0, root)
+            return [[root]]
+        groups[0].insert(0, root)
         return groups
 
-    def _members_to_change(self, group: _Group) -> list[_Member]:
-        return [
-            member
-            for member in group.members
-            if self.freeze_bn or not _module_is_batch_norm(member.module)
-        ]
-
-    def _set_mode(self, module: nn.Module, training: bool) -> None:
+    def _set_mode(self, members: list[_Member], training: bool) -> None:
         # Not `module.train()`, which would reach batch normalisation layers inside the
         # module as well. The mode of the model as a whole is its user's.
-        if module is not self.model:
-            module.training = training
+        for member in members:
+            if member.module is not self.model:
+                member.module.training = training
+
+
+def _parameters_of(members: list[_Member]) -> list[nn.Parameter]:
+    return [parameter for member in members for parameter in member.parameters]
 
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:

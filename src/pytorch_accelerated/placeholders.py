@@ -27,13 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import OneCycleLR
 
-__all__ = [
-    "PlaceholderArithmetic",
-    "PlaceholderExpression",
-    "TrainerPlaceholderValues",
-    "replace_trainer_placeholder_values",
-]
-
 _OPERATORS = {
     "+": operator.add,
     "-": operator.sub,

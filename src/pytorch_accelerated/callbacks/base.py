@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -226,11 +225,6 @@ class CallbackHandler:
 
     def add_callbacks(self, callbacks: Iterable[Any] | None) -> None:
         """Add several callbacks, see :meth:`add_callback`."""
-        if isinstance(callbacks, TrainerCallback):
-            raise TypeError(
-                f"callbacks must be a list or a tuple of callbacks, got the callback "
-                f"{callbacks!r}. Put it in a list."
-            )
         for callback in callbacks or ():
             self.add_callback(callback)
 
@@ -243,10 +237,10 @@ class CallbackHandler:
                 one event.
 
         Raises:
-            TypeError: If it is neither.
+            TypeError: If it is neither, or a class that needs arguments.
             ValueError: If this very instance is in the list.
         """
-        instance = _instantiate(callback) if isinstance(callback, type) else callback
+        instance = callback() if isinstance(callback, type) else callback
         if not _is_callback(instance):
             raise TypeError(
                 f"A callback must be a TrainerCallback, or have a method for an event "
@@ -388,17 +382,3 @@ def _is_callback(instance: Any) -> bool:
     # A mock has what it is asked for, and shows nothing of it beforehand.
     has_events = any(name.startswith("on_") for name in dir(instance))
     return has_events or callable(getattr(instance, "on_train_epoch_end", None))
-
-
-def _instantiate(callback_class: type) -> Any:
-    try:
-        inspect.signature(callback_class).bind()
-    except TypeError as error:
-        raise TypeError(
-            f"{callback_class.__name__} cannot be created without arguments "
-            f"({error}). Pass an instance, {callback_class.__name__}(...), instead of "
-            "the class."
-        ) from None
-    except ValueError:
-        pass  # builtins may have no signature that could be looked at
-    return callback_class()

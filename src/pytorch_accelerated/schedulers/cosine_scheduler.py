@@ -18,8 +18,6 @@ from pytorch_accelerated.schedulers.scheduler_base import (
     count_updates,
 )
 
-__all__ = ["CosineLrScheduler"]
-
 
 class CosineLrScheduler(StatefulSchedulerBase):
     """Anneals the learning rate along half a cosine, once per update.

@@ -18,8 +18,6 @@ from pytorch_accelerated.schedulers.scheduler_base import (
     StatefulSchedulerBase,
 )
 
-__all__ = ["schedule_curve"]
-
 
 def schedule_curve(
     create_scheduler: Callable[..., Any],

@@ -11,16 +11,6 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-__all__ = [
-    "InvalidScheduleError",
-    "SchedulerBase",
-    "StatefulSchedulerBase",
-    "check_range",
-    "count_updates",
-    "forget_start_if_set_by_hand",
-    "remember_scheduled_values",
-]
-
 
 class InvalidScheduleError(ValueError, AssertionError):
     """An argument of a scheduler is out of its range.

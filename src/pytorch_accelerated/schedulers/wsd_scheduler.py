@@ -17,8 +17,6 @@ from pytorch_accelerated.schedulers.scheduler_base import (
     count_updates,
 )
 
-__all__ = ["WSDLrScheduler", "estimate_checkpoint_steps"]
-
 _TAKEN_FROM_THE_CONTINUED_RUN = (
     "base_lr_values",
     "decay_phase_ratio",
