@@ -58,4 +58,4 @@ def test_the_code_of_the_page_about_checkpoints_runs_found_109(tmp_path, monkeyp
 
     exec(compile(code_of(ROOT / "docs" / "checkpoints.md"), "page", "exec"), names)
 
-    assert (tmp_path / "checkpoints" / "step_200" / "random_states_0.pt").exists()
+    assert (tmp_path / "checkpoints" / "step_100" / "optimizer.pt").exists()

@@ -197,14 +197,14 @@ def latest_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def load_training_state(
-    trainer: Trainer, input_dir: str | os.PathLike[str], *, allow_pickle: bool
+    trainer: Trainer, input_dir: str | os.PathLike[str]
 ) -> dict[str, Any]:
     """Load a training state, and keep for the run what it is to take up later."""
     run, engine = trainer._run, trainer._engine
     found, run.found = run.found, None
     if found is None or str(found.path) != str(input_dir):
         found = checkpoint.Checkpoint(input_dir)
-    state = TrainingState.read(found, allow_pickle=allow_pickle)
+    state = TrainingState.read(found)
     if state.parts is not None:
         model = trainer.get_model(keep_torch_compile=False)
         folder, num_processes = Path(state.parts), len(state.processes)

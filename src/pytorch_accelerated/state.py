@@ -245,15 +245,12 @@ class TrainingState:
     def read(
         cls,
         folder: str | os.PathLike[str] | checkpoint.Checkpoint,
-        *,
-        allow_pickle: bool = False,
     ) -> TrainingState:
         """Read a folder, after checking that it is whole.
 
         Args:
             folder: Written by this library or, without a manifest, by 0.1.61. One that
                 has been found whole already is not checked again.
-            allow_pickle: Read parts of a state of 0.1.61 that run code to be loaded.
 
         Raises:
             CheckpointError: If the folder is missing, damaged or not to be trusted.
@@ -264,7 +261,7 @@ class TrainingState:
             else checkpoint.Checkpoint(folder)
         )
         if checkpoint.is_legacy_training_state(saved.path):
-            return cls._read_legacy(saved.path, allow_pickle)
+            return cls._read_legacy(saved.path)
         saved.verify()
         contents: dict[str, Any] = {
             name: saved.load(file) if file in saved.files else None
@@ -289,19 +286,13 @@ class TrainingState:
         return from_plain(cls, contents)
 
     @classmethod
-    def _read_legacy(cls, path: Path, allow_pickle: bool) -> TrainingState:
-        legacy = checkpoint.read_legacy_training_state(path, allow_pickle=allow_pickle)
-        random_states = legacy.random_states
+    def _read_legacy(cls, path: Path) -> TrainingState:
+        contents = checkpoint.read_legacy_training_state(path)
+        random_states = contents.pop("random_states")
+        processes = range(max(random_states, default=-1) + 1)
         return cls(
-            model=legacy.model,
-            optimizer=legacy.optimizer,
-            scheduler=legacy.scheduler,
-            scaler=legacy.scaler,
-            metadata=legacy.metadata,
-            processes=[
-                ProcessState(random_states.get(process))
-                for process in range(max(random_states, default=-1) + 1)
-            ],
+            **contents,
+            processes=[ProcessState(random_states.get(each)) for each in processes],
         )
 
 

@@ -1013,9 +1013,7 @@ class Trainer:
             self._writer.wait()
         self.last_checkpoint = saved or self.last_checkpoint
 
-    def load_training_state(
-        self, input_dir: str | os.PathLike[str], *, allow_pickle: bool = False
-    ) -> dict[str, Any]:
+    def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """Load the weights and the optimizer, scheduler and random states of a run.
 
         To go on with the run itself, use ``train(resume_from=...)``, which calls this.
@@ -1023,8 +1021,6 @@ class Trainer:
         Args:
             input_dir: A folder that :meth:`save_training_state` wrote; those of the
                 published version 0.1.61 are read too.
-            allow_pickle: Whether parts of a state of 0.1.61 that run code while they
-                are loaded are read. True only for files that you wrote yourself.
 
         Returns:
             ``current_epoch``, the number of the epoch to go on with, and the
@@ -1033,7 +1029,7 @@ class Trainer:
         Raises:
             CheckpointError: If the folder is not whole, or does not fit the model.
         """
-        return saving.load_training_state(self, input_dir, allow_pickle=allow_pickle)
+        return saving.load_training_state(self, input_dir)
 
     # --------------------------------------------------------- the parts of the story
 

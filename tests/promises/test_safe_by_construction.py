@@ -11,8 +11,6 @@ SOURCES = sorted(Path(pytorch_accelerated.__file__).parent.rglob("*.py"))
 
 NETWORK = {"ftplib", "http", "requests", "smtplib", "socket", "ssl", "urllib"}
 UNPICKLERS = {"pickle.load", "pickle.loads", "pickle.Unpickler"}
-# Reads random states of old training states, once the user has said allow_pickle.
-MAY_UNPICKLE = {"checkpoint/legacy.py"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def test_no_network_is_used(nodes):
     assert [names for names in found if len(names) > 1] == []
 
 
-def test_nothing_is_unpickled_unless_the_user_allows_it(nodes):
+def test_nothing_is_unpickled(nodes):
     unpickling = {
         file
         for file, node in nodes
@@ -77,6 +75,6 @@ def test_nothing_is_unpickled_unless_the_user_allows_it(nodes):
         for _, node in nodes
     )
 
-    assert unpickling <= MAY_UNPICKLE
+    assert unpickling == set()
     assert len(loads) == num_loads  # said at each of them
-    assert {file for file, safe in loads if safe is not True} <= MAY_UNPICKLE
+    assert {safe for file, safe in loads} == {True}

@@ -186,7 +186,8 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[Checkpoint]:
     Args:
         directory: Where checkpoints are kept; it need not exist.
     """
-    return sorted(_readable(directory, lambda *_: None), key=_order)
+    found = _candidates(directory)
+    return sorted((each for each in found if _is_fine(each, _manifest_of)), key=_order)
 
 
 def newest(*directories: str | os.PathLike[str]) -> Checkpoint | None:
@@ -198,45 +199,40 @@ def newest(*directories: str | os.PathLike[str]) -> Checkpoint | None:
     Args:
         directories: Where checkpoints are kept; the newest of all is returned.
     """
-    found = [each for one in directories for each in _readable(one, _warn_passed_over)]
-    for checkpoint in sorted(found, key=_order, reverse=True):
-        try:
-            checkpoint.verify()
-        except OutOfResourcesError:  # noqa: PERF203 (each one on its own)
-            raise
-        except CheckpointError as error:
-            _warn_passed_over(checkpoint, error)
-        else:
-            return checkpoint
-    return None
+    candidates = [each for one in directories for each in _candidates(one)]
+    readable = [each for each in candidates if _is_fine(each, _manifest_of, tell=True)]
+    newest_first = sorted(readable, key=_order, reverse=True)
+    whole = (each for each in newest_first if _is_fine(each, Checkpoint.verify, True))
+    return next(whole, None)
 
 
-def _readable(
-    directory: str | os.PathLike[str], tell: Callable[[Checkpoint, Exception], None]
-) -> Iterator[Checkpoint]:
-    """Yield the checkpoints whose manifest can be read, and tell of the others."""
+def _candidates(directory: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     for folder in list_folder(absolute(directory)):
         found = LEFTOVER.fullmatch(folder.name)
-        is_replaced = found and (
+        is_leftover = found is not None and (
             found["kind"] != "old" or folder.with_name(found["name"]).exists()
         )
-        if is_replaced or folder.is_symlink() or not folder.is_dir():
-            continue
-        checkpoint = Checkpoint(folder)
-        try:
-            _ = checkpoint.manifest
-        except NoCheckpointError:
-            continue
-        except OutOfResourcesError:
-            raise
-        except CheckpointError as error:
-            tell(checkpoint, error)
-        else:
-            yield checkpoint
+        if folder.is_dir() and not folder.is_symlink() and not is_leftover:
+            yield Checkpoint(folder)
 
 
-def _warn_passed_over(checkpoint: Checkpoint, error: Exception) -> None:
-    warn(f"The checkpoint {checkpoint.path} is passed over: {error}")
+def _is_fine(
+    checkpoint: Checkpoint, look: Callable[[Checkpoint], object], tell: bool = False
+) -> bool:
+    """Say whether a checkpoint can be looked at in some way, or tell why not."""
+    try:
+        look(checkpoint)
+    except OutOfResourcesError:
+        raise
+    except CheckpointError as error:
+        if tell and not isinstance(error, NoCheckpointError):
+            warn(f"The checkpoint {checkpoint.path} is passed over: {error}")
+        return False
+    return True
+
+
+def _manifest_of(checkpoint: Checkpoint) -> Any:
+    return checkpoint.manifest
 
 
 def _order(checkpoint: Checkpoint) -> tuple[int, int, Any, str]:

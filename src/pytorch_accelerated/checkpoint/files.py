@@ -262,11 +262,29 @@ def read_file(
         CheckpointError: If the file is damaged, needs code to be loaded, or if there is
             not enough memory for it.
     """
-    try:
+    with read_errors_explained(path):
         check_archive(path, checksums=checksums)
         with torch.serialization.safe_globals(list(extra)):
             content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         _check_tensors(content, path, set())
+    return content
+
+
+@contextmanager
+def read_errors_explained(path: Path) -> Iterator[None]:
+    """Turn the errors of a failed read into one that names path and cause.
+
+    A damaged file can make a reader fail in any way it likes.
+
+    Raises:
+        CheckpointNotFoundError: If there is no such file.
+        OutOfResourcesError: If the process has no memory or open files left.
+        CheckpointError: For all others.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(
             f"There is no file {path}. Check the path, or save a checkpoint first."
@@ -282,39 +300,29 @@ def read_file(
             "torch.load(path, weights_only=False) and save it anew."
         ) from error
     except Exception as error:
-        raise unreadable(path, error) from error
-    return content
-
-
-def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Return the error to raise: a damaged file can make a reader fail in any way."""
-    raise_if_out_of_resources(error, path)
-    if isinstance(error, CheckpointError):
-        return error
-    return CheckpointError(
-        f"Could not read {path}: it is damaged, incomplete, or of another kind "
-        f"({type(error).__name__}: {_first_line(error)}). Load another checkpoint."
-    )
+        raise_if_out_of_resources(error, f"Could not read {path}, which may be whole")
+        raise CheckpointError(
+            f"Could not read {path}: it is damaged, incomplete, or of another kind "
+            f"({type(error).__name__}: {_first_line(error)}). Load another checkpoint."
+        ) from error
 
 
 def _first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
-def raise_if_out_of_resources(error: BaseException, what: Path | str) -> None:
+def raise_if_out_of_resources(error: BaseException, what: str) -> None:
     """Tell a process without memory or open files left from a damaged file.
 
     Args:
         error: What was raised.
-        what: The file that could not be read, or in words what could not be done.
+        what: In words, what could not be done.
 
     Raises:
         OutOfResourcesError: If that is the reason for the error.
     """
     number = _errno_of(error)
     if number in _OUT_OF_RESOURCES:
-        if isinstance(what, Path):
-            what = f"Could not read {what}, which may be whole"
         raise OutOfResourcesError(
             f"{what}: {os.strerror(number)} (errno {number}). {_HINTS.get(number, '')}"
         ) from error
@@ -326,11 +334,8 @@ def list_folder(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If it cannot be looked at.
     """
-    try:
+    with read_errors_explained(folder):
         return sorted(folder.iterdir()) if folder.is_dir() else []
-    except OSError as error:
-        raise_if_out_of_resources(error, folder)
-        raise CheckpointError(f"Could not list {folder} ({error}).") from error
 
 
 def check_archive(path: Path, *, checksums: bool = True) -> None:

@@ -27,11 +27,10 @@ from pytorch_accelerated.checkpoint.files import (
     absolute,
     make_folder,
     new_token,
-    raise_if_out_of_resources,
+    read_errors_explained,
     read_file,
     sync,
     to_storable,
-    unreadable,
     write_errors_explained,
 )
 from pytorch_accelerated.errors import CheckpointError, warn
@@ -388,12 +387,12 @@ class Checkpoint:
                 left.
         """
         for name, entry in () if self._is_verified else self.manifest["files"].items():
-            reason = _damage_of(self.path, name, entry)
-            if reason is not None:
-                raise CheckpointError(
-                    f"{self.path}/{name} {reason}. The checkpoint is damaged: load "
-                    "another one."
-                )
+            with read_errors_explained(self.path / name):
+                if (reason := _damage_of(self.path, name, entry)) is not None:
+                    raise CheckpointError(
+                        f"{self.path}/{name} {reason}. The checkpoint is damaged: load "
+                        "another one."
+                    )
         self._is_verified = True
 
     def load(self, name: str) -> Any:
@@ -435,7 +434,7 @@ def _read_manifest(folder: Path) -> Any:
             f"{folder} is not a complete checkpoint: it has no {MANIFEST_NAME}, which "
             "is written last (version 0.1.61 wrote none)."
         )
-    try:
+    with read_errors_explained(path):
         if path.is_symlink() or not path.is_file():
             raise ValueError("it is a link, or no plain file")
         manifest = json.loads(path.read_bytes())
@@ -454,14 +453,7 @@ def _read_manifest(folder: Path) -> Any:
             raise ValueError("it does not match its checksum")
         for part in ("files", "progress"):
             manifest[part] = dict(manifest[part])
-        return manifest
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise_if_out_of_resources(error, path)
-        raise CheckpointError(
-            f"{path} is damaged and cannot be read ({type(error).__name__}: {error})."
-        ) from error
+    return manifest
 
 
 def _checksum_of(manifest: Mapping[str, Any]) -> str:
@@ -472,32 +464,19 @@ def _checksum_of(manifest: Mapping[str, Any]) -> str:
 
 
 def _damage_of(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    path = _inside(folder, name)
-    if path is None:
+    path = folder / name
+    if path.resolve() != path or folder not in path.parents:
         return "is a link or leads out of the checkpoint"
-    try:
-        if not path.exists():
-            return "is missing"
-        if not path.is_file():
-            return "is no plain file"
-        size = path.stat().st_size
-        if size != entry["size"]:
-            return f"has {size:,} bytes instead of {entry['size']:,}"
-        if calculate_checksum(path) != entry["checksum"]:
-            return f"does not match its {entry['checksum'].partition(':')[0]} checksum"
-    except Exception as error:
-        raise_if_out_of_resources(error, path)
-        return f"cannot be read ({error!r})"
+    if not path.exists():
+        return "is missing"
+    if not path.is_file():
+        return "is no plain file"
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"has {size:,} bytes instead of {entry['size']:,}"
+    if calculate_checksum(path) != entry["checksum"]:
+        return f"does not match its {entry['checksum'].partition(':')[0]} checksum"
     return None
-
-
-def _inside(folder: Path, name: str) -> Path | None:
-    """Return the path of a name; None if it leads out of the folder, or is a link."""
-    try:
-        path = folder / name
-        return path if path.resolve() == path and folder in path.parents else None
-    except (OSError, ValueError):  # no file can have that name
-        return None
 
 
 def calculate_checksum(path: Path) -> str:
@@ -586,7 +565,7 @@ def read_weights(path: Path, *, checksums: bool = True) -> OrderedDict[str, Any]
 
 
 def _read_safetensors(path: Path) -> OrderedDict[str, Any]:
-    try:
+    with read_errors_explained(path):
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             texts = file.metadata() or {}
             state = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a mapping)
@@ -598,8 +577,6 @@ def _read_safetensors(path: Path) -> OrderedDict[str, Any]:
             if not all(isinstance(each, dict) for each in versions.values()):
                 raise ValueError("the versions of the modules in it are none")
             state._metadata = versions  # type: ignore[attr-defined]
-    except Exception as error:
-        raise unreadable(path, error) from error
     return state
 
 

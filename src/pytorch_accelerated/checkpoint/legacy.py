@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ import torch
 from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
     absolute,
-    check_archive,
     list_folder,
     read_file,
     to_storable,
-    unreadable,
 )
 from pytorch_accelerated.checkpoint.folder import (
     MANIFEST_NAME,
@@ -31,22 +28,6 @@ from pytorch_accelerated.errors import CheckpointError, warn
 
 _SCHEDULER = re.compile(r"custom_checkpoint_(\d+)\.pkl")
 _RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
-
-
-@dataclass(frozen=True)
-class LegacyTrainingState:
-    """What a training state of 0.1.61 holds; None where a file is not there.
-
-    ``random_states`` maps the index of a process to what :func:`set_random_states`
-    takes.
-    """
-
-    model: Mapping[str, Any]
-    optimizer: Mapping[str, Any] | None
-    scheduler: Mapping[str, Any] | None
-    scaler: Mapping[str, Any] | None
-    metadata: Mapping[str, Any]
-    random_states: Mapping[int, Mapping[str, Any]]
 
 
 def is_legacy_training_state(folder: str | os.PathLike[str]) -> bool:
@@ -64,15 +45,17 @@ def is_legacy_training_state(folder: str | os.PathLike[str]) -> bool:
     )
 
 
-def read_legacy_training_state(
-    folder: str | os.PathLike[str], *, allow_pickle: bool = False
-) -> LegacyTrainingState:
+def read_legacy_training_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a training state that ``save_training_state`` of 0.1.61 wrote.
 
     Args:
         folder: The folder. It has no manifest: nothing tells whether it is complete.
-        allow_pickle: Read files that run code while they are loaded. True only for
-            files that you wrote yourself.
+
+    Returns:
+        The states of the ``model``, the ``optimizer``, the ``scheduler`` and the
+        ``scaler``, each None if it is not there; the ``metadata``; and
+        ``random_states``, a mapping from the index of a process to what
+        :func:`set_random_states` takes.
 
     Raises:
         CheckpointNotFoundError: If the folder has no weights.
@@ -81,42 +64,41 @@ def read_legacy_training_state(
             warning says that they were skipped.
     """
     folder = absolute(folder)
-    read: Callable[[Path], Any] = _unpickle if allow_pickle else load_file
-
-    def read_if_there(name: str) -> Any:
-        return read(folder / name) if (folder / name).exists() else None
-
-    def read_or_skip(path: Path, convert: Callable[[Any], Any] = lambda it: it) -> Any:
-        try:
-            return convert(read(path))
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
-            warn(
-                f"{path} was skipped: {error} If you wrote the file yourself, "
-                "allow_pickle=True reads it."
-            )
-            return None
-
     if (folder / SAFETENSORS_NAME).exists():
-        model = read_weights(folder / SAFETENSORS_NAME)
-    elif (model := read_if_there(TORCH_NAME)) is None:
+        model: Any = read_weights(folder / SAFETENSORS_NAME)
+    else:
+        model = _read_if_there(folder / TORCH_NAME)
+    if model is None:
         raise CheckpointNotFoundError(
             f"{folder} is not a training state: it has neither {SAFETENSORS_NAME} nor "
             f"{TORCH_NAME}."
         )
     # 0.1.61 added the scheduler anew at each save: the last is the latest
     *_, scheduler = None, *_numbered(folder, _SCHEDULER).values()
-    return LegacyTrainingState(
-        model=model,
-        optimizer=read_if_there("optimizer.bin"),
-        scheduler=None if scheduler is None else read_or_skip(scheduler),
-        scaler=read_if_there("scaler.pt"),
-        metadata=read_if_there("trainer_metadata.pt") or {},
-        random_states={
-            process: states
-            for process, path in _numbered(folder, _RANDOM_STATES).items()
-            if (states := read_or_skip(path, _convert_random_states)) is not None
-        },
-    )
+    random_states = {
+        process: _read_or_skip(path, _convert_random_states)
+        for process, path in _numbered(folder, _RANDOM_STATES).items()
+    }
+    return {
+        "model": model,
+        "optimizer": _read_if_there(folder / "optimizer.bin"),
+        "scheduler": None if scheduler is None else _read_or_skip(scheduler, dict),
+        "scaler": _read_if_there(folder / "scaler.pt"),
+        "metadata": _read_if_there(folder / "trainer_metadata.pt") or {},
+        "random_states": random_states,
+    }
+
+
+def _read_if_there(path: Path) -> Any:
+    return load_file(path) if path.exists() else None
+
+
+def _read_or_skip(path: Path, convert: Callable[[Any], Any]) -> Any:
+    try:
+        return convert(load_file(path))
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        warn(f"{path} was skipped: {error}")
+        return None
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
@@ -124,14 +106,6 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     matches = (pattern.fullmatch(path.name) for path in list_folder(folder))
     found = {int(match[1]): folder / match[0] for match in matches if match}
     return dict(sorted(found.items()))
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise unreadable(path, error) from error
 
 
 def _convert_random_states(saved: Mapping[str, Any]) -> dict[str, Any]:
