@@ -26,10 +26,9 @@ class ModelEma(nn.Module):
         predictions = ema.module(inputs)
 
     The weights are averaged, and so are buffers of floating-point numbers, such as the
-    running statistics of batch normalisation. Other buffers are copied: integers, such
-    as the number of batches tracked, and those with infinite entries, such as attention
-    masks. Elements of a weight that are infinite or NaN from the start are taken over
-    from the model, and averaged once they are finite. Averages of 16-bit weights are
+    running statistics of batch normalisation. Integers, such as the number of batches
+    tracked, are copied. So are elements that are infinite or NaN, such as those of
+    attention masks, until they are finite. Averages of 16-bit weights are
     kept in float32 beside the copy, because a 16-bit number is too coarse to take steps
     as small as ``1 - decay``; the copy itself stays in the precision of the model.
 
@@ -75,13 +74,8 @@ class ModelEma(nn.Module):
         twin = Tensors(model) if is_sharded else copy.deepcopy(model)
         self.module: nn.Module = twin.eval().requires_grad_(False)
         entries = tensors_of(self.module)
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
         self._copied = frozenset(
-            name
-            for name, entry in entries.items()
-            if not _has_fractions(entry)
-            # The mean of an infinity and itself, taken as x + w * (x - x), is NaN.
-            or (name in buffers and entry.isinf().any())
+            name for name, entry in entries.items() if not _has_fractions(entry)
         )
         # Looked for once, as each look waits for the device.
         self._not_finite = frozenset(

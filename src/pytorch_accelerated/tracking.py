@@ -147,7 +147,7 @@ class _Evaluation(_Prefixed):
 
     def __enter__(self) -> None:
         super().__enter__()
-        self._values_before = self._count_values()
+        self._values_before = count_values(self._history)
         self._epoch_before = self._history.current_epoch
         self._history._set_epoch(1)
 
@@ -156,16 +156,17 @@ class _Evaluation(_Prefixed):
         self._history._set_epoch(self._epoch_before)
         self.recorded = {
             name: list(self._history.get_metric_values(name))[-1]
-            for name, number in self._count_values().items()
+            for name, number in count_values(self._history).items()
             if number > self._values_before.get(name, 0)
         }
 
-    def _count_values(self) -> dict[str, int]:
-        history = self._history
-        return {
-            name: len(list(history.get_metric_values(name)))
-            for name in history.get_metric_names()
-        }
+
+def count_values(history: RunHistory) -> dict[str, int]:
+    """Return how many values of each metric there are, in the order of recording."""
+    names = history.get_metric_names()
+    if isinstance(names, set | frozenset):  # their order changes from run to run
+        names = dict.fromkeys(sorted(names)).keys()
+    return {name: len(list(history.get_metric_values(name))) for name in names}
 
 
 class MetricRecord(NamedTuple):

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
+from pytorch_accelerated.tracking import count_values
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -38,7 +39,7 @@ class LogMetricsCallback(TrainerCallback):
     _num_logged: Mapping[str, int] = MappingProxyType({})
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
-        self._num_logged = dict(_num_values(trainer))
+        self._num_logged = count_values(trainer.run_history)
 
     def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Print one line for each metric; the method to override.
@@ -55,7 +56,7 @@ class LogMetricsCallback(TrainerCallback):
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave out what earlier runs have recorded."""
-        self._num_logged = dict(_num_values(trainer))
+        self._num_logged = count_values(trainer.run_history)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
@@ -81,13 +82,14 @@ class LogMetricsCallback(TrainerCallback):
     def _new_names(self, trainer: Trainer) -> list[str]:
         return [
             name
-            for name, count in _num_values(trainer)
+            for name, count in count_values(trainer.run_history).items()
             if count and count != self._num_logged.get(name, 0)
         ]
 
     def _log_latest_metrics(self, trainer: Trainer, names: Iterable[str]) -> None:
         metrics = self._get_latest_metrics(trainer, names)
-        self._num_logged = {**self._num_logged, **dict(_num_values(trainer, metrics))}
+        counts = count_values(trainer.run_history)
+        self._num_logged = {**self._num_logged, **{n: counts[n] for n in metrics}}
         if metrics:
             self.log_metrics(trainer, metrics)
 
@@ -96,18 +98,6 @@ class LogMetricsCallback(TrainerCallback):
     ) -> dict[str, Any]:
         history = trainer.run_history
         return {name: list(history.get_metric_values(name))[-1] for name in names}
-
-
-def _num_values(
-    trainer: Trainer, names: Iterable[str] | None = None
-) -> list[tuple[str, int]]:
-    """Return how many values of each metric there are, in the order of recording."""
-    history = trainer.run_history
-    if names is None:
-        names = history.get_metric_names()
-        if isinstance(names, set | frozenset):  # their order changes from run to run
-            names = sorted(names)
-    return [(name, len(list(history.get_metric_values(name)))) for name in names]
 
 
 def _briefly(value: Any) -> str:

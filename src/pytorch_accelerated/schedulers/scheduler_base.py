@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 
@@ -47,9 +45,7 @@ class SchedulerBase(ABC):
         self._update_param_groups(self.base_lr_values)
 
     @abstractmethod
-    def get_updated_values(
-        self, num_updates: int
-    ) -> float | Sequence[float] | torch.Tensor | np.ndarray | None:
+    def get_updated_values(self, num_updates: int) -> Any:
         """Return the value that update ``num_updates``, counted from 0, trains with.
 
         Returns:
@@ -241,12 +237,9 @@ def _was_set_by_hand(group: dict[str, Any], field: str) -> bool:
 
 
 def _one_number_per_group(values: Any, num_groups: int, scheduler: str) -> list[float]:
-    if isinstance(values, torch.Tensor):
-        values = values.tolist()
-    # A number, a numpy scalar or an array without dimensions goes to all groups.
-    if not isinstance(values, Iterable) or getattr(values, "ndim", None) == 0:
-        return [float(values)] * num_groups
-    numbers = [float(value) for value in values]
+    numbers: list[float] | float = torch.as_tensor(values, dtype=torch.float64).tolist()
+    if isinstance(numbers, float):
+        return [numbers] * num_groups
     if len(numbers) != num_groups:
         raise ValueError(
             f"{scheduler}.get_updated_values returned {len(numbers)} values, but the "
