@@ -7,6 +7,8 @@ from typing import Literal
 
 BASELINE = "by hand"
 OURS = "pytorch-accelerated"
+# The same at another commit, where one is asked for.
+OLD = "pytorch-accelerated, old"
 # The package that each peer comes from, as in requirements.txt.
 PEERS = {
     "accelerate": "accelerate",
@@ -69,7 +71,7 @@ class Workload:
     def has_turn(self, name: str, number: int) -> bool:
         """Return whether a contender takes part in round ``number``, from 0."""
         every = max(1, -(-self.rounds // self.rounds_of_a_peer))
-        return name in (BASELINE, OURS) or number % every == 0
+        return name in (BASELINE, OURS, OLD) or number % every == 0
 
 
 WORKLOADS = {

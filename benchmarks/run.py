@@ -4,6 +4,7 @@
     make bench BENCH_ARGS=--quick       little work, without the peers, a minute
     python benchmarks/run.py --contender lightning --workload a --workload d
     python benchmarks/run.py --device cuda
+    make bench BENCH_ARGS="--quick --old main~5"    this code against an older one
 
 It needs nothing but Python: an environment of its own, with the peers of
 requirements.txt, is built in benchmarks/.venv. Every contender runs in a process of its
@@ -16,6 +17,7 @@ machine that does nothing else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -24,13 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from environment import HERE, ROOT, Environment
-from plan import BASELINE, CONTENDERS, OURS, PEERS, WORKLOADS
+from plan import BASELINE, CONTENDERS, OLD, OURS, PEERS, WORKLOADS
 from tables import create_memory_table, create_table, summarise, write_between_marks
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -62,7 +64,8 @@ class Contender:
         self.device = device
         self.python = str(python)
         script = str(HERE / "process.py")
-        self.command = [self.python, script, name, device, folder, size]
+        self.does = OURS if name == OLD else name
+        self.command = [self.python, script, self.does, device, folder, size]
         self.variables = variables
         self.process: subprocess.Popen[str] | None = None
 
@@ -115,7 +118,7 @@ class Contender:
         """
         from contenders import PACKAGES
 
-        package = PACKAGES[self.name]
+        package = PACKAGES[self.does]
         code = f"import gc; gc.disable(); import torch, accelerate, {package}"
         start = time.perf_counter()
         done = subprocess.run(
@@ -128,12 +131,28 @@ class Contender:
         seconds = time.perf_counter() - start
         if done.returncode != 0:
             reason = done.stderr.strip().splitlines()[-1]
-            is_failure = self.name in (BASELINE, OURS)
+            is_failure = self.name in (BASELINE, OURS, OLD)
             return {
                 "error": f"cannot be imported: {reason}",
                 "is_failure": is_failure,
             }
         return {"seconds": seconds, "steps": 1, "difference": 0.0}
+
+
+@contextlib.contextmanager
+def checkout_of(ref: str | None) -> Iterator[str]:
+    """Lend a checkout of a commit; an empty folder without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        worktree = ["git", "-C", str(ROOT), "worktree"]
+        if ref:
+            add = [*worktree, "add", "--quiet", "--force", "--detach", folder, ref]
+            subprocess.run(add, check=True)
+        try:
+            yield folder
+        finally:
+            if ref:
+                subprocess.run([*worktree, "remove", "--force", folder], check=True)
+                Path(folder).mkdir()
 
 
 def variables_of(device: str, kind_of_process: str) -> dict[str, str]:
@@ -233,8 +252,16 @@ def measure_all(
                 if kind != (kind := WORKLOADS[workload].kind_of_process):
                     stop_all(contenders)
                     variables = variables_of(options.device, kind)
+                    sources = {OLD: {"PYTHONPATH": f"{options.old_checkout}/src"}}
                     contenders = [
-                        Contender(name, python, options.device, folder, size, variables)
+                        Contender(
+                            name,
+                            python,
+                            options.device,
+                            folder,
+                            size,
+                            variables | sources.get(name, {}),
+                        )
                         for name in names
                     ]
                 figures[workload] = measure(workload, contenders, options.rounds)
@@ -273,6 +300,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="LETTER",
         help=f"one of: {', '.join(WORKLOADS)}; may be repeated; by default all",
     )
+    parser.add_argument(
+        "--old", metavar="REF", help="a commit of this library to measure beside it"
+    )
     parser.add_argument("--rounds", type=int, help="how often everybody takes a turn")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     options = parser.parse_args(arguments)
@@ -286,7 +316,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                 "tiny size with --quick"
             )
     options.is_whole = not (
-        options.quick or options.contender or options.workload or options.rounds
+        options.quick
+        or options.contender
+        or options.workload
+        or options.rounds
+        or options.old
     )
     options.rounds = options.rounds or (1 if options.quick else None)
     options.workload = options.workload or [
@@ -298,6 +332,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.contender = [
         name for name in CONTENDERS if name in chosen or name in (BASELINE, OURS)
     ]
+    if options.old:
+        options.contender.insert(2, OLD)
     return options
 
 
@@ -316,7 +352,8 @@ def main() -> None:
     ).stdout.strip()
     load = os.getloadavg()[0]
     start = time.perf_counter()
-    figures = measure_all(names, environment.python, options)
+    with checkout_of(options.old) as options.old_checkout:
+        figures = measure_all(names, environment.python, options)
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch_version,
