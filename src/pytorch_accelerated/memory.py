@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from pytorch_accelerated.engines import Engine
 from pytorch_accelerated.means import Means
 from pytorch_accelerated.run import Run
 from pytorch_accelerated.state import ProcessState, RunProgress
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
 
 
 class BatchesTooLargeError(Exception):
@@ -49,6 +53,19 @@ class BatchShrinker:
         self._is_alone = run.config.num_processes == 1
         self._start: _WindowStart | None = None
         self._check_is_possible()
+
+    def repeat(self, trainer: Trainer, train_dl: Any) -> bool:
+        """Train on the batches that are due, in the size that they turn out to need.
+
+        Returns:
+            Whether the updates are used up.
+        """
+        while True:
+            with suppress(BatchesTooLargeError):
+                return trainer._run_windows(train_dl)
+            trainer.optimizer_zero_grad()
+            trainer.print(self._shrink())
+            trainer.run_history.current_step = self._run.progress.num_updates
 
     def attempt(self, forward_and_backward: Callable[[], Any], step: int) -> Any:
         """Do the passes of a batch, and average the gradients if it ends a window.
@@ -88,7 +105,7 @@ class BatchShrinker:
             self._model.require_forward_param_sync = True
         return output
 
-    def shrink(self) -> str:
+    def _shrink(self) -> str:
         """Go back to the start of the window, with smaller batches from there on.
 
         Returns:

@@ -72,6 +72,12 @@ class RunProgress:
         """Whether some of the training of the current epoch is done."""
         return self.step > 0 or self.first_sample > 0
 
+    def finish(self, stage: Stage) -> None:
+        """Move on from a part of the epoch, if that is where the run stands."""
+        if self.stage is stage:
+            stages = list(Stage)
+            self.stage = stages[stages.index(stage) + 1]
+
     def start_next_epoch(self) -> None:
         """Move on to the start of the next epoch."""
         self.epochs_done += 1

@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -69,7 +69,7 @@ from pytorch_accelerated.callbacks import (
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.means import LossTracker, Means
-from pytorch_accelerated.memory import BatchesTooLargeError, BatchShrinker
+from pytorch_accelerated.memory import BatchShrinker
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
@@ -419,22 +419,24 @@ class Trainer:
 
     def _run_epoch(self) -> bool:
         """Train and evaluate for an epoch; say whether it must be the last."""
-        run, progress = self._run, self._run.progress
+        run = self._run
         is_over = run.is_used_up
         run.take_up_between_steps()
-        if progress.stage is Stage.TRAINING:
+        if run.progress.stage is Stage.TRAINING:
             # Here, for a loop over the loader that the user has written.
             run.set_epoch_of(self._train_dataloader, self.run_history.current_epoch)
-            num_updates = progress.num_updates
+            num_updates = run.progress.num_updates
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
-            if progress.num_updates == num_updates and not is_over:
+            run.progress.finish(Stage.TRAINING)
+            if run.progress.num_updates == num_updates and not is_over:
                 checks.warn_of_uncounted_updates(self)
         progress = run.progress
         if progress.stage is not Stage.ENDED:
-            if self.eval_dataset is not None and progress.stage is not Stage.EVALUATED:
+            if progress.stage is Stage.EVALUATION and self.eval_dataset is not None:
                 self._run_eval_epoch(self._eval_dataloader)
+            progress.finish(Stage.EVALUATION)
             self._step_scheduler_after_epoch()
-            progress.stage = Stage.ENDED
+            progress.finish(Stage.EVALUATED)
             events.call(self, self.training_run_epoch_end)
             events.announce(self, "on_training_run_epoch_end")
         progress.start_next_epoch()
@@ -457,36 +459,34 @@ class Trainer:
         if not run.progress.is_amid_epoch:
             run.means = Means()
         events.announce(self, "on_train_epoch_start")
+        if run.resumed is not None:
+            saving.restore_gradients(self, run.resumed.gradients)
         run.agrees_after_updates = self._accelerator.num_processes > 1 and self.agree(
             self.callback_handler.may_stop_alone(_EVENTS_OF_A_STEP)
         )
-        is_over = self._run_train_steps(train_dl)
+        if run.is_used_up:
+            is_over = True  # it was saved right after the last one
+        elif run.shrinker is not None:
+            is_over = run.shrinker.repeat(self, train_dl)
+        else:
+            is_over = self._run_windows(train_dl)
         events.call(self, self.train_epoch_end)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
-        run.progress.stage = Stage.EVALUATION
+        run.progress.finish(Stage.TRAINING)
         events.announce(self, "on_train_epoch_end")
         return is_over
 
-    def _run_train_steps(self, train_dl: Any) -> bool:
+    def _run_windows(self, train_dl: Any) -> bool:
         """Train on the batches that are due; say whether the updates are used up."""
         run = self._run
-        if run.is_used_up:
-            return True  # it was saved right after the last one
-        if run.resumed is not None:
-            saving.restore_gradients(self, run.resumed.gradients)
-        while True:
-            with suppress(BatchesTooLargeError):
-                for window in run.windows(train_dl, self.run_history.current_epoch):
-                    for step, batch in window:
-                        self._run_train_step(batch, step)
-                    if run.agrees_after_updates:
-                        events.agree_to_go_on(self)
-                    if run.is_used_up:
-                        return True
-                return False
-            self.optimizer_zero_grad()
-            self.print(run.shrinker.shrink())  # type: ignore[union-attr]
-            self.run_history.current_step = run.progress.num_updates
+        for window in run.windows(train_dl, self.run_history.current_epoch):
+            for step, batch in window:
+                self._run_train_step(batch, step)
+            if run.agrees_after_updates:
+                events.agree_to_go_on(self)
+            if run.is_used_up:
+                return True
+        return False
 
     # A method of its own, so that nothing of a step outlives it.
     def _run_train_step(self, batch: Any, step: int) -> None:
@@ -591,9 +591,8 @@ class Trainer:
             events.agree_to_go_on(self)
             events.call(self, self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
-            is_of_epoch = is_training and not is_intermediate
-            if is_of_epoch and run.progress.stage is Stage.EVALUATION:
-                run.progress.stage = Stage.EVALUATED
+            if is_training and not is_intermediate:
+                run.progress.finish(Stage.EVALUATION)
             events.announce(self, "on_eval_epoch_end", is_intermediate=is_intermediate)
 
     def _run_eval_steps(self, valid_dl: Any) -> None:
