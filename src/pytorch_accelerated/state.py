@@ -270,26 +270,22 @@ class TrainingState:
             return cls._read_legacy(saved.path)
         saved.verify()
         contents: dict[str, Any] = {
-            name: saved.load(file) if file in saved.files else None
+            name: saved.load(file)
+            if file in saved.files or name in ("metadata", "run", "processes")
+            else None
             for name, file in _FILES.items()
         }
-        for name, content in contents.items():
-            kind = list if name == "processes" else dict
-            if content is None and name in ("metadata", "run", "processes"):
-                raise CheckpointError(
-                    f"{saved.path} is not a training state: it has no {_FILES[name]}. "
-                    "Give a folder that save_training_state wrote."
-                )
-            if content is not None and not isinstance(content, kind):
-                raise CheckpointError(
-                    f"{saved.path} is not a training state: {_FILES[name]} holds a "
-                    f"{type(content).__name__} instead of a {kind.__name__}."
-                )
         has_parts = any(name.startswith(f"{_PARTS}/") for name in saved.files)
         has_model = not has_parts or not _WEIGHTS.isdisjoint(saved.files)
         contents["model"] = saved.load_weights() if has_model else None
         contents["parts"] = str(saved.path / _PARTS) if has_parts else None
-        return from_plain(cls, contents)
+        try:
+            return from_plain(cls, contents)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{saved.path} is not a training state: {error!r}. Give a folder that "
+                "save_training_state wrote."
+            ) from error
 
     @classmethod
     def _read_legacy(cls, path: Path) -> TrainingState:
