@@ -116,18 +116,6 @@ def test_a_second_optimizer_may_hold_the_rest(train, network, keep, is_callback)
     train(trainer)
 
 
-class Both(SGD):
-    """Steps two optimizers, and shows the groups of the first alone."""
-
-    def __init__(self, first, second):
-        super().__init__(first, lr=0.1)
-        self.second = SGD(second, lr=0.1)
-
-
-def test_an_optimizer_inside_another_may_hold_the_rest(train, network):
-    train(create(network, Both(network[0].parameters(), network[2].parameters())))
-
-
 # --- names that nobody calls
 
 
@@ -238,11 +226,3 @@ def test_events_of_a_trainer_s_own_may_have_any_name(create_trainer, samples):
     create_trainer([Hears], trainer_class=HasEvents).train(samples(2), 1)
 
     assert heard == [1]
-
-
-def test_a_trainer_with_many_attributes_is_looked_through(network, train):
-    trainer = create(network, SGD(network[0].parameters(), lr=0.1))
-    vars(trainer).update({f"own_{number}": number for number in range(100)})
-    trainer.of_head = SGD(network[2].parameters(), lr=0.1)
-
-    train(trainer)

@@ -3,11 +3,9 @@ import torch
 from torch import nn
 
 from pytorch_accelerated.finetuning import (
-    BN_MODULES,
     Layer,
     LayerGroup,
     ModelFreezer,
-    _module_is_batch_norm,
 )
 
 
@@ -94,27 +92,6 @@ def test_a_new_head_is_seen_by_a_freezer_made_before():
     assert frozen_names(model) == {"3.weight", "3.bias"}
 
 
-def test_trainable_parameters_are_a_list_in_model_order():
-    model = create_convnet()
-    freezer = ModelFreezer(model)
-    freezer.freeze()
-    assert names_in(model, freezer.get_trainable_parameters()) == [
-        "0.1.weight",
-        "0.1.bias",
-        "1.1.weight",
-        "1.1.bias",
-        "3.weight",
-        "3.bias",
-    ]
-
-
-def test_batch_norm_of_every_kind_is_known_as_such():
-    norms = [nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)]
-    assert all(map(_module_is_batch_norm, [*norms, nn.LazyBatchNorm2d()]))
-    assert not _module_is_batch_norm(nn.LayerNorm(2))
-    assert nn.BatchNorm2d in BN_MODULES
-
-
 # --- freezing
 
 
@@ -131,16 +108,6 @@ def test_freeze_keeps_the_last_group_trainable_and_leaves_batch_norms_alone():
         False,
         False,
     ]
-
-
-def test_freeze_includes_batch_norms_when_asked_to():
-    model = create_convnet()
-    freezer = ModelFreezer(model, freeze_batch_norms=True)
-    freezer.freeze(1, 1)
-    assert freezer.freeze_bn
-    assert frozen_names(model) == {
-        f"1.{n}.{p}" for n in (0, 1) for p in ("weight", "bias")
-    }
 
 
 @pytest.mark.parametrize(
@@ -334,12 +301,6 @@ def test_freeze_sets_the_eval_mode_and_the_parameters_too():
     modes = {name: module.training for name, module in model.named_modules()}
     assert {name for name, training in modes.items() if training} == {"", "3"}
     assert all(layer.is_frozen for layer in freezer.get_layers()[:-1])
-
-
-def test_freeze_leaves_modes_alone_by_default():
-    model = create_convnet()
-    ModelFreezer(model).freeze()
-    assert all(module.training for module in model.modules())
 
 
 def test_batch_norms_left_alone_keep_training_inside_modules_in_eval_mode():

@@ -144,13 +144,6 @@ def test_what_is_not_a_partial_is_returned_as_it_is(instance):
     assert replace_trainer_placeholder_values(prepared_run(), instance) is instance
 
 
-def test_a_limit_that_the_run_does_not_reach_changes_nothing():
-    for limit in (24, 25, None):
-        epochs = filled_in(EPOCHS, prepared_run(limit=limit))
-        assert epochs == 3
-        assert type(epochs) is int
-
-
 def test_run_configs_without_a_limit_are_understood():
     run = prepared_run()
     del run.run_config.max_num_train_steps

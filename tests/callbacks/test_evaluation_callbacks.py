@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated.callbacks import (
@@ -56,15 +55,6 @@ def test_evaluates_after_every_nth_step_of_the_run(
     assert [step for step, _ in log.whole] == [3, 6]
 
 
-def test_the_weights_evaluated_are_those_after_the_update(create_trainer, samples):
-    log = EvalLog()
-    trainer = create_trainer([StepBasedEvaluationCallback(2), log])
-    trainer.train(
-        samples(4), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
-    )
-    assert log.losses == [0.25**2, 0.25**4]
-
-
 def test_training_goes_on_in_training_mode_and_with_its_own_loss(
     create_trainer, samples
 ):
@@ -82,20 +72,6 @@ def test_training_goes_on_in_training_mode_and_with_its_own_loss(
     assert modes == [True] * 3
     expected = (1 + 0.25 + 0.25**2) / 3
     assert history.get_latest_metric("train_loss_epoch") == pytest.approx(expected)
-
-
-def test_a_frozen_submodule_stays_in_evaluation_mode(create_trainer, samples):
-    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1), nn.Linear(1, 1))
-    model[1].eval()
-    modes = []
-
-    class Mode(TrainerCallback):
-        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            modes.append([module.training for module in trainer.model])
-
-    trainer = create_trainer([StepBasedEvaluationCallback(1), Mode], model=model)
-    trainer.train(samples(4), 1, eval_dataset=samples(2), per_device_batch_size=2)
-    assert modes == [[True, False, True]] * 2
 
 
 def test_intermediate_evaluations_are_kept_with_their_update_and_logged(
@@ -253,16 +229,6 @@ def test_the_limit_is_lifted_if_an_evaluation_does_not_end(
     with reaches_the_caller(error):
         trainer.train(samples(1), 1, eval_dataset=samples(1))
     assert trainer.eval_batch_limit == 3
-
-
-def test_an_intermediate_evaluation_builds_no_graph(create_trainer, samples):
-    class Graph(TrainerCallback):
-        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-            assert not batch_output["loss"].requires_grad
-            assert not torch.is_grad_enabled()
-
-    trainer = create_trainer([StepBasedEvaluationCallback(1), Graph])
-    trainer.train(samples(1), 1, eval_dataset=samples(1))
 
 
 def test_an_intermediate_evaluation_at_the_end_of_an_epoch_found_78(

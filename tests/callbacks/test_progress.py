@@ -1,5 +1,3 @@
-import copy
-import pickle
 import re
 
 import pytest
@@ -57,11 +55,6 @@ def test_each_epoch_has_a_bar_of_its_length_that_is_full_at_the_end(
     assert all(bar.is_closed for bar in bars)
 
 
-def test_an_evaluation_run_has_a_bar(create_trainer, samples, bars):
-    create_trainer([ProgressBarCallback]).evaluate(samples(3), per_device_batch_size=2)
-    assert [(bar.n, bar.total, bar.is_closed) for bar in bars] == [(2, 2, True)]
-
-
 def test_a_limited_evaluation_has_a_bar_of_its_length(create_trainer, samples, bars):
     trainer = create_trainer([LimitEvalStepsCallback(2, False), ProgressBarCallback])
     trainer.evaluate(samples(5), per_device_batch_size=1)
@@ -95,28 +88,6 @@ def test_bars_are_closed_however_a_run_ends(
     assert bars
     assert all(bar.is_closed for bar in bars)
     assert (callback.pbar, callback.eval_pbar) == (None, None)
-
-
-def test_bars_are_attributes_while_they_are_open(create_trainer, samples):
-    seen = []
-
-    class Look(TrainerCallback):
-        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            seen.append((callback.pbar.n, callback.eval_pbar))
-
-        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-            seen.append((callback.pbar, callback.eval_pbar.n))
-
-    callback = ProgressBarCallback()
-    create_trainer([callback, Look()]).train(samples(1), 1, eval_dataset=samples(1))
-    assert seen == [(1, None), (None, 1)]
-
-
-def test_a_callback_can_be_copied_after_a_run(create_trainer, samples):
-    callback = ProgressBarCallback()
-    create_trainer([callback]).train(samples(1), num_epochs=1)
-    copy.deepcopy(callback)
-    pickle.dumps(callback)
 
 
 def test_other_processes_of_a_machine_show_nothing(create_trainer, bars):
@@ -161,14 +132,6 @@ def test_a_log_file_gets_few_lines(create_trainer, samples, bars, capsys):
     refreshes = re.findall(r"it/s\]", capsys.readouterr().err)
     # Each of the two bars at its start and at its end, none for those in between.
     assert len(refreshes) == 4
-
-
-def test_a_terminal_is_refreshed_twice_a_second(create_trainer, bars, monkeypatch):
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
-    callback = ProgressBarCallback()
-    callback.on_train_epoch_start(create_trainer())
-    assert bars[0].mininterval == 0.5
-    callback.on_exception(None)
 
 
 def test_the_start_and_end_of_runs_and_epochs_are_printed(

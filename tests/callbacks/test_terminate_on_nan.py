@@ -223,19 +223,6 @@ def test_no_loss_is_kept_after_a_run(create_trainer, samples):
     assert callback._collected == []
 
 
-def test_it_works_with_gradient_accumulation(create_trainer):
-    data = TensorDataset(torch.ones(5, 1), torch.tensor([[0.0]] * 4 + [[math.nan]]))
-    trainer = create_trainer([TerminateOnNaNCallback])
-    with pytest.raises(NonFiniteLossError, match="in epoch 1, at step 4"):
-        trainer.train(
-            data,
-            num_epochs=1,
-            per_device_batch_size=1,
-            gradient_accumulation_steps=2,
-            train_dataloader_kwargs={"shuffle": False},
-        )
-
-
 class MeanOverItems(Trainer):
     """Targets of -1 do not count; a mean over none of them is NaN."""
 

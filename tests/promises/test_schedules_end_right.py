@@ -405,12 +405,6 @@ def test_schedulers_with_the_interface_of_timm_are_told_the_right_time(on_proces
             assert of_run == pytest.approx(expected_of_run)
 
 
-def test_a_timm_like_schedule_is_told_nothing_before_its_first_update():
-    """Some of timm's schedules take the start of epoch 0 for the end of another."""
-    trainer = train(partial(TimmLike, total=2, t_in_epochs=True), KeepsRatesOfTimm)
-    assert len(trainer.scheduler.metrics) == 2  # after each of the two epochs
-
-
 def test_evaluate_leaves_a_timm_like_schedule_alone():
     """Defect 20."""
     trainer = train(partial(TimmLike, total=22, t_in_epochs=False), KeepsRatesOfTimm)

@@ -1,6 +1,5 @@
 import io
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -8,7 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_accelerated.errors import TrainingWarning
-from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 # A busy machine must not fail a test.
@@ -107,36 +105,6 @@ def test_ratios_are_taken_of_the_learning_rate_of_each_group():
 lengths = st.integers(1, 12)
 
 
-@pytest.mark.filterwarnings("ignore:Warm-up and cooldown take")
-@unhurried
-@given(
-    epochs=lengths,
-    updates=lengths,
-    warmup=st.floats(0, 15),
-    cooldown=st.floats(0, 15),
-    k_decay=st.floats(0.1, 10),
-    lr_min=st.floats(0, 0.1),
-    start=st.floats(0, 0.1),
-)
-def test_values_stay_between_the_lowest_and_the_peak(
-    epochs, updates, warmup, cooldown, k_decay, lr_min, start
-):
-    curve = curve_of_one_group(
-        epochs * updates + 3,
-        epochs,
-        updates,
-        k_decay=k_decay,
-        lr_min=lr_min,
-        num_warmup_epochs=warmup,
-        warmup_starting_lr=start,
-        num_cooldown_epochs=cooldown,
-    )
-    slack = 1e-12
-    assert all(min(lr_min, start) - slack <= lr <= 0.1 + slack for lr in curve)
-    annealed = curve[math.ceil(warmup * updates) :]
-    assert annealed == sorted(annealed, reverse=True)
-
-
 @unhurried
 @given(stop=st.integers(0, 30), warmup=st.integers(0, 4), cooldown=st.integers(0, 4))
 def test_a_saved_schedule_goes_on_as_if_never_interrupted(stop, warmup, cooldown):
@@ -228,42 +196,3 @@ def test_what_is_hardly_meant_is_warned_of_found_95(settings, message):
     with pytest.warns(TrainingWarning, match=message) as warned:
         CosineLrScheduler(create_optimizer(0.1), **arguments)
     assert len(warned) == 1
-
-
-def test_settings_at_the_edge_of_sense_are_accepted_in_silence():
-    CosineLrScheduler(create_optimizer(0.1), 3, 4, num_warmup_epochs=3)
-    CosineLrScheduler(create_optimizer(0.1), 3, 4, lr_min=0.1, warmup_starting_lr=1)
-    CosineLrScheduler(
-        create_optimizer(0.1), 3, 4, num_warmup_epochs=1, warmup_starting_lr=0.1
-    )
-
-
-def test_the_factory_leaves_the_length_of_the_run_to_the_trainer():
-    factory = CosineLrScheduler.create_scheduler_fn(lr_min=0.01, num_warmup_epochs=2)
-    assert isinstance(factory, partial)
-    assert factory.func is CosineLrScheduler
-    assert factory.keywords == {
-        "total_num_epochs": TrainerPlaceholderValues.NUM_EPOCHS,
-        "num_update_steps_per_epoch": (
-            TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
-        ),
-        "k_decay": 1.0,
-        "lr_min": 0.01,
-        "min_lr_ratio": None,
-        "num_warmup_epochs": 2,
-        "warmup_starting_lr": 1e-6,
-        "warmup_starting_lr_ratio": None,
-        "num_cooldown_epochs": 0,
-    }
-
-
-def test_a_new_schedule_starts_from_the_learning_rate_set_since_the_last_one():
-    """Defect 5: asked 0.001, used 0.1."""
-    optimizer = create_optimizer(0.1)
-    run_schedule(CosineLrScheduler(optimizer, 2, 5), 10)
-    optimizer.param_groups[0]["lr"] = 0.001
-
-    curve = run_schedule(CosineLrScheduler(optimizer, 2, 5, lr_min=0.0), 10)
-
-    expected = [[pytest.approx(0.001 * half_cosine(n / 10))] for n in range(10)]
-    assert curve == expected

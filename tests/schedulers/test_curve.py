@@ -47,12 +47,6 @@ def create_sequence(optimizer):
     return SequentialLR(optimizer, [first, second], milestones=[2])
 
 
-def test_the_curve_of_the_librarys_schedulers_starts_with_value_0():
-    factory = CosineLrScheduler.create_scheduler_fn(lr_min=0.0)
-    curve = schedule_curve(factory, num_epochs=2, steps_per_epoch=2, lr=0.4)
-    assert curve == pytest.approx([0.4, 0.34142, 0.2, 0.05858], rel=1e-4)
-
-
 def test_schedulers_without_a_counter_are_drawn_too():
     class Halving(SchedulerBase):
         def get_updated_values(self, num_updates):
@@ -104,24 +98,6 @@ def test_the_given_optimizer_is_followed_but_not_touched():
     assert lr.item() == 0.5
 
 
-def test_a_scheduler_that_refuses_the_optimizer_refuses_its_stand_in():
-    factory = partial(OneCycleLR, max_lr=1.0, total_steps=10)
-    weights = [torch.nn.Parameter(torch.ones(1))]
-    with_betas = torch.optim.Adam(weights)
-    without_momentum = torch.optim.Adagrad(weights)
-
-    assert max(schedule_curve(factory, 10, optimizer=with_betas)) == 1.0
-    with pytest.raises(ValueError, match="must support momentum"):
-        schedule_curve(factory, 10, optimizer=without_momentum)
-
-
-def test_another_field_can_be_followed():
-    factory = partial(OneCycleLR, max_lr=0.5, total_steps=10)
-    curve = schedule_curve(factory, 10, param_group_field="momentum")
-    assert curve[0] == pytest.approx(0.95)
-    assert min(curve) == pytest.approx(0.85)
-
-
 def test_a_curve_without_length_is_an_error():
     with pytest.raises(ValueError, match="Give num_updates, or both num_epochs and"):
         schedule_curve(CosineLrScheduler.create_scheduler_fn(), num_epochs=3)
@@ -130,8 +106,3 @@ def test_a_curve_without_length_is_an_error():
 def test_a_schedule_that_depends_on_a_metric_has_no_curve():
     with pytest.raises(TypeError, match="The curve of a ReduceLROnPlateau cannot be"):
         schedule_curve(ReduceLROnPlateau, 3)
-
-
-def test_what_is_not_a_scheduler_has_no_curve():
-    with pytest.raises(TypeError, match="The curve of a list cannot be drawn"):
-        schedule_curve(lambda optimizer: [], 3)

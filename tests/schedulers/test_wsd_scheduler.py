@@ -1,6 +1,5 @@
 import io
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -8,10 +7,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_accelerated.errors import TrainingWarning
-from pytorch_accelerated.placeholders import (
-    TrainerPlaceholderValues,
-    replace_trainer_placeholder_values,
-)
 from pytorch_accelerated.schedulers import WSDLrScheduler
 from pytorch_accelerated.schedulers.wsd_scheduler import estimate_checkpoint_steps
 
@@ -69,12 +64,6 @@ def test_one_period_is_stable_and_decays_to_one_step_before_the_floor():
     assert scheduler.get_updated_values(150) == [0.1 * FLOOR], "and after it"
 
 
-def test_the_other_decay_is_harmonic():
-    curve = curve_of(100, total_steps=100, lr_min=0.1, use_inverse_sqrt_decay=False)
-    decay = [harmonic_decay(i / 10, r=0.1) for i in range(10)]
-    assert curve == pytest.approx([0.1] * 90 + decay, rel=1e-12)
-
-
 @pytest.mark.parametrize("inverse_sqrt", [True, False])
 @pytest.mark.parametrize(
     ("num_checkpoints", "ends"),
@@ -118,20 +107,6 @@ def test_warmup_rises_linearly_to_the_stable_value():
     decay = [sqrt_decay(i / 5) for i in range(5)]
     expected = [0.05, 0.06, 0.07, 0.08, 0.09] + [0.1] * 40 + decay
     assert curve == pytest.approx(expected, rel=1e-12)
-
-
-def test_each_group_follows_the_schedule_from_its_own_learning_rate():
-    scheduler = WSDLrScheduler(
-        create_optimizer(0.1, 0.02), total_steps=20, decay_phase_ratio=0.2, lr_min=0.5
-    )
-    assert scheduler.get_updated_values(10) == [0.1, 0.02]
-    assert scheduler.get_updated_values(17) == pytest.approx([0.075, 0.015])
-    assert scheduler.get_updated_values(20) == [0.05, 0.01]
-
-
-def test_the_length_is_given_in_updates_or_in_epochs():
-    assert WSDLrScheduler(create_optimizer(), 3, 8).total_steps == 24
-    assert WSDLrScheduler(create_optimizer(), total_steps=24).total_steps == 24
 
 
 def test_warmup_left_to_the_scheduler_is_one_percent():
@@ -225,12 +200,6 @@ def test_a_harmonic_decay_to_zero_is_no_division_by_zero():
     assert curve == [0.1] * 8 + [0.0] * 3
 
 
-def test_a_low_learning_rate_needs_no_warmup_value_below_it():
-    """Other WSD: below 1e-6 it was refused, although no warm-up was asked for."""
-    scheduler = WSDLrScheduler(create_optimizer(1e-8), total_steps=10)
-    assert run_schedule(scheduler, 3) == [1e-8] * 3
-
-
 @pytest.mark.parametrize("error", [ValueError, AssertionError])
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -297,16 +266,6 @@ any_settings = st.fixed_dictionaries(
         "num_checkpoints": st.integers(1, 8),
     }
 )
-
-
-@unhurried
-@given(total=st.integers(1, 10**6), num_checkpoints=st.integers(1, 30))
-def test_checkpoints_grow_strictly_and_end_with_the_schedule(total, num_checkpoints):
-    steps = estimate_checkpoint_steps(total, num_checkpoints)
-    assert steps[-1] == total
-    assert steps[0] > 0
-    assert steps == sorted(set(steps))
-    assert len(steps) <= num_checkpoints
 
 
 @pytest.mark.filterwarnings(A_LONG_WARMUP)
@@ -447,46 +406,3 @@ def test_an_interrupted_continuation_goes_on_where_it_stopped(stop):
     restored.restart()
     assert restored.optimizer.param_groups[0]["lr"] == whole[0]
     assert run_schedule(restored, 40) == whole[1:]
-
-
-def test_the_factory_leaves_the_length_of_the_run_to_the_trainer():
-    factory = WSDLrScheduler.create_scheduler_fn(num_checkpoints=2)
-    assert isinstance(factory, partial)
-    assert factory.func is WSDLrScheduler
-    assert factory.keywords == {
-        "num_epochs": TrainerPlaceholderValues.NUM_EPOCHS,
-        "num_update_steps_per_epoch": (
-            TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH
-        ),
-        "num_warmup_steps": None,
-        "decay_phase_ratio": 0.1,
-        "lr_min": 1e-6,
-        "warmup_starting_lr": 1e-6,
-        "use_inverse_sqrt_decay": True,
-        "num_checkpoints": 2,
-        "is_continuation_from_checkpoint": False,
-    }
-
-
-class LimitedRun:
-    """Two and a half epochs of 8 updates."""
-
-    class run_config:
-        num_epochs = 10
-        num_update_steps_per_epoch = 8
-        max_num_train_steps = 20
-
-    _train_dataloader = _eval_dataloader = None
-
-
-def test_the_schedule_ends_with_a_run_that_is_limited():
-    """Defect 58: planned for all epochs, it never decayed and had no checkpoint."""
-    factory = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0.5)
-    scheduler = replace_trainer_placeholder_values(LimitedRun, factory)(
-        create_optimizer()
-    )
-    assert scheduler.num_warmup_steps == 4
-    assert scheduler.get_checkpoint_steps() == [20]
-    state = saved_and_loaded(scheduler.state_dict())
-    assert state["total_steps"] == 20
-    assert run_schedule(scheduler, 20)[-1] == pytest.approx(sqrt_decay(0.5))
