@@ -62,110 +62,127 @@ MUTATIONS = [
     # -------------------------------------------------------------------------- runs
     Mutation(
         "evaluation amid a run: what it replaced is not put back",
-        "trainer.py",
-        "            vars(self).update(outer)\n",
-        "",
+        "run.py",
+        ("            trainer._run, trainer.model = self._outer, self._model\n"),
+        "            trainer._run = self._outer\n",
         NEST + "test_a_run_goes_on_bit_for_bit_after_an_evaluation_from_a_callback",
     ),
     Mutation(
         "evaluation amid a run: it moves random states",
-        "trainer.py",
-        "            checkpoint.set_random_states(random_states)\n",
+        "run.py",
+        "            checkpoint.set_random_states(self._random_states)\n",
         "",
         NEST + "test_so_it_does_whatever_the_evaluation_draws_or_nests",
     ),
     Mutation(
         "evaluation amid a run: modules that override train() are not told",
         "modes.py",
-        "        model.train(modes[0][1])\n",
-        "        for module, mode in modes:\n            module.training = mode\n",
+        ("    model.train(modes[0][1])\n    _set(modes)\n"),
+        ("    for module, mode in modes:\n        module.training = mode\n"),
         MODES + "test_a_module_that_overrides_train_is_told_after_each_evaluation"
         "_found_61",
     ),
     # ------------------------------------------------------------------ accumulation
     Mutation(
         "window: a batch that is fetched ahead draws its numbers again",
-        "trainer.py",
-        '            self._restore_random_states("ahead_random_states")\n',
+        "run.py",
+        ("                self.set_random_states(resumed.ahead_random_states)\n"),
         "",
         RESUMES + "test_a_run_on_a_sampler_and_data_that_draw_numbers_can_be_resumed"
         "_found_70",
     ),
     Mutation(
         "window: a partial one is weighted as if it were full",
-        "accumulation.py",
+        "window.py",
         "past_last = min(past_last, self._num_batches)",
         "past_last = min(past_last, past_last)",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
         "window: losses are not multiplied by the number of processes",
-        "accumulation.py",
+        "window.py",
         "return self._planned_items(step) / self.num_processes",
         "return float(self._planned_items(step))",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
         "window: items are not added up over the processes",
-        "accumulation.py",
-        "total = self._add_up(torch.as_tensor(total, dtype=torch.float64))",
+        "window.py",
+        ("total = self._add_up(torch.as_tensor(total, dtype=torch.float64))"),
         "total = total * self.num_processes",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
         "window: its items are not forgotten when it closes",
-        "accumulation.py",
-        "        factor = self._correction(step)\n        self._items = 0\n",
+        "window.py",
+        ("        factor = self._correction(step)\n        self.state.items = 0\n"),
         "        factor = self._correction(step)\n",
         LARGE_BATCH + "test_accumulation_in_one_process_equals_the_large_batch",
     ),
     Mutation(
         "window: a filler batch counts",
-        "trainer.py",
-        "        if share is not None and share.is_filler:\n"
-        "            return 0, True\n",
+        "run.py",
+        (
+            "        if share is not None and share.is_filler:\n"
+            "            return 0, True\n"
+        ),
         "",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
         "window: batches are taken to be as large as planned",
-        "accumulation.py",
-        "            or (self.num_processes > 1 and not self._is_exact)\n",
+        "window.py",
+        ("            or (self.num_processes > 1 and not self._is_exact)\n"),
         "",
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
         "window: the last one of an epoch is not closed",
-        "accumulation.py",
-        "return is_last or (step + 1) % self.num_steps == 0",
-        "return (step + 1) % self.num_steps == 0",
+        "run.py",
+        (
+            "            return self._is_last(batches) if plan is None"
+            " else step + 1 == num_batches\n"
+        ),
+        ("            return self._is_last(batches) if plan is None else False\n"),
         COUNTS + "test_one_process_counts_what_it_did",
     ),
     Mutation(
         "window: token counts are divided in single precision",
-        "accumulation.py",
-        "            total = _in_double_precision(self._items)\n",
-        "            total = self._items\n",
+        "window.py",
+        "            total = _in_double_precision(self.state.items)\n",
+        "            total = self.state.items\n",
         LARGE_BATCH + "test_accumulation_in_one_process_equals_the_large_batch",
     ),
     # ----------------------------------------------------------------------- updates
     Mutation(
         "update: it is counted although it was skipped",
         "trainer.py",
-        "            self._backward_is_plain or not "
-        "self._accelerator.optimizer_step_was_skipped\n",
+        (
+            "            run.backward_is_plain or not"
+            " self._accelerator.optimizer_step_was_skipped\n"
+        ),
         "            True\n",
         LARGE_BATCH + "test_a_skipped_update_moves_neither_schedule_nor_count",
     ),
     Mutation(
         "update: gradients are clipped before they are whole",
         "trainer.py",
-        "        self._window.close(step, self._parameters_to_update())\n"
-        "        if self._clips_gradients:\n"
-        "            self._clip_gradients()\n",
-        "        if self._clips_gradients:\n"
-        "            self._clip_gradients()\n"
-        "        self._window.close(step, self._parameters_to_update())\n",
+        (
+            "        run.accumulation.close(step,"
+            " parameters_of(self.model, self.optimizer))\n"
+            "        config = run.config\n"
+            "        if (config.gradient_clip_value,"
+            " config.gradient_clip_norm) != (None, None):\n"
+            "            self._clip_gradients()\n"
+        ),
+        (
+            "        config = run.config\n"
+            "        if (config.gradient_clip_value,"
+            " config.gradient_clip_norm) != (None, None):\n"
+            "            self._clip_gradients()\n"
+            "        run.accumulation.close(step,"
+            " parameters_of(self.model, self.optimizer))\n"
+        ),
         LARGE_BATCH + "test_accumulation_on_two_processes_equals_the_large_batch",
     ),
     Mutation(
@@ -177,28 +194,34 @@ MUTATIONS = [
     ),
     Mutation(
         "update: left-over gradients are not cleared before a run",
-        "trainer.py",
-        "        # What an earlier run or a learning rate finder may have left.\n"
-        "        self.optimizer.zero_grad()  # type: ignore[union-attr]\n",
+        "run.py",
+        ("        trainer.optimizer.zero_grad()  # type: ignore[union-attr]\n"),
         "",
         MODES + "test_a_gradient_that_was_left_does_not_enter_the_first_update",
     ),
     # ------------------------------------------------------------------------ losses
     Mutation(
         "tracker: every batch counts the same",
-        "tracking.py",
-        "            total.add_(loss_batch_value, alpha=batch_size)\n"
-        "            self.running_count += batch_size\n",
-        "            total.add_(loss_batch_value)\n"
-        "            self.running_count += 1\n",
+        "means.py",
+        (
+            "            total.add_(loss_batch_value, alpha=batch_size)\n"
+            "            self.running_count += batch_size\n"
+        ),
+        (
+            "            total.add_(loss_batch_value)\n"
+            "            self.running_count += 1\n"
+        ),
         MEANS + "test_recorded_losses_of_one_process_are_means_over_all_items",
     ),
     Mutation(
         "tracker: sums are kept in single precision",
-        "tracking.py",
-        'dtype = torch.float32 if device.type == "mps" else torch.float64\n'
-        "    # Not `torch.tensor`",
-        "dtype = torch.float32\n    # Not `torch.tensor`",
+        "means.py",
+        (
+            'dtype = torch.float32 if device.type == "mps" else'
+            " torch.float64\n"
+            "    # Not `torch.tensor`"
+        ),
+        ("dtype = torch.float32\n    # Not `torch.tensor`"),
         MEANS + "test_recorded_losses_of_one_process_are_means_over_all_items",
     ),
     Mutation(
@@ -211,8 +234,8 @@ MUTATIONS = [
     Mutation(
         "tracker: it is not reset when an epoch starts",
         "trainer.py",
-        "        self._loss_tracker.reset()\n        self._scalar_trackers.clear()\n",
-        "        self._scalar_trackers.clear()\n",
+        ("            run.means = Means()\n        events.announce"),
+        ("            pass\n        events.announce"),
         MEANS + "test_the_loss_of_an_epoch_is_its_own",
     ),
     # -------------------------------------------------------------------- evaluation
@@ -241,8 +264,8 @@ MUTATIONS = [
     Mutation(
         "evaluation: the modes of submodules are not put back",
         "modes.py",
-        "        _set(modes)\n",
-        "        pass\n",
+        ("    model.train(modes[0][1])\n    _set(modes)\n"),
+        "    model.train(modes[0][1])\n",
         MODES + "test_a_frozen_batch_norm_stays_frozen_through_evaluations"
         "_amid_an_epoch",
     ),
@@ -264,27 +287,32 @@ MUTATIONS = [
     # --------------------------------------------------------------------- schedules
     Mutation(
         "scheduler: the first value is trained with twice",
-        "trainer.py",
-        "            and self.scheduler._num_updates < 0\n        ):\n"
-        "            self.scheduler.step()\n",
-        "            and self.scheduler._num_updates < 0\n        ):\n"
-        "            pass\n",
+        "schedulers/scheduler_base.py",
+        ("scheduler._num_updates < 0:\n        scheduler.step()\n"),
+        ("scheduler._num_updates < 0:\n        pass\n"),
         SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
     ),
     Mutation(
         "scheduler: it is stepped once per batch",
         "trainer.py",
-        "        if closes_window:\n            self._update_weights(step)\n",
-        "        if closes_window:\n            self._update_weights(step)\n"
-        "        elif self._steps_scheduler:\n            self.scheduler_step()\n",
+        ("        if is_complete:\n            self._update_weights(step)\n"),
+        (
+            "        if is_complete:\n"
+            "            self._update_weights(step)\n"
+            "        elif self._steps_scheduler:\n"
+            "            self.scheduler_step()\n"
+        ),
         SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
     ),
     Mutation(
         "scheduler: updates of an epoch are those of all processes",
-        "trainer.py",
-        "        return math.ceil(num_batches / gradient_accumulation_steps)\n",
-        "        return math.ceil(\n            num_batches * "
-        "self._accelerator.num_processes / gradient_accumulation_steps\n        )\n",
+        "run.py",
+        ("    steps = _count_updates_per_epoch(run.train_dataloader, accumulation)\n"),
+        (
+            "    steps = _count_updates_per_epoch(run.train_dataloader,"
+            " accumulation)\n"
+            "    steps = steps and steps * num_processes\n"
+        ),
         SCHEDULES + "test_each_update_of_two_processes_trains_with_its_value",
     ),
     Mutation(
@@ -313,8 +341,14 @@ MUTATIONS = [
     Mutation(
         "scheduler: timm's are one epoch ahead",
         "trainer.py",
-        "            self.scheduler.step(self._progress.epochs_done + 1, metric)\n",
-        "            self.scheduler.step(self._progress.epochs_done + 2, metric)\n",
+        (
+            "            self.scheduler.step(self._run.progress.epochs_done"
+            " + 1, metric)\n"
+        ),
+        (
+            "            self.scheduler.step(self._run.progress.epochs_done"
+            " + 2, metric)\n"
+        ),
         SCHEDULES
         + "test_schedulers_with_the_interface_of_timm_are_told_the_right_time",
     ),
@@ -328,18 +362,24 @@ MUTATIONS = [
     ),
     Mutation(
         "counting: a run stops one update late",
-        "trainer.py",
-        "return limit is not None and self._progress.num_updates >= limit",
-        "return limit is not None and self._progress.num_updates > limit",
+        "run.py",
+        ("return limit is not None and self.progress.num_updates >= limit"),
+        "return limit is not None and self.progress.num_updates > limit",
         COUNTS + "test_one_process_counts_what_it_did",
     ),
     Mutation(
         "counting: updates go on from the run before",
-        "trainer.py",
-        "        self._progress = RunProgress()\n        self._epoch_",
-        "        self._progress = RunProgress(\n"
-        "            num_updates=self._progress.num_updates\n        )\n"
-        "        self._epoch_",
+        "run.py",
+        (
+            "            run.publish_progress()\n"
+            "            trainer.run_history.current_step = 0\n"
+        ),
+        (
+            "            run.progress.num_updates ="
+            " outer.training.progress.num_updates\n"
+            "            run.publish_progress()\n"
+            "            trainer.run_history.current_step = 0\n"
+        ),
         COUNTS + "test_limits_are_those_of_each_call",
     ),
     # -------------------------------------------------------------- seeds and order
@@ -361,9 +401,9 @@ MUTATIONS = [
     ),
     Mutation(
         "seeds: processes draw the same dropout",
-        "trainer.py",
-        "data.seed_everything(self._data_seed + self._accelerator.process_index)",
-        "data.seed_everything(self._data_seed)",
+        "run.py",
+        "data.seed_everything(seed + accelerator.process_index)",
+        "data.seed_everything(seed)",
         SEEDS + "test_two_processes_share_the_samples_and_differ_in_augmentation"
         "_and_dropout",
     ),
@@ -376,10 +416,13 @@ MUTATIONS = [
     ),
     Mutation(
         "seeds: without one, everything is seeded",
-        "trainer.py",
-        "        if self.seed is None:\n            drawn =",
-        "        if self.seed is None:\n            data.seed_everything(42)\n"
-        "            drawn =",
+        "run.py",
+        ("    if trainer.seed is None:\n        drawn ="),
+        (
+            "    if trainer.seed is None:\n"
+            "        data.seed_everything(42)\n"
+            "        drawn ="
+        ),
         SEEDS + "test_without_a_seed_a_run_takes_one_draw_of_torch_and_leaves"
         "_the_others",
     ),
@@ -401,30 +444,30 @@ MUTATIONS = [
     # --------------------------------------------------------------------- agreement
     Mutation(
         "agreement: each process acts on its own errors",
-        "trainer.py",
-        "            is_alone = self._accelerator.num_processes == 1\n",
-        "            is_alone = True\n",
+        "events.py",
+        "        is_alone = trainer._accelerator.num_processes == 1\n",
+        "        is_alone = True\n",
         AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
     ),
     Mutation(
         "agreement: only once an epoch",
         "trainer.py",
-        "                if self._agrees_after_updates:\n",
-        "                if False:\n",
+        "            if run.agrees_after_updates:\n",
+        "            if False:\n",
         AGREEMENT + "test_a_stop_after_an_update_stops_both_at_that_update",
     ),
     Mutation(
         "agreement: after every update, whoever listens",
         "trainer.py",
-        "                if self._agrees_after_updates:\n",
-        "                if True:\n",
+        "            if run.agrees_after_updates:\n",
+        "            if True:\n",
         AGREEMENT + "test_an_update_costs_a_collective_only_where_it_has_to",
     ),
     Mutation(
         "agreement: an error keeps other callbacks from meeting",
-        "trainer.py",
-        "self.callback_handler.raises_at_once = self._accelerator.num_processes == 1",
-        "self.callback_handler.raises_at_once = True",
+        "run.py",
+        ("trainer.callback_handler.raises_at_once = accelerator.num_processes == 1"),
+        "trainer.callback_handler.raises_at_once = True",
         AGREEMENT + "test_callbacks_that_communicate_still_meet_when_another_one_fails",
     ),
     Mutation(
@@ -452,14 +495,14 @@ MUTATIONS = [
     Mutation(
         "memory: random states go on from the failed pass",
         "memory.py",
-        '        trainer._resume_state["random_states"] = start.random_states\n',
+        ("        run.resumed = ProcessState(random_states=start.random_states)\n"),
         "",
         MEMORY + "test_a_run_that_starts_too_large_equals_one_with_batches_that_fit",
     ),
     Mutation(
         "memory: losses of the failed window count",
         "memory.py",
-        "        trainer._loss_tracker, trainer._scalar_trackers = start.trackers\n",
+        "        run.means = start.means\n",
         "",
         MEMORY + "test_a_window_in_the_middle_of_an_epoch_is_done_again",
     ),
@@ -487,7 +530,7 @@ MUTATIONS = [
     Mutation(
         "memory: a process leaves the others waiting in the first batch",
         "memory.py",
-        "            trainer._window.choose_without_batch()\n",
+        "            run.accumulation.choose_without_batch()\n",
         "            pass\n",
         MEMORY + "test_two_processes_make_their_batches_smaller_together",
     ),
@@ -501,11 +544,10 @@ MUTATIONS = [
     # -------------------------------------------------------------------- checkpoints
     Mutation(
         "states: on fewer processes the sums of the last one count",
-        "training_state.py",
-        "                    so_far[key] = so_far.get(key, 0.0) + value\n",
+        "state.py",
+        ("                    so_far[key] = so_far.get(key, 0.0) + value\n"),
         "                    so_far[key] = value\n",
-        "../test_training_state.py::"
-        "test_on_fewer_processes_the_sums_of_all_are_added_up",
+        "../test_state.py::test_on_fewer_processes_the_sums_of_all_are_added_up",
     ),
     Mutation(
         "states: a lock on a file that is gone is taken for one",
@@ -627,10 +669,18 @@ MUTATIONS = [
     Mutation(
         "last_lr: it is read after the schedule has moved on",
         "trainer.py",
-        '        if was_applied:\n            self._call_event("on_train_update_end"',
-        "        if was_applied:\n"
-        "            self._last_lr = _learning_rates_of(self.optimizer)\n"
-        '            self._call_event("on_train_update_end"',
+        (
+            "        if was_applied:\n"
+            "            events.tell(\n"
+            '                self, "on_train_update_end"'
+        ),
+        (
+            "        if was_applied:\n"
+            "            run.learning_rates ="
+            " _learning_rates_of(self.optimizer)\n"
+            "            events.tell(\n"
+            '                self, "on_train_update_end"'
+        ),
         SCHEDULES + "test_callbacks_can_read_what_an_update_was_made_with",
     ),
     Mutation(
