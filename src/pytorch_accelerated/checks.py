@@ -372,6 +372,13 @@ def check_can_train(trainer: Trainer, run: Run) -> None:
         warn_of_sleeping_submodules(model, optimizer)
 
 
+def check_can_evaluate(run: Run) -> None:
+    """Raise ValueError if there is nothing to evaluate on."""
+    if run.eval_dataset is None:
+        raise ValueError("A dataset or a DataLoader is needed, got None.")
+    check_dataset_is_not_empty(run.eval_dataset, "dataset")
+
+
 def check_first_step(trainer: Trainer, batch_output: Any) -> None:
     """Check what can only be known at the first step of a run."""
     check_loss(batch_output, needs_graph=not overrides(trainer, "backward_step"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated import distributed
@@ -78,12 +77,7 @@ class Ending:
     def __enter__(self) -> None:
         """Nothing is to be done at the start."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> bool:
         trainer, stops = self._trainer, []
         if error is not None:
             distributed.settle(error)

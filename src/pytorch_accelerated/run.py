@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,29 +129,6 @@ class Run:
         self.training: Run = self
         if self.eval_dataset is None and self.plateau_metric == "eval_loss_epoch":
             self.plateau_metric = "train_loss_epoch"
-
-    @classmethod
-    def for_evaluation(
-        cls,
-        dataset: Any,
-        batch_size: int,
-        dataloader_kwargs: Mapping[str, Any] | None,
-        collate_fn: Callable[[list[Any]], Any] | None,
-    ) -> Run:
-        """Return a run that does not train.
-
-        Raises:
-            ValueError: If there is no data.
-        """
-        if dataset is None:
-            raise ValueError("A dataset or a DataLoader is needed, got None.")
-        checks.check_dataset_is_not_empty(dataset, "dataset")
-        return cls(
-            eval_dataset=dataset,
-            batch_size=batch_size,
-            eval_dataloader_kwargs=dataloader_kwargs,
-            collate_fn=collate_fn,
-        )
 
     # ------------------------------------------------------------ what it works with
 
@@ -410,6 +386,7 @@ class UnderWay:
             run.data_seed = _seed_run(trainer)
             forget_start_if_set_by_hand(trainer.optimizer)  # type: ignore[arg-type]
         else:
+            checks.check_can_evaluate(run)
             run.training = outer.training
             run.data_seed = outer.training.data_seed
         if outer.is_under_way:
@@ -419,12 +396,7 @@ class UnderWay:
         trainer._run = run
         return run
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the run, or go on with the one that it was amid."""
         trainer, run = self._trainer, self._run
         run.is_under_way = False

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -40,12 +39,7 @@ class OnAllOrNone:
     def __enter__(self) -> None:
         """Nothing is to be done at the start."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         """Raise what was raised on any process."""
         if error is None or isinstance(error, Exception):
             distributed.raise_on_all(error)

@@ -344,8 +344,11 @@ class Trainer:
         Raises:
             ValueError: If there is nothing to evaluate on.
         """
-        run = Run.for_evaluation(
-            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        run = Run(
+            eval_dataset=dataset,
+            batch_size=per_device_batch_size,
+            eval_dataloader_kwargs=dataloader_kwargs,
+            collate_fn=collate_fn,
         )
         evaluation = self.run_history._evaluation()
         with evaluation, UnderWay(self, run):
@@ -378,8 +381,11 @@ class Trainer:
         Raises:
             ValueError: If there is nothing to predict.
         """
-        run = Run.for_evaluation(
-            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        run = Run(
+            eval_dataset=dataset,
+            batch_size=per_device_batch_size,
+            eval_dataloader_kwargs=dataloader_kwargs,
+            collate_fn=collate_fn,
         )
         predictions = []
         with UnderWay(self, run), torch.no_grad():
