@@ -14,24 +14,22 @@ from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer
 
 
-def test_the_best_model_is_saved_and_loaded_at_the_end(
-    train_with_scores, weight_of, tmp_path
+@pytest.mark.parametrize(("load", "num_updates"), [(True, 2), (False, 3)])
+def test_the_best_model_is_saved_and_loaded_at_the_end_if_it_is_to(
+    train_with_scores, weight_of, tmp_path, load, num_updates
 ):
     path = tmp_path / "folder" / "best.pt"
-    best = SaveBestModelCallback(path, watch_metric="score")
+    best = SaveBestModelCallback(path, watch_metric="score", load_saved_checkpoint=load)
     trainer = train_with_scores([best], [3, 1, 2])
     assert (best.best_metric, best.best_metric_epoch) == (1, 2)
-    assert weight_of(trainer) == 0.5**2
+    assert weight_of(trainer) == 0.5**num_updates
 
 
-def test_the_last_weights_can_be_kept(train_with_scores, weight_of, tmp_path):
-    best = SaveBestModelCallback(
-        tmp_path / "best.pt", watch_metric="score", load_saved_checkpoint=False
-    )
-    assert weight_of(train_with_scores([best], [3, 1, 2])) == 0.5**3
-
-
-@pytest.mark.parametrize("scores", [[1.0], [2.0, 1.0]], ids=["first", "later"])
+@pytest.mark.parametrize(
+    "scores",
+    [[1.0], [2.0, 1.0], [np.float64(2), np.float32(1)]],
+    ids=["first", "later", "of numpy"],
+)
 def test_the_value_is_stored_under_the_name_of_the_metric_and_as_loss(
     train_with_scores, tmp_path, scores
 ):
@@ -40,13 +38,6 @@ def test_the_value_is_stored_under_the_name_of_the_metric_and_as_loss(
     train_with_scores([best], scores)
     saved = torch.load(tmp_path / "best.pt", weights_only=True)
     assert (saved["score"], saved["loss"]) == (1.0, 1.0)
-
-
-def test_a_metric_from_numpy_can_be_loaded_again(train_with_scores, tmp_path):
-    """Defect 25: UnpicklingError at the very end of training."""
-    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
-    train_with_scores([best], [np.float64(2), np.float32(1)])
-    assert torch.load(tmp_path / "best.pt", weights_only=True)["score"] == 1.0
 
 
 @pytest.mark.parametrize("save", [True, False])
@@ -130,23 +121,16 @@ def test_two_metrics_can_be_watched(train_with_scores, tmp_path):
     assert (by_score.best_metric_epoch, by_loss.best_metric_epoch) == (2, 3)
 
 
-def test_each_run_starts_without_a_best_value(train_with_scores, tmp_path):
-    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
-    trainer = train_with_scores([best], [1])
-    train_with_scores(None, [9, 5], trainer)
-    assert (best.best_metric, best.best_metric_epoch) == (5, 2)
-
-
-def test_the_best_value_of_earlier_runs_can_be_kept(
-    train_with_scores, weight_of, tmp_path
+@pytest.mark.parametrize(("reset", "expected"), [(True, (5, 2)), (False, (1, 1))])
+def test_each_run_starts_without_a_best_value_if_it_is_to(
+    train_with_scores, tmp_path, reset, expected
 ):
     best = SaveBestModelCallback(
-        tmp_path / "best.pt", watch_metric="score", reset_on_train=False
+        tmp_path / "best.pt", watch_metric="score", reset_on_train=reset
     )
     trainer = train_with_scores([best], [1])
     train_with_scores(None, [9, 5], trainer)
-    assert best.best_metric == 1
-    assert weight_of(trainer) == 0.5
+    assert (best.best_metric, best.best_metric_epoch) == expected
 
 
 def test_a_resumed_run_keeps_the_best_value(train_with_scores, weight_of, tmp_path):
@@ -159,15 +143,7 @@ def test_a_resumed_run_keeps_the_best_value(train_with_scores, weight_of, tmp_pa
     assert weight_of(trainer) == 0.5
     assert torch.load(path, weights_only=True)["score"] == 1
 
-
-def test_a_best_file_that_has_vanished_is_a_warning(
-    train_with_scores, weight_of, tmp_path
-):
-    path = tmp_path / "best.pt"
-    best = SaveBestModelCallback(path, watch_metric="score")
-    train_with_scores([best], [1]).save_training_state(tmp_path / "state")
     path.unlink()
-    resumed = SaveBestModelCallback(path, watch_metric="score")
     with pytest.warns(UserWarning, match="of epoch 1, is no longer at"):
         trainer = train_with_scores([resumed], [1, 5], resume_from=tmp_path / "state")
     assert weight_of(trainer) == 0.25

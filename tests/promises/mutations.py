@@ -649,7 +649,7 @@ MUTATIONS = [
         "scheduler.step_update(max(scheduler.get_current_step(), 0))",
         "pass",
         WSD_CHECKPOINTS
-        + "test_another_schedule_after_a_decay_starts_at_the_full_learning_rate",
+        + "test_a_run_that_starts_after_a_decay_has_the_full_learning_rate",
     ),
     Mutation(
         "initial checkpoint: a continuation goes on where it ended",
@@ -657,7 +657,7 @@ MUTATIONS = [
         "            scheduler.restart()\n",
         "            pass\n",
         WSD_CHECKPOINTS
-        + "test_a_continuation_after_a_decay_starts_at_the_full_learning_rate",
+        + "test_a_run_that_starts_after_a_decay_has_the_full_learning_rate",
     ),
     Mutation(
         "placeholders: the number of epochs begun is calculated with",

@@ -80,14 +80,14 @@ class DirectoryLock:
             return
         if not held:
             self._descriptor = self._lock()
-            if self.is_held:
-                clean_leftovers(self.path.parent)
         elif self.owner is not None and self.owner == held[0].owner:
             self._descriptor = held[0]._descriptor
         else:
             raise self._refusal(_this_process())
         if self.is_held:
             held.append(self)
+            if len(held) == 1:
+                clean_leftovers(self.path.parent)
 
     def _lock(self) -> int | None:
         with write_errors_explained(self.path):
@@ -127,7 +127,8 @@ class DirectoryLock:
             held.remove(self)
             if not held:
                 with suppress(OSError):  # an empty file that stays does no harm
-                    self.path.unlink()
+                    if _is_at(descriptor, self.path):
+                        self.path.unlink()
                 os.close(descriptor)
 
 

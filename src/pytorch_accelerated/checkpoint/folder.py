@@ -286,7 +286,10 @@ class BackgroundWriter:
         """
         self.wait()
         thread = futures.ThreadPoolExecutor(1, "checkpoint writer")
-        self._write = thread.submit(write)
+        try:
+            self._write = thread.submit(write)
+        except RuntimeError:  # no thread can be started: the caller waits
+            write()
         thread.shutdown(wait=False)
 
     def wait(self) -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
     absolute,
     list_folder,
     read_file,
-    to_storable,
 )
 from pytorch_accelerated.checkpoint.folder import (
     MANIFEST_NAME,
@@ -24,6 +22,7 @@ from pytorch_accelerated.checkpoint.folder import (
     TORCH_NAME,
     read_weights,
 )
+from pytorch_accelerated.checkpoint.random_states import describe_states
 from pytorch_accelerated.errors import CheckpointError, warn
 
 _SCHEDULER = re.compile(r"custom_checkpoint_(\d+)\.pkl")
@@ -110,22 +109,13 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 
 def _convert_random_states(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Turn what Accelerate saved into what ``set_random_states`` takes."""
-    version, words, gauss = saved["random_state"]
-    _, key, position, has_gauss, numpy_gauss = saved["numpy_random_seed"]
-    states = {
-        "python": {
-            "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
-            "gauss": gauss,
-        },
-        "numpy": {
-            "bit_generator": "MT19937",
-            "state": {"key": to_storable(np.asarray(key)), "pos": position},
-            "has_gauss": has_gauss,
-            "gauss": numpy_gauss,
-        },
-        "torch": saved["torch_manual_seed"],
-    }
+    numpy = np.random.RandomState()
+    numpy.set_state(saved["numpy_random_seed"])
+    states = describe_states(
+        saved["random_state"],
+        numpy.get_state(legacy=False),
+        saved["torch_manual_seed"],
+    )
     if "torch_cuda_manual_seed" in saved:
         states["accelerator"] = {
             "type": "cuda",

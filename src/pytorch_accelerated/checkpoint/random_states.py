@@ -20,16 +20,9 @@ def get_random_states() -> dict[str, Any]:
     so every process saves its own. The generators of an accelerator are included once
     it has been used by this process.
     """
-    version, words, gauss = random.getstate()
-    states = {
-        "python": {
-            "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
-            "gauss": gauss,
-        },
-        "numpy": to_storable(np.random.get_state(legacy=False)),
-        "torch": torch.get_rng_state(),
-    }
+    states = describe_states(
+        random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    )
     kind = _used_kind()
     if kind is not None:
         module = torch.get_device_module(kind)
@@ -41,6 +34,19 @@ def get_random_states() -> dict[str, Any]:
             saved["states"] = [module.get_rng_state()]
         states["accelerator"] = saved
     return states
+
+
+def describe_states(
+    python: tuple[Any, ...], numpy: Mapping[str, Any], of_torch: torch.Tensor
+) -> dict[str, Any]:
+    """Return states of generators as tensors and plain values."""
+    version, words, gauss = python
+    words = torch.tensor(words, dtype=torch.int64)
+    return {
+        "python": {"version": version, "words": words, "gauss": gauss},
+        "numpy": to_storable(numpy),
+        "torch": of_torch,
+    }
 
 
 def _used_kind() -> str | None:
