@@ -36,8 +36,7 @@ def main(folder: Path, mode: str) -> None:
     saving = SaveTrainingStateCallback(
         states, save_every_n_steps=1, max_checkpoints=1, on_save_error="raise"
     )
-    trainer.callback_handler.add_callback(saving)
-    saving._save(trainer, "step_1")
+    save_with(saving, trainer, "step_1")
     shutil.copytree(states, folder / "pristine")
     weights = {"step_1": trainer.model.state_dict()}
     weights["step_1"] = {k: v.clone() for k, v in weights["step_1"].items()}
@@ -52,6 +51,14 @@ def main(folder: Path, mode: str) -> None:
         sys.stdout.flush()
         shutil.rmtree(states)
         shutil.copytree(folder / "pristine", states)
+
+
+def save_with(saving, trainer, name: str) -> None:
+    trainer.callback_handler.add_callback(saving)
+    try:
+        saving._save(trainer, name)
+    finally:
+        trainer.callback_handler.callbacks.remove(saving)
 
 
 def in_child(function) -> int:
@@ -73,7 +80,7 @@ def save(shim, mode: int, number: int, saving, trainer) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an old folder may stay
-            saving._save(trainer, "step_2")
+            save_with(saving, trainer, "step_2")
     except CheckpointError as error:
         expected = "errno 5" if mode == MODES["io error"] else "errno 28"
         code = RAISED if expected in str(error) else 1
