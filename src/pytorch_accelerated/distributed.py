@@ -6,14 +6,12 @@ transparent in a single process.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +25,8 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from pytorch_accelerated import compat
+from pytorch_accelerated.compat import MARKS
 from pytorch_accelerated.errors import (
     CheckpointError,
     NonFiniteLossError,
@@ -48,15 +48,14 @@ class PreparedModel:
         model: The model before it is prepared.
     """
 
-    _MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
-
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.was_compiled: bool = hasattr(model, "_orig_mod")
+        original = compat.without_compilation(model)
+        self.was_compiled: bool = original is not model
         # A compiled model passes most marks on to the one that it was made from.
-        self._marked = [model, model._orig_mod] if self.was_compiled else [model]
+        self._marked = [model, original] if self.was_compiled else [model]
         self._before = [
-            {name: vars(each)[name] for name in self._MARKS if name in vars(each)}
+            {name: vars(each)[name] for name in MARKS if name in vars(each)}
             for each in self._marked
         ]
 
@@ -72,7 +71,7 @@ class PreparedModel:
     def restore(self) -> None:
         """Put back what preparation replaced on the model."""
         for model, before in zip(self._marked, self._before, strict=True):
-            for name in self._MARKS:
+            for name in MARKS:
                 vars(model).pop(name, None)
             vars(model).update(before)
 
@@ -97,16 +96,6 @@ def is_plain(accelerator: Accelerator) -> bool:
 def num_local_processes() -> int:
     """Return the number of processes of the job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def forget_prepared(accelerator: Accelerator) -> None:
-    """Drop the accelerator's references to the objects of a finished run.
-
-    ``Accelerator.free_memory`` does this too, at the price of a garbage collection that
-    takes longer than a short run.
-    """
-    for registry in ("_models", "_optimizers", "_schedulers", "_dataloaders"):
-        setattr(accelerator, registry, [])
 
 
 def agree(flag: bool) -> bool:
@@ -134,18 +123,8 @@ def largest(number: float) -> float:
 def _host_group(world: Any) -> Any:
     # A group of its own also where the default one could do it: what the model
     # communicates must never meet what the trainer does.
-    timeout = _timeout_of(world)
+    timeout = compat.timeout_of(world)
     return torch.distributed.new_group(backend="gloo", timeout=timeout)
-
-
-def _timeout_of(world: Any) -> timedelta | None:
-    """Return how long the user lets processes wait for each other, if it is known."""
-    device = torch.device(torch.accelerator.current_accelerator() or "cpu")
-    for candidate in (device, torch.device("cpu")):
-        with contextlib.suppress(RuntimeError, AttributeError):
-            timeout: timedelta = world._get_backend(candidate).options._timeout
-            return timeout
-    return None
 
 
 def raise_on_all(error: Exception | None) -> None:

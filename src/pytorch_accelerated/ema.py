@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from pytorch_accelerated import compat
+
 UpdateFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -261,11 +263,11 @@ def _lerp_(
     same = [(average, new) for average, new in pairs if average.dtype == new.dtype]
     if same:
         averages, new_values = zip(*same, strict=True)
-        torch._foreach_lerp_(averages, new_values, weight)
+        compat.foreach_lerp_(averages, new_values, weight)
     mixed = [(average, new) for average, new in pairs if average.dtype != new.dtype]
     if mixed:
         # `lerp` takes one dtype only, and to convert the whole model at once would take
         # the memory of a second one.
         averages, new_values = zip(*mixed, strict=True)
-        torch._foreach_mul_(averages, 1.0 - weight)
-        torch._foreach_add_(averages, new_values, alpha=weight)
+        compat.foreach_mul_(averages, 1.0 - weight)
+        compat.foreach_add_(averages, new_values, alpha=weight)

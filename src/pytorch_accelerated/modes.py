@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
+from pytorch_accelerated.compat import Dropout, Norm
 from pytorch_accelerated.errors import warn
 
 
@@ -105,6 +104,6 @@ def _misses_training(module: nn.Module, trained: set[nn.Parameter]) -> bool:
     return any(
         parameter in trained for each in asleep for parameter in each.parameters(False)
     ) and any(
-        isinstance(each, _NormBase) or (isinstance(each, _DropoutNd) and each.p > 0)
+        isinstance(each, Norm) or (isinstance(each, Dropout) and each.p > 0)
         for each in asleep
     )

@@ -21,7 +21,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from pytorch_accelerated import checkpoint, checks, data, distributed, modes
+from pytorch_accelerated import checkpoint, checks, compat, data, distributed, modes
 from pytorch_accelerated.data import sharing
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import CheckpointError, warn
@@ -427,7 +427,7 @@ class UnderWay:
         trainer._engine.release(trainer.get_model(keep_torch_compile=False))
         trainer.optimizer = run.plain_optimizer
         run.prepared, run.plain_optimizer = None, None
-        distributed.forget_prepared(trainer._accelerator)
+        compat.forget_prepared(trainer._accelerator)
 
 
 class Aside:

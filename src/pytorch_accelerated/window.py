@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.data import BatchPlan
 from pytorch_accelerated.errors import warn
 from pytorch_accelerated.step_output import NumItems
@@ -198,7 +199,7 @@ class Accumulation:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_([_local(g) for g in gradients], factor)
+            compat.foreach_mul_([_local(g) for g in gradients], factor)
 
     def _choose_whether_to_count(
         self, step: int, num_items: NumItems, are_samples: bool

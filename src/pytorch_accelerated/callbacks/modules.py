@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -62,4 +62,5 @@ class ConvertSyncBatchNormCallback(TrainerCallback):
 
 
 def _is_unsynchronised(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    is_batch_norm = isinstance(module, compat.BatchNorm)
+    return is_batch_norm and not isinstance(module, nn.SyncBatchNorm)

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.errors import CheckpointError
 
 _HINTS = {
@@ -383,7 +383,7 @@ def check_archive(path: Path, *, checksums: bool = True) -> None:
 def _check_tensors(value: Any, path: Path, seen: set[int]) -> None:
     """Refuse a tensor that shows the same few bytes as gigabytes of elements."""
     if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided or is_traceable_wrapper_subclass(value):
+        if value.layout is not torch.strided or compat.wraps_tensors(value):
             return
         claimed = value.numel() * value.element_size()
         held = 0 if value.is_meta else value.untyped_storage().nbytes()
@@ -530,9 +530,10 @@ class _Converter:
                 raise NotStorableError(f"{where}: two keys are stored as {new_key!r}.")
             converted[new_key] = self.convert(value, where)
         # the versions of a model's modules, which torch hangs on its state dicts
-        versions = getattr(mapping, "_metadata", None)
+        versions = compat.versions_in(mapping)
         if versions is not None and isinstance(converted, OrderedDict):
-            converted._metadata = self.convert(versions, f"{what}._metadata")  # type: ignore[attr-defined]
+            versions = self.convert(versions, f"{what}._metadata")
+            compat.set_versions(converted, versions)
         return converted
 
     def _array(self, array: np.ndarray[Any, Any], what: str) -> Any:
@@ -544,7 +545,7 @@ class _Converter:
 
     def _tensor(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         _refuse_if_unloadable(tensor, what)
-        if is_traceable_wrapper_subclass(tensor):
+        if compat.wraps_tensors(tensor):
             return self._wrapper(tensor, what)
         tensor = tensor.detach()
         if tensor.layout is not torch.strided or tensor.is_nested:
@@ -596,7 +597,7 @@ def _why_unloadable(tensor: torch.Tensor) -> str | None:
             "a parameter of a lazy module, which has no shape yet. Let the model see a "
             "batch first"
         )
-    if is_traceable_wrapper_subclass(tensor):
+    if compat.wraps_tensors(tensor):
         if hasattr(tensor, "full_tensor") or (
             type(tensor) not in torch.serialization.get_safe_globals()
         ):

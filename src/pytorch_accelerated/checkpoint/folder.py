@@ -21,6 +21,7 @@ import safetensors
 import torch
 from torch import nn
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
     SummedFile,
@@ -521,7 +522,7 @@ def _write_safetensors(state: Mapping[str, torch.Tensor], file: SummedFile) -> N
             tensors[name] = tensor
         else:
             texts[name] = first_name
-    versions = getattr(state, "_metadata", None)
+    versions = compat.versions_in(state)
     if versions is not None:
         texts[_VERSIONS_KEY] = json.dumps(versions)
     header: dict[str, Any] = {"__metadata__": texts}
@@ -579,7 +580,7 @@ def _read_safetensors(path: Path) -> OrderedDict[str, Any]:
             versions = OrderedDict(json.loads(texts[_VERSIONS_KEY]))
             if not all(isinstance(each, dict) for each in versions.values()):
                 raise ValueError("the versions of the modules in it are none")
-            state._metadata = versions  # type: ignore[attr-defined]
+            compat.set_versions(state, versions)
     return state
 
 
@@ -601,12 +602,11 @@ def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
     for name, parameter in parameters.items():
         if id(parameter) in tied:
             fitted.setdefault(name, tied[id(parameter)])
-    versions = getattr(state_dict, "_metadata", None)
+    versions = compat.versions_in(state_dict)
     if versions is not None:
         modules = {_plain(f"{name}."): name for name, _ in model.named_modules()}
-        fitted._metadata = OrderedDict(  # type: ignore[attr-defined]
-            (modules.get(_plain(f"{k}."), k), v) for k, v in versions.items()
-        )
+        renamed = ((modules.get(_plain(f"{k}."), k), v) for k, v in versions.items())
+        compat.set_versions(fitted, OrderedDict(renamed))
     return fitted if fitted.keys() == expected else state_dict
 
 

@@ -18,8 +18,8 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
-from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.data.order import SeededIndices
 from pytorch_accelerated.errors import add_note
@@ -91,7 +91,8 @@ class BatchDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate_fn: Any) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
-        self._collate_here = _collate_here if is_as_usual(collate_fn) else collate_fn
+        is_default = compat.is_default_collate(collate_fn)
+        self._collate_here = _collate_here if is_default else collate_fn
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
         self.is_first = True
         self._drawn_from = [_TORCH]
@@ -138,15 +139,6 @@ class BatchDataset(Dataset[Any]):
 
 def _states() -> list[tuple[_Generator, Any]]:
     return [(generator, generator.get_state()) for generator in (_PYTHON, _NUMPY)]
-
-
-def is_as_usual(collate_fn: Any) -> bool:
-    """Say whether this is torch's default, unchanged for tuples and for tensors."""
-    return (
-        collate_fn is default_collate
-        and tuple not in default_collate_fn_map
-        and default_collate_fn_map.get(Tensor) is collate_tensor_fn
-    )
 
 
 def _collate_here(samples: Any) -> Any:
@@ -197,7 +189,9 @@ class InMemoryDataset:
             subset = torch.as_tensor(dataset.indices, dtype=torch.int64)
             index = subset if index is None else subset[index]
             dataset = dataset.dataset
-        if type(dataset) is not TensorDataset or not is_as_usual(loader.collate_fn):
+        if not compat.is_default_collate(loader.collate_fn):
+            return None
+        if type(dataset) is not TensorDataset:
             return None
         if any(type(tensor) is not Tensor for tensor in dataset.tensors):
             return None

@@ -21,7 +21,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from pytorch_accelerated.data.fetching import BatchDataset, InMemoryDataset, is_as_usual
+from pytorch_accelerated import compat
+from pytorch_accelerated.data.fetching import BatchDataset, InMemoryDataset
 from pytorch_accelerated.data.order import (
     BatchPlan,
     PlannedBatchSampler,
@@ -173,7 +174,7 @@ class PlannedLoader(_OnDevice):
     @property
     def is_exact(self) -> bool:
         """Whether no collate function can make a batch smaller than planned."""
-        return is_as_usual(self.loader.collate_fn)
+        return compat.is_default_collate(self.loader.collate_fn)
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch of this process."""
@@ -237,7 +238,7 @@ class PlannedLoader(_OnDevice):
     def stop_workers(self) -> None:
         """End worker processes that were kept for another epoch, or by an error."""
         self._iteration.stop_workers()
-        self._loader._iterator = None
+        compat.forget_iterator(self._loader)
 
     def _follow_dataset(self) -> None:
         """Plan for the length that the dataset has now, unless amid an epoch."""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_in
 from torch.utils.data.datapipes.datapipe import IterDataPipe
 from torch.utils.data.graph import traverse_dps
 
-from pytorch_accelerated import distributed
+from pytorch_accelerated import compat, distributed
 from pytorch_accelerated.data.fetching import seeded
 from pytorch_accelerated.data.loaders import DeviceLoader, LookAhead, length_of
 from pytorch_accelerated.data.order import Share, derive_seed, share_bounds
@@ -152,7 +152,8 @@ class SharedLoader(DeviceLoader):
         self._is_evaluation = is_evaluation
         # The loader as it is, but for what it loads.
         self._iterable = copy.copy(loader)
-        vars(self._iterable).update(source.parts_of_loader(), _iterator=None)
+        vars(self._iterable).update(source.parts_of_loader())
+        compat.forget_iterator(self._iterable)
         if self._keeps_place is loader:
             self._keeps_place = self._iterable
 

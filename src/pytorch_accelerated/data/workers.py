@@ -23,6 +23,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.data.fetching import BatchDataset, InMemoryDataset
 from pytorch_accelerated.data.order import SeededIndices
 
@@ -173,7 +174,7 @@ class LastIteration:
             return iter(loader)
         with _ctrl_c_deferred():
             iterator = iter(loader)
-            if not hasattr(iterator, "_shutdown_workers"):
+            if not compat.has_workers(iterator):
                 return iterator
             self._iterator = weakref.ref(iterator)
         return _naming_dead_workers(iterator)
@@ -182,8 +183,7 @@ class LastIteration:
         """End the workers of the iteration."""
         iterator = self._iterator and self._iterator()
         if iterator is not None:
-            with suppress(RuntimeError):  # one has died before
-                iterator._shutdown_workers()
+            compat.stop_workers(iterator)
 
 
 @contextmanager
@@ -226,8 +226,9 @@ def _naming_dead_workers(batches: Any) -> Iterator[Any]:
     try:
         yield from batches
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        ended = wait([worker.sentinel for worker in batches._workers], timeout=1)
-        dead = [str(each.pid) for each in batches._workers if each.sentinel in ended]
+        workers = compat.workers_of(batches)
+        ended = wait([worker.sentinel for worker in workers], timeout=1)
+        dead = [str(worker.pid) for worker in workers if worker.sentinel in ended]
         if not dead:
             raise
         raise RuntimeError(

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.engines.plain import Engine
 from pytorch_accelerated.errors import CheckpointError
 
@@ -97,8 +98,7 @@ class DeepSpeedEngine(Engine):
             )
             self._engine, self._optimizer = super().prepare(model, optimizer)
             self._model = model
-        self.accelerator._models = [self._engine]
-        self.accelerator._optimizers = [self._optimizer]
+        compat.remember_prepared(self.accelerator, self._engine, self._optimizer)
         return self._engine, self._optimizer
 
     def prepare_for_evaluation(self, model: nn.Module) -> Any:
@@ -110,12 +110,11 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def without_gradient_sync(self, model: nn.Module) -> Iterator[None]:
         """Tell DeepSpeed that a window goes on."""
-        gradient_state = self.accelerator.gradient_state
-        gradient_state._set_sync_gradients(False)
+        compat.set_sync_gradients(self.accelerator, syncs=False)
         try:
             yield
         finally:
-            gradient_state._set_sync_gradients(True)
+            compat.set_sync_gradients(self.accelerator, syncs=True)
 
     def clip_by_norm(self, parameters: Iterable[Tensor], norm: float) -> Any:
         """Return the norm; DeepSpeed has clipped by the number in its config."""

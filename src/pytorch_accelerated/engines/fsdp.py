@@ -18,9 +18,8 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from pytorch_accelerated import checkpoint
+from pytorch_accelerated import checkpoint, compat
 from pytorch_accelerated.engines.plain import Engine
 
 _SHAPE, _OFFSET, _PART = "shape of the whole", "offset of the part", "part"
@@ -50,7 +49,7 @@ class ShardedEngine(Engine):
         if self.knows(model):
             # Accelerate tells weights apart by their place in memory, which is the same
             # for all those of which this process has nothing.
-            self.accelerator._models.append(model)
+            compat.remember_prepared(self.accelerator, model)
             return model, optimizer
         return super().prepare(model, optimizer)
 
@@ -103,12 +102,9 @@ def _part_of(tensor: Tensor) -> Any:
     """Return this process's part of a sharded tensor, with its place in the whole."""
     if not isinstance(tensor, DTensor):
         return tensor
-    _, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
     return {
         _SHAPE: list(tensor.shape),
-        _OFFSET: list(offset),
+        _OFFSET: compat.offset_of_part(tensor),
         # A part can be a view of a larger buffer, which is not to be saved.
         _PART: tensor.to_local().clone(),
     }

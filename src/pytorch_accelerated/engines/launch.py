@@ -28,6 +28,7 @@ from accelerate.utils import (
     parse_choice_from_env,
 )
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.errors import warn
 
 # Kept in Accelerate's state, to be gone when that is reset.
@@ -200,7 +201,7 @@ def precision_of_its_own(precision: str | None) -> Iterator[None]:
     Args:
         precision: What is asked for; None for that of the launcher.
     """
-    state = AcceleratorState._shared_state
+    state = compat.shared_state(AcceleratorState)
     is_ours_to_choose = not state or state.get(_IS_CHOSEN_BY_TRAINER, False)
     if precision is None and is_ours_to_choose:
         precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
@@ -220,6 +221,6 @@ def use_precision(accelerator: Accelerator, precision: str) -> None:
 
 
 def _set(precision: str) -> None:
-    state = AcceleratorState._shared_state
+    state = compat.shared_state(AcceleratorState)
     if state and state["distributed_type"] not in _FIXED_FOR:
         state["_mixed_precision"] = precision
