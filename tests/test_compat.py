@@ -57,6 +57,14 @@ def test_workers_of_an_iterator_are_known_and_can_be_ended():
     assert [worker.is_alive() for worker in workers] == [False, False]
 
 
+def test_it_does_not_matter_if_workers_that_are_ended_have_died():
+    class Batches:
+        def _shutdown_workers(self):
+            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+    compat.stop_workers(Batches())
+
+
 def test_a_loader_with_persistent_workers_can_be_made_to_start_others():
     loader = DataLoader([1], num_workers=1, persistent_workers=True)
     first = iter(loader)

@@ -1,6 +1,5 @@
 """The loaders that a trainer makes, and what the user may say about them."""
 
-import os
 import random
 from unittest import mock
 
@@ -13,8 +12,6 @@ from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
 from pytorch_accelerated.trainer import Trainer
 from pytorch_accelerated.utils import (
-    LIMIT_BATCHES_ENV_VAR,
-    LimitBatches,
     worker_init_fn,
 )
 
@@ -362,80 +359,7 @@ def test_evaluate_reports_nothing_of_the_training_before_it(create_trainer, numb
 # --- limited batches
 
 
-@pytest.fixture
-def num_steps(create_trainer, numbered):
-    """Return the numbers of steps in the epochs of two runs on 6 batches."""
-
-    def train(**kwargs):
-        class Counts(TrainerCallback):
-            def on_train_step_end(self, trainer, **kwargs):
-                counts[-1] += 1
-
-            def on_train_epoch_start(self, trainer, **kwargs):
-                counts.append(0)
-
-        counts = []
-        trainer = create_trainer([Counts])
-        for _ in range(2):
-            trainer.train(numbered(6), 1, per_device_batch_size=1, **kwargs)
-        return counts, trainer
-
-    return train
-
-
-def test_limits_can_be_nested_and_leave_the_environment_as_it_was(
-    num_steps, monkeypatch
-):
-    """Defect 38: nested limits failed, and the value of the user was deleted."""
-    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "5")
-
-    with LimitBatches(3):
-        with LimitBatches(1) as limit:
-            assert limit.num_batches == 1
-            assert num_steps()[0] == [1, 1]
-        assert num_steps()[0] == [3, 3]
-    assert os.environ[LIMIT_BATCHES_ENV_VAR] == "5"
-    assert num_steps()[0] == [5, 5]
-
-
-@pytest.mark.parametrize("value", ["none", "None", "NONE"])
-def test_a_limit_of_none_is_no_limit(num_steps, monkeypatch, value):
-    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, value)
-
-    assert num_steps()[0] == [6, 6]
-
-
-def test_a_limit_that_is_no_number_is_refused(create_trainer, monkeypatch):
-    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "few")
-
-    with pytest.raises(ValueError, match=r"number of\s+batches or 'none', got 'few'"):
-        create_trainer()
-
-
-def test_a_limited_loader_still_has_the_attributes_of_the_loader(
-    create_trainer, numbered
-):
-    """Defect 38: slices hid the device, the sampler and the dataset."""
-    dataset = numbered(6)
-    with LimitBatches(2):
-        trainer = create_trainer()
-    trainer.train(dataset, 1, eval_dataset=dataset)
-
-    assert trainer._train_dataloader.dataset is dataset
-    assert trainer._eval_dataloader.device == trainer.device
-
-
 # --- gather
-
-
-def test_gather_keeps_structures_and_values_that_look_like_padding(create_trainer):
-    """Defect 53: dictionaries failed, and rows equal to the padding were removed."""
-    trainer = create_trainer()
-    tensor = torch.tensor([1.0, -2.0, float("nan")])
-
-    for padding in (None, -2.0, float("nan")):
-        gathered = trainer.gather({"a": [tensor]}, padding_value=padding)
-        torch.testing.assert_close(gathered, {"a": [tensor]}, equal_nan=True)
 
 
 # --- lengths that are wrong

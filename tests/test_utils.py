@@ -61,6 +61,18 @@ def test_the_environment_is_restored_after_an_error(monkeypatch):
     assert LIMIT_BATCHES_ENV_VAR not in os.environ
 
 
+@pytest.mark.parametrize(("value", "limit"), [("none", None), ("NONE", None), ("5", 5)])
+def test_the_environment_may_set_a_limit(monkeypatch, value, limit):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, value)
+    assert data.batch_limit_from_environment() == limit
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "few")
+    with pytest.raises(ValueError, match=r"number of\s+batches or 'none', got 'few'"):
+        data.batch_limit_from_environment()
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(range(10))

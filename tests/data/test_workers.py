@@ -5,12 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pytorch_accelerated import data
+from pytorch_accelerated.data import workers
 from pytorch_accelerated.data.workers import LastIteration
 
 SRC = Path(__file__).parents[2] / "src"
@@ -31,29 +36,6 @@ def test_workers_are_ended_while_their_iteration_is_still_in_use():
     assert len(multiprocessing.active_children()) == 2
     iteration.stop_workers()
     assert multiprocessing.active_children() == []
-
-
-def test_an_error_of_workers_that_are_being_ended_does_not_matter():
-    class Workers:
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            raise StopIteration
-
-        def _shutdown_workers(self):
-            raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
-
-    class Loader:
-        num_workers = 1
-
-        def __iter__(self):
-            return workers
-
-    workers = Workers()
-    iteration = LastIteration()
-    iteration.of(Loader())
-    iteration.stop_workers()
 
 
 @pytest.fixture
@@ -117,6 +99,112 @@ def test_ctrl_c_ends_a_worker_that_is_starting_as_if_all_were_well(ctrl_c):
 
     LastIteration().of(Starting(fork))
     assert codes == [0]
+
+
+# ----------------------------------------------------------------------- how many
+
+
+def test_a_dataset_in_memory_needs_no_workers(noise):
+    """Defect 30: as many workers as cores, for each loader and in each process."""
+    with mock.patch.object(workers, "usable_cores", return_value=64):
+        assert data.choose_num_workers(noise(100), {"batch_size": 8}) == 0
+
+
+class Slow(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return index
+
+
+def test_a_slow_dataset_gets_this_process_s_share_of_the_cores():
+    for cores, processes, expected in ((3, 1, 3), (64, 1, 8), (12, 4, 3), (2, 4, 0)):
+        with mock.patch.object(workers, "usable_cores", return_value=cores):
+            found = data.choose_num_workers(Slow(), {"batch_size": 2}, processes)
+        assert found == expected
+
+
+def test_a_quick_dataset_gets_no_workers(one_by_one, noise):
+    with mock.patch.object(workers, "HAND_OVER_SECONDS", 60.0):
+        assert data.choose_num_workers(one_by_one(noise(9)), {"batch_size": 2}) == 0
+
+
+class QuickAfterAll(Dataset):
+    """Slow for the first trials, as on a machine that has other things to do."""
+
+    def __init__(self):
+        self.num_fetched = 0
+        self.clock = 0.0
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        self.num_fetched += 1
+        self.clock += 0.01 if self.num_fetched <= 2 else 0
+        return index
+
+
+def test_a_quick_dataset_that_was_held_up_gets_no_workers(monkeypatch):
+    dataset = QuickAfterAll()
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: dataset.clock)
+    assert data.choose_num_workers(dataset, {"batch_size": 1}) == 0
+
+
+class WaitsForThread(Dataset):
+    """Loads samples in a thread, which does not survive a fork."""
+
+    def __init__(self):
+        self.threads = ThreadPoolExecutor(1)
+        self.threads.submit(int).result()
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.threads.submit(torch.ones, 1).result(), torch.zeros(1)
+
+
+def test_a_dataset_that_hangs_in_a_worker_gets_none(monkeypatch, create_trainer):
+    """Found 82: the measurement waited for ever."""
+    monkeypatch.setattr(workers, "usable_cores", lambda: 2)
+    monkeypatch.setattr(workers, "_MEASURING_SECONDS", 0.2)
+    trainer = create_trainer()
+
+    trainer.train(WaitsForThread(), num_epochs=1)
+
+    assert trainer.run_config.train_dl_kwargs["num_workers"] == 0
+    assert trainer.num_samples_seen == 4
+    assert multiprocessing.active_children() == []
+
+
+def test_measuring_leaves_the_process_as_it_was():
+    fetched_here = []
+
+    class Notes(Slow):
+        def __getitem__(self, index):
+            fetched_here.append(index)
+            return torch.rand(1)
+
+    state = torch.get_rng_state()
+    data.choose_num_workers(Notes(), {"batch_size": 2})
+
+    assert fetched_here == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_usable_cores_are_those_that_the_process_may_use():
+    """Defect 30: os.cpu_count() ignores what a process is limited to, or is None."""
+    assert workers.usable_cores() == len(os.sched_getaffinity(0))
+    with (
+        mock.patch.object(os, "cpu_count", return_value=None),
+        mock.patch.object(os, "sched_getaffinity", create=True),
+    ):
+        del os.sched_getaffinity
+        assert workers.usable_cores() == 1
 
 
 # ------------------------------------------------------- whole scripts of a user's

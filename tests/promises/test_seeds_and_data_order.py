@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.data import derive_seed, epoch_order
@@ -141,20 +141,6 @@ def test_another_run_of_the_same_trainer_has_another_order():
     samples, _, _ = train(Augmented(), num_runs=2)
     first, second = samples[:, 0].split(NUM_SAMPLES * NUM_EPOCHS)
     assert not torch.equal(first, second)
-
-
-def test_data_in_memory_comes_in_the_same_order_as_sample_by_sample():
-    inputs = torch.arange(NUM_SAMPLES * 4.0).reshape(NUM_SAMPLES, 4) / 44
-    dataset = TensorDataset(inputs, torch.zeros(NUM_SAMPLES, 1))
-
-    class OneByOne(Dataset):
-        def __len__(self):
-            return NUM_SAMPLES
-
-        def __getitem__(self, index):
-            return dataset[index]
-
-    assert_same(train(dataset), train(OneByOne()))
 
 
 def test_a_generator_that_only_later_batches_draw_from_is_seeded_from_the_next_epoch():
