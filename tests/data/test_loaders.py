@@ -19,18 +19,9 @@ from torch.utils.data import (
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pytorch_accelerated import data
-from pytorch_accelerated.data import (
-    PlannedLoader,
-    loaders,
-)
+from pytorch_accelerated.data import PlannedLoader, loaders
 
 CPU = torch.device("cpu")
-
-
-# --- orders and seeds
-
-
-# --- plans of batches
 
 
 # --- planned loaders
@@ -154,7 +145,7 @@ def test_a_loader_with_a_sampler_of_the_user_is_not_plain(arguments, expected):
     assert data.is_plain(loader) is expected
 
 
-# --- arguments and workers
+# --- arguments
 
 
 def test_given_arguments_win_over_defaults():
