@@ -1,5 +1,5 @@
 import shutil
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -13,7 +13,7 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints, newest
-from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.errors import CheckpointError, StopTrainingError
 
 
 def names_in(folder):
@@ -33,16 +33,6 @@ class EventLog(TrainerCallback):
         self.seen["eval", trainer.run_history.current_epoch] = names_in(self.folder)
 
 
-def test_states_are_saved_every_n_epochs_and_at_the_end(
-    create_trainer, samples, tmp_path
-):
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=2)
-    create_trainer([saving]).train(samples(2), num_epochs=5)
-    assert names_in(tmp_path) == ["epoch_2", "epoch_4", "final"]
-    assert saving._saved_checkpoints == [tmp_path / "epoch_2", tmp_path / "epoch_4"]
-    assert saving.save_dir == tmp_path
-
-
 def test_an_epoch_is_saved_after_its_evaluation(create_trainer, samples, tmp_path):
     """Defect 47: it was saved before."""
     log = EventLog(tmp_path)
@@ -59,10 +49,14 @@ def test_states_are_saved_every_n_updates_of_the_whole_run(
     create_trainer, samples, weight_of, tmp_path
 ):
     saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_steps=2, save_at_end=False
+        tmp_path, save_every_n_epochs=2, save_every_n_steps=2
     )
+    assert names_in(tmp_path) == []
     create_trainer([saving]).train(samples(3), num_epochs=2, per_device_batch_size=1)
-    assert names_in(tmp_path) == ["step_2", "step_4", "step_6"]
+    saved = ["epoch_2", "final", "step_2", "step_4", "step_6"]
+    assert names_in(tmp_path) == saved
+    assert {path.name for path in saving._saved_checkpoints} == {*saved} - {"final"}
+    assert saving.save_dir == tmp_path
     # Saved after the update: two of them have halved the weight twice.
     weights = Checkpoint(tmp_path / "step_2").load_weights()
     assert weights["weight"].item() == 0.5**2
@@ -179,14 +173,8 @@ def test_a_second_run_does_not_delete_what_it_has_just_written(
     trainer.train(samples(1), num_epochs=1)
     assert names_in(tmp_path) == ["epoch_1", "epoch_3"]
     assert saving._saved_checkpoints == [tmp_path / "epoch_3", tmp_path / "epoch_1"]
-
-
-def test_a_state_that_is_written_anew_is_listed_once(create_trainer, samples, tmp_path):
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
-    trainer = create_trainer([saving])
-    trainer.train(samples(1), num_epochs=2)
     trainer.train(samples(1), num_epochs=1)
-    assert saving._saved_checkpoints == [tmp_path / "epoch_2", tmp_path / "epoch_1"]
+    assert saving._saved_checkpoints == [tmp_path / "epoch_3", tmp_path / "epoch_1"]
 
 
 def test_the_best_epochs_are_kept_besides_the_newest(train_with_scores, tmp_path):
@@ -305,35 +293,32 @@ def test_the_state_of_callbacks_listed_later_is_that_of_the_saved_epoch(
     assert (best.best_metric, best.best_metric_epoch) == (1, 2)
 
 
-def test_the_epoch_at_which_a_run_stops_early_is_saved(train_with_scores, tmp_path):
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
-    stopping = EarlyStoppingCallback(watch_metric="score")
-    train_with_scores([stopping, saving], [1, 2, 3])
-    assert names_in(tmp_path) == ["epoch_1", "epoch_2", "final"]
+class Fail(TrainerCallback):
+    def on_train_epoch_end(self, trainer, **kwargs):
+        raise RuntimeError("broken")
 
 
-def test_a_run_that_fails_leaves_no_final_state(create_trainer, samples, tmp_path):
-    class Fail(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            raise RuntimeError("broken")
-
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
-    trainer = create_trainer([saving, Fail()])
-    with pytest.raises(RuntimeError, match="broken"):
-        trainer.train(samples(1), num_epochs=1)
-    assert names_in(tmp_path) == ["step_1"]
+class Stop(TrainerCallback):
+    def on_train_epoch_end(self, trainer, **kwargs):
+        raise StopTrainingError("enough")
 
 
-def test_an_interrupted_run_leaves_a_step_to_resume_from(
-    create_trainer, samples, tmp_path
+class Interrupt(TrainerCallback):
+    def on_train_epoch_end(self, trainer, **kwargs):
+        trainer.interrupted = True
+
+
+@pytest.mark.parametrize(
+    ("ending", "saved"), [(Fail, []), (Stop, ["final"]), (Interrupt, ["step_1"])]
+)
+def test_what_is_saved_at_the_end_depends_on_how_a_run_ends(
+    create_trainer, samples, tmp_path, ending, saved
 ):
-    class Interrupt(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            trainer.interrupted = True
-
-    saving = SaveTrainingStateCallback(tmp_path)
-    create_trainer([saving, Interrupt()]).train(samples(1), num_epochs=1)
-    assert names_in(tmp_path) == ["step_1"]
+    """Of one that was interrupted, a step to resume from."""
+    trainer = create_trainer([SaveTrainingStateCallback(tmp_path), ending()])
+    with pytest.raises(RuntimeError) if ending is Fail else nullcontext():
+        trainer.train(samples(1), num_epochs=1)
+    assert names_in(tmp_path) == saved
 
 
 @pytest.mark.parametrize(
@@ -349,13 +334,6 @@ def test_an_interrupted_run_leaves_a_step_to_resume_from(
 def test_arguments_without_meaning_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SaveTrainingStateCallback(**arguments)
-
-
-def test_nothing_is_written_when_it_is_created(tmp_path):
-    with warnings.catch_warnings():
-        SaveTrainingStateCallback(tmp_path / "states")
-    assert names_in(tmp_path) == []
-    assert list_checkpoints(tmp_path / "states") == []
 
 
 # ------------------------------------------------------- whose states are in a folder
@@ -544,41 +522,32 @@ def test_a_failed_write_in_the_background_is_no_state_of_another_callback(
 # ------------------------------------------------------------------ saves that fail
 
 
+@pytest.mark.parametrize("on_save_error", ["warn", "raise"])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_failed_save_does_not_prevent_the_final_state_found_88(
-    create_trainer, samples, tmp_path, asynchronous
+def test_a_failed_save_ends_the_run_only_where_it_is_to_found_88(
+    create_trainer, samples, tmp_path, asynchronous, on_save_error
 ):
-    """found 88: in the background it did."""
+    """found 88: in the background it prevented the final state."""
 
     class InTheWay(TrainerCallback):
         def on_training_run_start(self, trainer, **kwargs):
             (tmp_path / "epoch_2").write_text("mine")
 
     saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_epochs=1, asynchronous=asynchronous
-    )
-    with pytest.warns(UserWarning, match="not saved; the run goes on.*is a file"):
-        create_trainer([saving, InTheWay()]).train(samples(1), num_epochs=2)
-    assert names_in(tmp_path) == ["epoch_1", "epoch_2", "final"]
-    Checkpoint(tmp_path / "final").verify()
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_failed_save_ends_the_run_where_it_is_to(
-    create_trainer, samples, tmp_path, asynchronous
-):
-    class InTheWay(TrainerCallback):
-        def on_training_run_start(self, trainer, **kwargs):
-            (tmp_path / "epoch_1").write_text("mine")
-
-    saving = SaveTrainingStateCallback(
         tmp_path,
         save_every_n_epochs=1,
         asynchronous=asynchronous,
-        on_save_error="raise",
+        on_save_error=on_save_error,
     )
-    with pytest.raises(CheckpointError, match="epoch_1 is a file"):
-        create_trainer([saving, InTheWay()]).train(samples(1), num_epochs=1)
+    trainer = create_trainer([saving, InTheWay()])
+    if on_save_error == "raise":
+        with pytest.raises(CheckpointError, match="epoch_2 is a file"):
+            trainer.train(samples(1), num_epochs=2)
+        return
+    with pytest.warns(UserWarning, match="not saved; the run goes on.*is a file"):
+        trainer.train(samples(1), num_epochs=2)
+    assert names_in(tmp_path) == ["epoch_1", "epoch_2", "final"]
+    Checkpoint(tmp_path / "final").verify()
 
 
 # ------------------------------------------------------------ what cannot be stored

@@ -74,17 +74,16 @@ def read_legacy_training_state(folder: str | os.PathLike[str]) -> dict[str, Any]
         )
     # 0.1.61 added the scheduler anew at each save: the last is the latest
     *_, scheduler = None, *_numbered(folder, _SCHEDULER).values()
-    random_states = {
-        process: _read_or_skip(path, _convert_random_states)
-        for process, path in _numbered(folder, _RANDOM_STATES).items()
-    }
     return {
         "model": model,
         "optimizer": _read_if_there(folder / "optimizer.bin"),
         "scheduler": None if scheduler is None else _read_or_skip(scheduler, dict),
         "scaler": _read_if_there(folder / "scaler.pt"),
         "metadata": _read_if_there(folder / "trainer_metadata.pt") or {},
-        "random_states": random_states,
+        "random_states": {
+            process: _read_or_skip(path, _convert_random_states)
+            for process, path in _numbered(folder, _RANDOM_STATES).items()
+        },
     }
 
 
