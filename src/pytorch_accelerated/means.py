@@ -21,7 +21,7 @@ class Means:
     """
 
     def __init__(self) -> None:
-        self.loss = LossTracker()
+        self.loss: LossTracker = LossTracker()
         self.scalars: dict[str, LossTracker] = {}
 
     def add_scalars(self, batch_output: Mapping[str, Any], num_items: NumItems) -> None:

@@ -36,25 +36,44 @@ _OPERATORS = {
 }
 
 
-def _operator(symbol: str) -> tuple[Any, Any]:
-    """Return the methods that make an expression, with self on the left and right."""
-
-    def combine(left: Any, right: Any) -> Any:
-        if isinstance(left, _OPERANDS) and isinstance(right, _OPERANDS):
-            return PlaceholderExpression(symbol, left, right)
-        return NotImplemented
-
-    return combine, lambda self, other: combine(other, self)
+def _combine(symbol: str, left: Any, right: Any) -> Any:
+    if isinstance(left, _OPERANDS) and isinstance(right, _OPERANDS):
+        return PlaceholderExpression(symbol, left, right)
+    return NotImplemented
 
 
 class PlaceholderArithmetic:
     """Lets placeholders, numbers and expressions of both be combined freely."""
 
-    __add__, __radd__ = _operator("+")
-    __sub__, __rsub__ = _operator("-")
-    __mul__, __rmul__ = _operator("*")
-    __floordiv__, __rfloordiv__ = _operator("//")
-    __truediv__, __rtruediv__ = _operator("/")
+    def __add__(self, other: Any) -> Any:
+        return _combine("+", self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _combine("+", other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return _combine("-", self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _combine("-", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return _combine("*", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return _combine("*", other, self)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return _combine("//", self, other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return _combine("//", other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return _combine("/", self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _combine("/", other, self)
 
 
 _OPERANDS = (PlaceholderArithmetic, Real)

@@ -376,7 +376,8 @@ class InMemoryRunHistory(RunHistory):
         self.reset()
         self._metrics.update(values)
         self._origins.update(origins)
-        self._current_epoch, self.current_step, self._prefix = epoch, step, prefix
+        self._current_epoch, self._prefix = epoch, prefix
+        self.current_step: int = step
 
     def _names(self) -> list[str]:
         return [name for name, values in self._metrics.items() if values]

@@ -62,7 +62,7 @@ class Window:
         self._batches = batches
         self._step = first_step
         self._is_last = is_last
-        self.is_complete = False
+        self.is_complete: bool = False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         while not self.is_complete:
@@ -118,7 +118,7 @@ class Accumulation:
         self._num_batches: int | None = None
         self._is_in_epoch = False
         self._has_warned = False
-        self.state = WindowState()
+        self.state: WindowState = WindowState()
 
     def with_num_steps(self, num_steps: int) -> Accumulation:
         """Return one for other windows, of which nothing is done."""

@@ -94,7 +94,7 @@ class BatchDataset(Dataset[Any]):
         is_default = compat.is_default_collate(collate_fn)
         self._collate_here = _collate_here if is_default else collate_fn
         self._fetches_whole_batches = hasattr(dataset, "__getitems__")
-        self.is_first = True
+        self.is_first: bool = True
         self._drawn_from = [_TORCH]
         self._before_epoch: list[tuple[_Generator, Any]] = []
 

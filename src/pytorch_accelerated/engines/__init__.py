@@ -5,6 +5,8 @@ spread them over the processes, and then preparing, saving and loading differ. H
 job was started is for ``launch`` to see.
 """
 
+from __future__ import annotations
+
 from accelerate import Accelerator, DistributedType
 
 from pytorch_accelerated.engines.plain import (

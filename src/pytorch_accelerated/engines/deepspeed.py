@@ -24,11 +24,11 @@ class DeepSpeedEngine(Engine):
     optimizer holds.
     """
 
-    clips_by_norm_only = "DeepSpeed"
-    owns_gradients = True
-    computes_alone = False
+    clips_by_norm_only: str = "DeepSpeed"
+    owns_gradients: bool = True
+    computes_alone: bool = False
     # With the weights that it holds.
-    saved_in_parts = frozenset(("optimizer",))
+    saved_in_parts: frozenset[str] = frozenset(("optimizer",))
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)

@@ -32,13 +32,13 @@ class ShardedEngine(Engine):
     like this may not fit into the memory of one process.
     """
 
-    clips_by_norm_only = "FSDP"
-    computes_alone = False
+    clips_by_norm_only: str = "FSDP"
+    computes_alone: bool = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
         if accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
-            self.saved_in_parts = frozenset(("model", "optimizer"))
+            self.saved_in_parts: frozenset[str] = frozenset(("model", "optimizer"))
 
     def knows(self, model: nn.Module) -> bool:
         """Say whether an earlier run has sharded the model."""

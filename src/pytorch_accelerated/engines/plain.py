@@ -21,12 +21,12 @@ class Engine:
     """
 
     # The name of an engine that clips gradients by their norm only.
-    clips_by_norm_only = ""
+    clips_by_norm_only: str = ""
     # Whether gradients are out of reach between backward and the optimizer's step.
-    owns_gradients = False
+    owns_gradients: bool = False
     # Whether a process needs no other during a forward pass, nor, where gradients are
     # not synchronised, during a backward pass.
-    computes_alone = True
+    computes_alone: bool = True
     # What of a training state every process writes a part of.
     saved_in_parts: frozenset[str] = frozenset()
 
