@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated import compat
-from pytorch_accelerated.contexts import contextmanager
 from pytorch_accelerated.data.order import SeededIndices
 from pytorch_accelerated.errors import add_note
 
@@ -48,18 +47,21 @@ _NUMPY = _Generator(
 )
 
 
-@contextmanager
-def seeded(
-    seed: int, generators: Iterable[_Generator] = (_TORCH, _PYTHON, _NUMPY)
-) -> Iterator[None]:
-    """Seed the generators of the host in the block, and put them back after it."""
-    before = [(generator, generator.get_state()) for generator in generators]
-    try:
-        for generator, _ in before:
-            generator.seed(seed)
-        yield
-    finally:
-        for generator, state in before:
+class seeded:
+    """Seeds the generators of the host in a block, and puts them back after it."""
+
+    def __init__(
+        self, seed: int, generators: Iterable[_Generator] = (_TORCH, _PYTHON, _NUMPY)
+    ) -> None:
+        self._seed, self._generators = seed, list(generators)
+
+    def __enter__(self) -> None:
+        self._before = [generator.get_state() for generator in self._generators]
+        for generator in self._generators:
+            generator.seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        for generator, state in zip(self._generators, self._before, strict=True):
             generator.set_state(state)
 
 
