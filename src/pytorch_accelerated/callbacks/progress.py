@@ -80,10 +80,6 @@ class ProgressBarCallback(TrainerCallback):
         """Close the bar of the evaluation."""
         self._close_eval_bar()
 
-    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Close the bars."""
-        self._close()
-
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bars."""
         self._close()
