@@ -187,13 +187,13 @@ class ModelEmaCallback(SaveBestModelCallback):
         self, average: Tensors, trainer: Trainer, action: Callable[[Trainer], None]
     ) -> None:
         model = trainer.get_model(keep_torch_compile=False)
+        # Before each change, as the next pass would go on with what it has gathered.
         trainer._engine.release(model)
         own = Tensors(model)
         average.copy_to(model)
         try:
             action(trainer)
         finally:
-            # Otherwise it would go on with the whole weights that this has gathered.
             trainer._engine.release(model)
             own.copy_to(model)
 
