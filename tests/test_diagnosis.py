@@ -8,12 +8,14 @@ from torch.utils.data import Dataset, TensorDataset
 from pytorch_accelerated.trainer import Trainer
 
 
-def advice_on(dataset, loss_func=None, method="train"):
+def advice_on(
+    dataset, loss_func=None, method="train", raised=(RuntimeError, IndexError)
+):
     model = nn.Linear(1, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, loss_func or nn.CrossEntropyLoss(), optimizer, ())
     arguments = (1,) if method == "train" else ()
-    with pytest.raises((RuntimeError, IndexError)) as caught:
+    with pytest.raises(raised) as caught:
         getattr(trainer, method)(dataset, *arguments)
     return "\n".join(caught.value.__notes__)
 
@@ -50,3 +52,24 @@ def test_a_class_that_the_model_has_no_output_for_found_104(bad):
 )
 def test_targets_that_a_loss_does_not_take_found_104(dataset, loss_func, advice):
     assert advice in advice_on(dataset, loss_func)
+
+
+class Raises(Ragged):
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_job"),
+    [
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), True),
+        (ConnectionResetError("Connection reset by peer"), False),  # by a web server
+    ],
+)
+def test_what_is_lost_contact_between_processes_and_what_is_not(error, is_of_the_job):
+    told = advice_on(Raises(error), raised=type(error))
+    assert "The run ended in epoch 1 (training)" in told
+    assert ("look at what it printed first" in told) is is_of_the_job

@@ -1,9 +1,7 @@
 """The loaders that a trainer makes, and what the user may say about them."""
 
-import random
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
@@ -113,17 +111,18 @@ def test_a_batch_size_among_the_loader_arguments_wins(create_trainer, numbered):
     assert trainer.run_config.num_update_steps_per_epoch == 2
 
 
-def test_the_order_of_the_user_s_sampler_is_used_as_it_is(inputs_of_a_run):
-    assert inputs_of_a_run(
-        train_dataloader_kwargs={"sampler": [5, 0, 3], "batch_size": 2}
-    ) == [[5.0, 0.0], [3.0]]
-
-
-def test_the_batches_of_the_user_s_sampler_are_used_as_they_are(inputs_of_a_run):
-    """Defect 37: batch_sampler was refused because of the default batch size."""
-    assert inputs_of_a_run(
-        train_dataloader_kwargs={"batch_sampler": [[1, 4], [2], [0, 3, 5]]}
-    ) == [[1.0, 4.0], [2.0], [0.0, 3.0, 5.0]]
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"sampler": [5, 0, 3], "batch_size": 2}, [[5.0, 0.0], [3.0]]),
+        # Defect 37: it was refused because of the default batch size.
+        ({"batch_sampler": [[1, 4], [2], [0, 3]]}, [[1.0, 4.0], [2.0], [0.0, 3.0]]),
+    ],
+)
+def test_the_order_of_the_user_s_sampler_is_used_as_it_is(
+    inputs_of_a_run, arguments, expected
+):
+    assert inputs_of_a_run(train_dataloader_kwargs=arguments) == expected
 
 
 def test_a_sampler_that_can_be_told_the_epoch_is_told(inputs_of_a_run):
@@ -272,29 +271,6 @@ def test_defaults_may_be_replaced_by_an_override(create_trainer, numbered):
 
 
 # --- order and seeds
-
-
-def test_without_a_seed_two_runs_differ(inputs_of_a_run, numbered):
-    """Defect 9: every run had the order of the seed 42."""
-    dataset = numbered(60)
-
-    assert inputs_of_a_run(dataset=dataset) != inputs_of_a_run(dataset=dataset)
-
-
-def test_a_seed_makes_the_random_numbers_of_the_model_repeatable(
-    create_trainer, numbered
-):
-    class Draws(Trainer):
-        def training_run_start(self):
-            self.drawn = (random.random(), np.random.rand(), torch.rand(()).item())
-
-    def draw(seed):
-        trainer = create_trainer(trainer_class=Draws, seed=seed)
-        trainer.train(numbered(2), 1)
-        return trainer.drawn
-
-    assert draw(5) == draw(5)
-    assert not set(draw(5)) & set(draw(6))
 
 
 # --- what the run config says

@@ -124,14 +124,10 @@ def _fsdp_plugin(kwargs: dict[str, Any]) -> Any:
     if not _asks_for("FSDP", kwargs, "fsdp_plugin"):
         return None
     plugin = kwargs.get("fsdp_plugin") or FullyShardedDataParallelPlugin()
-    precision = kwargs.get("mixed_precision") or os.environ.get(
-        "ACCELERATE_MIXED_PRECISION", "no"
-    )
-    if (
-        plugin.fsdp_version == 2
-        and plugin.mixed_precision_policy is None
-        and precision == "bf16"
-    ):
+    by_launcher = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    is_bf16 = (kwargs.get("mixed_precision") or by_launcher) == "bf16"
+    has_policy = plugin.fsdp_version != 2 or plugin.mixed_precision_policy is not None
+    if is_bf16 and not has_policy:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         # Accelerate would return outputs, and so losses, in bf16 with its 8 bits.
