@@ -54,7 +54,7 @@ FOLDERS = "../faults/test_shared_folders.py::"
 NEST = "test_runs_nest.py::"
 RESUMES = "../test_trainer_checkpoints.py::"
 STATES = "../callbacks/test_save_training_state.py::"
-SHARED = "test_processes_share_the_data.py::"
+USES = "test_uses.py::"
 WSD = "../schedulers/test_wsd_scheduler.py::"
 WSD_CHECKPOINTS = "../callbacks/test_wsd_checkpoints.py::"
 
@@ -612,28 +612,28 @@ MUTATIONS = [
         "data/sharing.py",
         "        return distributed.object_from_main_process(batches)\n",
         "        return [self._checked(batch) for batch in self._batches]\n",
-        SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
+        USES + "test_two_processes",
     ),
     Mutation(
         "sharing: a stream draws from generators that differ between processes",
         "data/sharing.py",
         "            with seeded(derive_seed(*place, step)):\n                samples",
         "            if True:\n                samples",
-        SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
+        USES + "test_two_processes_with_more_kinds_of_data",
     ),
     Mutation(
         "sharing: a process without a sample evaluates that of another",
         "data/sharing.py",
         "                batch = emptied(batch)\n",
         "                pass\n",
-        SHARED + "test_two_processes_see_each_sample_once_found_64_65_66",
+        USES + "test_two_processes",
     ),
     Mutation(
         "sharing: what is split by a sampler is shared once more",
         "data/sharing.py",
         "    return is_distributed_sampler or getattr",
         "    return getattr",
-        SHARED + "test_what_is_split_already_is_used_as_it_is_found_63",
+        USES + "test_two_processes",
     ),
     # --------------------------------------------------- schedules, continued and read
     Mutation(

@@ -6,6 +6,7 @@ how much of an update sample n had. The tables of ``docs/correctness.md`` are ma
 :data:`USES`; to write them anew, run this file.
 """
 
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,9 @@ from torch.utils.data import (
     IterableDataset,
     Sampler,
     TensorDataset,
+    get_worker_info,
 )
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.errors import StopTrainingError, TrainingWarning
@@ -105,6 +108,18 @@ def batch_sampler(numbers):
     return Samples(numbers), {"batch_sampler": batches, **HERE}
 
 
+class ByLists(Samples):
+    """Makes a batch of a list of indices."""
+
+    def __getitem__(self, indices):
+        return columns(self.numbers[index] for index in indices)
+
+
+def lists_of_indices(numbers):
+    batches = BatchSampler(Drawn(len(numbers)), BATCH_SIZE, drop_last=False)
+    return DataLoader(ByLists(numbers), batch_size=None, sampler=batches), {}
+
+
 def ready_loader(numbers):
     return DataLoader(Samples(numbers), BATCH_SIZE, shuffle=True), {}
 
@@ -128,6 +143,40 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return map(sample, self.numbers)
+
+
+class ShuffledStream(Stream):
+    """Draws its order from global generators, as most streams do."""
+
+    def __iter__(self):
+        numbers = list(self.numbers)
+        random.shuffle(numbers)
+        offset = int(torch.randint(len(numbers), ()))
+        return map(sample, numbers[offset:] + numbers[:offset])
+
+
+class StreamOfWorkers(Stream):
+    """Each worker reads its part."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        return map(sample, self.numbers[worker.id :: worker.num_workers])
+
+
+def stream_with_worker(numbers):
+    return Stream(numbers), {"num_workers": 1}
+
+
+def stream_with_workers(numbers):
+    return DataLoader(StreamOfWorkers(numbers), BATCH_SIZE, num_workers=2), {}
+
+
+def data_pipe(numbers):
+    return IterableWrapper([sample(number) for number in numbers]), {}
+
+
+def sharded_pipe(numbers):
+    return data_pipe(numbers)[0].sharding_filter(), {}
 
 
 class SizedStream(Stream):
@@ -358,8 +407,8 @@ class Use(NamedTuple):
     way: Callable[..., Plain] = Plain
     one: dict[str, Outcome] | None = None
     several: dict[str, Outcome] | None = None
-    # Odd, so that the last step has one sample for two processes. Even where the user
-    # has shared the samples, or gives losses their weight.
+    # Odd, so that the last step has one sample for two processes, or of 11 three. Even
+    # where the user has shared the samples, or gives losses their weight.
     count: int = 9
     in_order: bool = True
 
@@ -382,7 +431,10 @@ DATA = [
     Use("a `TensorDataset`", in_memory),
     Use("`sampler=`", sampler, in_order=False).on_all(**FROM_START),
     Use(
-        "`sampler=` that draws from torch's generator", drawn_sampler, in_order=False
+        "`sampler=` that draws from torch's generator",
+        drawn_sampler,
+        in_order=False,
+        count=11,
     ).on_all(**FROM_START),
     Use("`batch_sampler=`", batch_sampler, in_order=False).on_all(**FROM_START),
     Use("a ready `DataLoader`", ready_loader, in_order=False).on_all(**FROM_START),
@@ -393,7 +445,7 @@ DATA = [
         count=10,
     ).on_all(**FROM_START),
     Use("a stream", just(Stream)).on_all(**FROM_START),
-    Use("a stream with a length", just(SizedStream)).on_all(**FROM_START),
+    Use("a stream with a length", just(SizedStream), count=11).on_all(**FROM_START),
     Use("a stream with a `state_dict()`", just(StreamWithPlace)),
     Use(
         "a stream marked as split by process",
@@ -419,6 +471,17 @@ DATA = [
         several=all_actions(REFUSED_SETTING),
     ),
 ]
+
+# Of no other kind in the docs than those above.
+MORE_DATA = [
+    Use("a ready `DataLoader` of lists of indices", lists_of_indices),
+    Use("a stream that draws its order", just(ShuffledStream)),
+    Use("a stream with a worker", stream_with_worker),
+    Use("a stream with two workers", stream_with_workers),
+    Use("a data pipe", data_pipe),
+    Use("a data pipe with a sharding filter", sharded_pipe, count=10),
+]
+MORE_DATA = [use.on_all(**FROM_START)._replace(in_order=False) for use in MORE_DATA]
 
 WAYS = [
     Use("own `calculate_train_batch_loss`", way=OwnStep),
@@ -641,7 +704,7 @@ def cells_of(uses):
     ]
 
 
-@pytest.mark.parametrize(("use", "action"), cells_of(USES))
+@pytest.mark.parametrize(("use", "action"), cells_of(USES + MORE_DATA))
 def test_one_process(use, action, tmp_path):
     check_cell(use, action, [run_cell(use, action, tmp_path)])
 
@@ -674,6 +737,11 @@ def test_two_processes(use, action, on_two):
     check_cell(use, action, on_two(use, action, DATA))
 
 
+@pytest.mark.parametrize(("use", "action"), cells_of(MORE_DATA))
+def test_two_processes_with_more_kinds_of_data(use, action, on_two):
+    check_cell(use, action, on_two(use, action, MORE_DATA))
+
+
 @pytest.mark.parametrize(("use", "action"), cells_of(WAYS))
 def test_two_processes_with_a_way_of_their_own(use, action, on_two):
     check_cell(use, action, on_two(use, action, WAYS))
@@ -693,7 +761,7 @@ def in_way(data, way):
     return way._replace(
         name=f"{data.name}, {way.name}",
         data=data.data,
-        count=9 if data.count == way.count == 9 else 10,
+        count=9 if data.count % 2 and way.count % 2 else 10,
         in_order=data.in_order,
         one=outcomes(1),
         several=outcomes(2),
