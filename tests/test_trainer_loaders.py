@@ -276,20 +276,6 @@ def test_defaults_may_be_replaced_by_an_override(create_trainer, numbered):
 # --- what the run config says
 
 
-def test_the_run_config_is_a_plain_dictionary_on_request(create_trainer, numbered):
-    """Defect 31: to_dict() failed without an evaluation set and removed samplers."""
-    trainer = create_trainer()
-    sampler = [0, 1]
-    trainer.train(numbered(2), 1, train_dataloader_kwargs={"sampler": sampler})
-
-    values = trainer.run_config.to_dict()
-
-    assert values["num_epochs"] == 1
-    assert values["eval_dl_kwargs"] is None
-    assert values["train_dl_kwargs"]["sampler"] is sampler
-    assert trainer._train_dl_kwargs["sampler"] is sampler
-
-
 def test_the_chosen_number_of_workers_is_in_the_run_config(create_trainer, numbered):
     """Defect 30: one worker per core, whatever the data."""
     trainer = create_trainer()

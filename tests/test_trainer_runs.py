@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.schedulers import StatefulSchedulerBase
 from pytorch_accelerated.tracking import InMemoryRunHistory
-from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.trainer import Trainer
 
 
 class CountsUpdates(TrainerCallback):
@@ -135,26 +135,6 @@ def test_the_run_config_says_what_the_run_does(train, samples):
     assert config.num_processes == 1
     assert not config.is_distributed
     assert config.mixed_precision == "no"
-
-
-def test_placeholders_are_replaced_wherever_they_stand(create_trainer, train, samples):
-    """Defect 36: positional and nested placeholders stayed, silently."""
-    received = []
-
-    def create(factor, optimizer, *, inner, lengths):
-        received.append((factor, inner(), lengths))
-        return LambdaLR(optimizer, lambda update: 1.0)
-
-    names = TrainerPlaceholderValues
-    factory = partial(
-        create,
-        2 * names.NUM_EPOCHS - 1,
-        inner=partial(lambda warmup: warmup, names.NUM_UPDATE_STEPS_PER_EPOCH // 3),
-        lengths=[names.TRAIN_DATALOADER_LEN, {"eval": names.EVAL_DATALOADER_LEN}],
-    )
-    train(2, eval_dataset=samples(5), create_scheduler_fn=factory)
-
-    assert received == [(3, 1, [4, {"eval": 3}])]
 
 
 @pytest.mark.parametrize("has_eval", [True, False])

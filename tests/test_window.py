@@ -50,37 +50,6 @@ def test_a_window_knows_its_batches_and_when_it_is_complete():
     assert taken == [(4, "a", False), (5, "b", True)]
 
 
-def test_batches_of_a_window_are_weighted_by_their_size():
-    process = alone(2, BatchPlan(5, 3))
-
-    process.back_propagate(1.0, 0, 3)
-    process.back_propagate(6.0, 1, 2)
-
-    assert process.close(1) == pytest.approx((1 * 3 + 6 * 2) / 5)
-
-
-def test_the_last_window_of_an_epoch_may_be_smaller():
-    process = alone(2, BatchPlan(7, 2))  # batches of 2, 2, 2 and 1
-    for step, num_items in ((0, 2), (1, 2)):
-        process.back_propagate(3.0, step, num_items)
-    assert process.close(1) == 3.0
-
-    process.back_propagate(4.0, 2, 2)
-    process.back_propagate(1.0, 3, 1)
-
-    assert process.close(3) == pytest.approx((4 * 2 + 1) / 3)
-
-
-def test_batches_smaller_than_planned_are_counted_as_they_are():
-    """For instance where the collate function leaves out broken samples."""
-    process = alone(2, BatchPlan(8, 4))
-
-    process.back_propagate(1.0, 0, 4)
-    process.back_propagate(6.0, 1, 1)
-
-    assert process.close(1) == pytest.approx((1 * 4 + 6) / 5)
-
-
 @given(
     st.lists(st.tuples(st.floats(-10, 10), st.integers(1, 50)), min_size=1, max_size=7),
     st.integers(1, 4),
@@ -100,15 +69,6 @@ def test_windows_of_unknown_size_give_the_mean_over_their_items(batches, num_ste
             window = []
 
 
-def test_items_other_than_samples_are_what_counts():
-    process = alone(2, BatchPlan(4, 2))
-
-    process.back_propagate(1.0, 0, torch.tensor(10), are_samples=False)
-    process.back_propagate(4.0, 1, torch.tensor(5), are_samples=False)
-
-    assert process.close(1) == pytest.approx((1 * 10 + 4 * 5) / 15)
-
-
 def test_a_window_without_any_item_has_a_gradient_of_zero():
     process = alone(2, BatchPlan(4, 2))
     for step in (0, 1):
@@ -123,55 +83,6 @@ def test_items_that_appear_in_the_middle_of_a_run_are_refused():
 
     with pytest.raises(ValueError, match=r"not for the first one of the run\. Return"):
         process.back_propagate(1.0, 1, torch.tensor(7), are_samples=False)
-
-
-def test_processes_share_a_window():
-    """Their gradients are averaged, as data parallel training does."""
-    plan = BatchPlan(5, 2, num_processes=2)  # steps of (2, 2) and (1, 0)
-    processes = [Process(Accumulation(3, 2, index)) for index in (0, 1)]
-    gradients = [[1.0, 5.0], [2.0, 100.0]]
-    for index, process in enumerate(processes):
-        process.window.start_epoch(plan, 2)
-        for step in (0, 1):
-            num_items = plan.size(step, index)
-            process.back_propagate(gradients[index][step], step, num_items)
-
-    mean = sum(process.close(1) for process in processes) / 2
-
-    assert plan.size(1, 1) == 0
-    assert mean == pytest.approx((1 * 2 + 2 * 2 + 5 * 1) / 5)
-
-
-def test_processes_count_the_items_of_a_window_together():
-    def create(index):
-        return Process(
-            Accumulation(
-                1,
-                num_processes=2,
-                process_index=index,
-                largest=lambda number: max(number, 9.0),
-                add_up=lambda total: torch.tensor(12.0, dtype=torch.float64),
-            )
-        )
-
-    processes = [create(0), create(1)]
-    for process, gradient, tokens in zip(processes, (1.0, 5.0), (9, 3), strict=True):
-        process.window.start_epoch(None, None)
-        process.back_propagate(gradient, 0, tokens, are_samples=False)
-
-    mean = sum(process.close(0) for process in processes) / 2
-
-    assert mean == pytest.approx((1 * 9 + 5 * 3) / 12)
-
-
-def test_batches_smaller_than_planned_are_warned_of_with_several_processes():
-    process = Process(Accumulation(2, num_processes=2))
-    process.window.start_epoch(BatchPlan(16, 4, num_processes=2), 2)
-    process.back_propagate(1.0, 0, 4)
-    process.back_propagate(1.0, 1, 3)
-
-    with pytest.warns(UserWarning, match="had 7 samples where the sampler gave 8"):
-        process.close(1)
 
 
 def test_losses_that_an_override_has_weighted_itself_are_left_alone():

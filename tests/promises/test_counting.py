@@ -202,19 +202,6 @@ def test_limits_are_those_of_each_call():
     )
 
 
-def test_a_run_that_resets_the_history_starts_from_epoch_one():
-    trainer = create_trainer()
-    trainer.train(samples(8), 2, per_device_batch_size=2)
-    trainer.train(samples(8), 1, per_device_batch_size=2)
-    assert trainer.run_history.current_epoch == 2
-    assert len(trainer.run_history.get_metric_values("train_loss_epoch")) == 1
-
-
-def test_metrics_know_the_update_at_which_they_were_recorded():
-    history = create_trainer().train(samples(8), 2, per_device_batch_size=2)
-    assert [record.step for record in history.records("train_loss_epoch")] == [4, 8]
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(samples(10))
