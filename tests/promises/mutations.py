@@ -552,8 +552,8 @@ MUTATIONS = [
     Mutation(
         "states: a lock on a file that is gone is taken for one",
         "checkpoint/directory.py",
-        "                if _is_at(descriptor, self.path):\n",
-        "                if True:\n",
+        "if _is_at(descriptor, self.path):\n                    os.ftruncate",
+        "if True:\n                    os.ftruncate",
         FOLDERS + "test_a_lock_on_a_file_that_its_last_owner_has_removed_is_none",
     ),
     Mutation(
