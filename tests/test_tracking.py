@@ -79,12 +79,6 @@ def two_epoch_history(history):
     return history
 
 
-def read_back(history):
-    restored = InMemoryRunHistory()
-    restored.load_state_dict(history.state_dict())
-    return restored
-
-
 def float_bits(value):
     return struct.pack("<d", value)
 
@@ -142,7 +136,7 @@ def test_names_keep_the_order_of_their_first_recording_and_equal_a_set(history):
 
 def test_reading_an_unknown_metric_creates_nothing(two_epoch_history):
     """Defect 45: a read created the metric, which crashed the logging later."""
-    before = two_epoch_history.state_dict()
+    before = two_epoch_history.to_dict()
 
     assert two_epoch_history.get_metric_values("f1") == []
     assert two_epoch_history.records("f1") == []
@@ -150,7 +144,7 @@ def test_reading_an_unknown_metric_creates_nothing(two_epoch_history):
         two_epoch_history.get_latest_metric("f1")
 
     assert two_epoch_history.get_metric_names() == {"train_loss_epoch", "accuracy"}
-    assert two_epoch_history.state_dict() == before
+    assert two_epoch_history.to_dict() == before
     assert "f1" not in two_epoch_history._metrics
 
 
@@ -159,7 +153,7 @@ def test_returned_lists_and_names_are_copies(two_epoch_history):
     names = two_epoch_history.get_metric_names()
     two_epoch_history.get_metric_values("accuracy").append(99.0)
     two_epoch_history.records("accuracy").clear()
-    two_epoch_history.state_dict()["metrics"]["accuracy"]["value"].append(99.0)
+    two_epoch_history.to_dict()["metrics"]["accuracy"]["value"].append(99.0)
     two_epoch_history.update_metric("later", 1.0)
 
     assert two_epoch_history.get_metric_values("accuracy") == [0.25]
@@ -197,7 +191,7 @@ def test_numbers_of_any_kind_are_recorded_as_plain_python_numbers(
     if hasattr(value, "item"):
         # Found 112: scripts ask for it, as 0.1.61 kept the tensor itself.
         assert type(recorded.item()) is type(expected)
-    assert history.state_dict()["metrics"]["metric"]["value"] == [expected]
+    assert history.to_dict()["metrics"]["metric"]["value"] == [expected]
 
 
 def test_a_dictionary_is_kept_and_its_numbers_are_metrics_too(history):
@@ -226,15 +220,20 @@ def test_larger_tensors_and_arrays_are_kept_as_they_were(history):
     assert history.get_latest_metric("array").tolist() == [1, 2]
 
 
-def test_what_is_not_one_number_is_written_as_lists_and_dictionaries(history):
+def test_what_is_not_one_number_is_written_as_lists_and_dictionaries(history, tmp_path):
     """Found 111."""
     history.update_metric("matrix", torch.eye(2))
     history.update_metric("scores", {"f1": torch.tensor(0.5), "note": "good"})
     history.update_metric("figure", object())
-    restored = read_back(history)
-    assert restored.get_latest_metric("matrix") == [[1.0, 0.0], [0.0, 1.0]]
-    assert restored.get_latest_metric("scores") == {"f1": 0.5, "note": "good"}
-    assert "figure" not in restored.get_metric_names()
+    history.save_jsonl(tmp_path / "metrics.jsonl")
+    for restored in (
+        InMemoryRunHistory.load_jsonl(tmp_path / "metrics.jsonl"),
+        InMemoryRunHistory.from_dict(history.to_dict()),
+    ):
+        assert restored.get_latest_metric("matrix") == [[1.0, 0.0], [0.0, 1.0]]
+        assert restored.get_latest_metric("scores") == {"f1": 0.5, "note": "good"}
+        assert "figure" not in restored.get_metric_names()
+    assert list(history.to_pandas()["name"]) == ["scores_f1"]
 
 
 def test_no_origin_is_lost_when_threads_record(history):
@@ -257,6 +256,35 @@ def test_no_origin_is_lost_when_threads_record(history):
     records = history.records("metric")
     assert len(records) == 8000
     assert all(record.epoch == 1 for record in records)
+
+
+def test_a_file_is_replaced_only_by_a_whole_one(history, tmp_path, monkeypatch):
+    """Found 94: a write that failed left half a file."""
+    path = tmp_path / "metrics.jsonl"
+    history.update_metric("metric", 1.0)
+    history.save_jsonl(path)
+    before = path.read_bytes()
+
+    def fail(self, text, **kwargs):
+        self.write_bytes(text.encode()[:5])
+        raise OSError("disk full")
+
+    history.update_metric("metric", 2.0)
+    monkeypatch.setattr("pathlib.Path.write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        history.save_jsonl(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_blank_line_does_not_keep_a_file_from_being_read(two_epoch_history, tmp_path):
+    """Found 94."""
+    path = tmp_path / "metrics.jsonl"
+    two_epoch_history.save_jsonl(path)
+    with path.open("a") as file:
+        file.write("\n")
+    restored = InMemoryRunHistory.load_jsonl(path)
+    assert restored.to_dict() == two_epoch_history.to_dict()
 
 
 def test_the_names_of_the_arguments_are_those_of_0_1_61(history):
@@ -400,7 +428,7 @@ def only_plain_values(value):
         max_size=10,
     ),
 )
-def test_a_history_comes_back_from_its_state_to_the_last_bit(recordings):
+def test_a_history_comes_back_from_its_dict_to_the_last_bit(recordings):
     history = InMemoryRunHistory()
     history._set_epoch(3)
     history.set_metric_name_prefix("p_")
@@ -409,9 +437,10 @@ def test_a_history_comes_back_from_its_state_to_the_last_bit(recordings):
         history.update_metric(name, value)
     history._metrics["appended"].append(np.float64(0.1))
 
-    restored = read_back(history)
+    state = history.to_dict()
+    restored = InMemoryRunHistory.from_dict(state)
 
-    assert only_plain_values(history.state_dict())
+    assert only_plain_values(state)
     assert list(restored.get_metric_names()) == list(history.get_metric_names())
     assert (restored.current_epoch, restored.current_step) == (3, history.current_step)
     assert restored.metric_name_prefix == "p_"
@@ -431,14 +460,44 @@ def test_loading_a_state_replaces_what_was_there(two_epoch_history, history):
 
     other.load_state_dict(two_epoch_history.state_dict())
 
-    assert other.state_dict() == two_epoch_history.state_dict()
+    assert other.to_dict() == two_epoch_history.to_dict()
     two_epoch_history.update_metric("accuracy", 1.0)
     assert other.get_metric_values("accuracy") == [0.25]
 
 
 def test_a_state_that_lacks_entries_is_refused_and_changes_nothing(two_epoch_history):
-    before = two_epoch_history.state_dict()
+    before = two_epoch_history.to_dict()
     state = {**before, "metrics": {"loss": {"value": [1.0]}}}
     with pytest.raises(KeyError, match="epoch"):
         two_epoch_history.load_state_dict(state)
-    assert two_epoch_history.state_dict() == before
+    assert two_epoch_history.to_dict() == before
+
+
+def test_json_lines_hold_one_record_each(two_epoch_history, tmp_path):
+    path = tmp_path / "made" / "on the way" / "metrics.jsonl"
+    two_epoch_history.save_jsonl(path)
+
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3
+    first = json.loads(lines[0])
+    assert first.pop("unix_time") > 0
+    assert first == {"name": "train_loss_epoch", "value": 0.5, "epoch": 1, "step": 10}
+
+
+def test_json_lines_are_read_back_exactly(two_epoch_history, tmp_path):
+    two_epoch_history.update_metric("Genauigkeit in Prozent, größer", 0.1 + 0.2)
+    two_epoch_history.update_metric("diverged", -math.inf)
+    two_epoch_history.save_jsonl(tmp_path / "metrics.jsonl")
+
+    restored = InMemoryRunHistory.load_jsonl(tmp_path / "metrics.jsonl")
+
+    assert restored.to_dict() == two_epoch_history.to_dict()
+
+
+def test_pandas_gets_a_row_for_each_record(two_epoch_history):
+    pytest.importorskip("pandas")
+    table = two_epoch_history.to_pandas()
+
+    assert list(table.columns) == ["name", "value", "epoch", "step", "unix_time"]
+    assert table["value"].tolist() == [0.5, 0.375, 0.25]
+    assert table["step"].tolist() == [10, 20, 10]

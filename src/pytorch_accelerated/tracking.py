@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -11,11 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from pytorch_accelerated.means import LossTracker as LossTracker
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 INTERMEDIATE_PREFIX = "intermediate_"
 EVALUATION_PREFIX = "evaluation_"
@@ -203,7 +209,8 @@ class InMemoryRunHistory(RunHistory):
         history.get_metric_values("train_loss_epoch")   # [0.61, 0.42]
         history.get_latest_metric("train_loss_epoch")   # 0.42
         history.records("train_loss_epoch")[0].step     # 235
-        pandas.DataFrame(history.records())             # a row for each value
+        history.save_jsonl("metrics.jsonl")
+        history.to_pandas().pivot(index="epoch", columns="name", values="value")
 
     Names keep the order in which they were first recorded. Everything that is returned
     is a copy, so changing it does not change the history.
@@ -341,12 +348,12 @@ class InMemoryRunHistory(RunHistory):
                 )
             ]
 
-    def state_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the whole history as dictionaries, lists, strings and numbers.
 
-        :meth:`load_state_dict` makes an equal history of it, to the last bit of each
-        number; tensors and arrays come back as nested lists. Values that are none of
-        these, such as figures, are left out.
+        :meth:`from_dict` makes an equal history of it, to the last bit of each number;
+        tensors and arrays come back as nested lists. Values that are none of these,
+        such as figures, are left out.
 
         Returns:
             The counters, the prefix, and under ``"metrics"`` for each name the columns
@@ -358,6 +365,17 @@ class InMemoryRunHistory(RunHistory):
             "metric_name_prefix": self._prefix,
             "metrics": {name: self._columns(name) for name in self._names()},
         }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> InMemoryRunHistory:
+        """Make a history from what :meth:`to_dict` returned."""
+        history = cls()
+        history.load_state_dict(dict(state))
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole history, as :meth:`to_dict` does."""
+        return self.to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the whole history by what :meth:`state_dict` returned.
@@ -379,6 +397,54 @@ class InMemoryRunHistory(RunHistory):
         self._current_epoch, self._prefix = epoch, prefix
         self.current_step: int = step
 
+    def save_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write the history to a file of JSON lines, one recorded value a line.
+
+        Numbers keep all their digits; NaN and infinity are written as ``NaN`` and
+        ``Infinity``, which Python reads back and strict JSON readers refuse. Missing
+        parent folders are made, and a file that is there already is replaced once the
+        new one is whole. What it holds of values that are no numbers is as in
+        :meth:`to_dict`.
+        """
+        file = Path(os.path.realpath(path))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(record._asdict()) for record in self._plain_records()]
+        temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+        try:
+            temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load_jsonl(cls, path: str | os.PathLike[str]) -> InMemoryRunHistory:
+        """Read a history from a file that :meth:`save_jsonl` wrote.
+
+        The file holds values only. So the history comes back without a prefix, at the
+        last epoch and step that a value was recorded in; use :meth:`to_dict` where a
+        run is to continue exactly.
+        """
+        history = cls()
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                record = MetricRecord(**json.loads(line))
+                history._add(record.name, record.value, record[2:])
+                history._current_epoch = max(history._current_epoch, record.epoch or 1)
+                history.current_step = max(history.current_step, record.step or 0)
+        return history
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the records of numbers as a table with a column for each field.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        import pandas as pd
+
+        numbers = [record for record in self.records() if is_number(record.value)]
+        table: pd.DataFrame = pd.DataFrame(numbers, columns=list(MetricRecord._fields))
+        return table
+
     def _names(self) -> list[str]:
         return [name for name, values in self._metrics.items() if values]
 
@@ -391,12 +457,20 @@ class InMemoryRunHistory(RunHistory):
         known = ", ".join(self._names()) or "nothing"
         return f"No metric named {name!r} in the run history; recorded so far: {known}."
 
-    def _columns(self, name: str) -> dict[str, list[Any]]:
-        records = [
+    def _plain_records(self, name: str | None = None) -> list[MetricRecord]:
+        """Return the records that can be written, with what they hold in plain values.
+
+        Args:
+            name: The metric, by default all.
+        """
+        return [
             record._replace(value=plain)
             for record in self.records(name)
             if _is_plain(plain := _plain(record.value))
         ]
+
+    def _columns(self, name: str) -> dict[str, list[Any]]:
+        records = self._plain_records(name)
         return {
             column: [getattr(record, column) for record in records]
             for column in MetricRecord._fields[1:]
@@ -479,3 +553,14 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(member) for member in value)
     return value is None or isinstance(value, (int, float, str))
+
+
+def _parse_record(line: str, place: str) -> MetricRecord:
+    """Return the record in a line of JSON, or say what is wrong in which place."""
+    try:
+        return MetricRecord(**json.loads(line))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place} is not a record of a metric: {line.strip()[:80]!r}. Expected a "
+            f"JSON object with the keys {', '.join(MetricRecord._fields)}."
+        ) from error

@@ -17,6 +17,7 @@ from pytorch_accelerated.schedulers import (
     CosineLrScheduler,
     SchedulerBase,
     WSDLrScheduler,
+    plot_schedule,
     schedule_curve,
 )
 
@@ -106,3 +107,25 @@ def test_a_curve_without_length_is_an_error():
 def test_a_schedule_that_depends_on_a_metric_has_no_curve():
     with pytest.raises(TypeError, match="The curve of a ReduceLROnPlateau cannot be"):
         schedule_curve(ReduceLROnPlateau, 3)
+
+
+def test_a_line_is_drawn_for_each_group():
+    matplotlib = pytest.importorskip("matplotlib")
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    assert matplotlib
+    optimizer = create_optimizer(lr=0.4)
+    optimizer.add_param_group({"params": [torch.ones(1)], "lr": 0.2})
+
+    ax = plot_schedule(
+        WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0),
+        num_epochs=2,
+        steps_per_epoch=5,
+        optimizer=optimizer,
+        ax=figure.subplots(),
+    )
+
+    lines = ax.get_lines()
+    assert [list(line.get_xdata()) for line in lines] == [list(range(10))] * 2
+    assert [line.get_ydata()[0] for line in lines] == [0.4, 0.2]
+    assert ax.get_xlabel() == "update"
+    assert ax.get_ylabel() == "lr"

@@ -4,7 +4,7 @@ They need torch alone, and can be used in a training loop of one's own as well.
 """
 
 from pytorch_accelerated.schedulers.cosine_scheduler import CosineLrScheduler
-from pytorch_accelerated.schedulers.curve import schedule_curve
+from pytorch_accelerated.schedulers.curve import plot_schedule, schedule_curve
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     SchedulerBase,
@@ -18,5 +18,6 @@ __all__ = [
     "SchedulerBase",
     "StatefulSchedulerBase",
     "WSDLrScheduler",
+    "plot_schedule",
     "schedule_curve",
 ]

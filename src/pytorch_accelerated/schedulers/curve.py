@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from pytorch_accelerated.schedulers.scheduler_base import (
     SchedulerBase,
     StatefulSchedulerBase,
 )
+
+__all__ = ["plot_schedule", "schedule_curve"]
 
 
 def schedule_curve(
@@ -82,6 +85,52 @@ def schedule_curve(
         _prepare_update(scheduler, update, stand_in)
         values.append(float(group[param_group_field]))
     return values
+
+
+def plot_schedule(
+    create_scheduler: Callable[..., Any],
+    num_updates: int | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    param_group_field: str = "lr",
+    ax: Any = None,
+    **curve_kwargs: Any,
+) -> Any:
+    """Draw the curve of a schedule with matplotlib, a line for each parameter group.
+
+    Args:
+        create_scheduler: As in `schedule_curve`.
+        num_updates: As in `schedule_curve`.
+        optimizer: As in `schedule_curve`.
+        param_group_field: As in `schedule_curve`.
+        ax: The matplotlib axes to draw on; new ones if left out.
+        **curve_kwargs: Further arguments of `schedule_curve`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if ax is None:
+        # Not a package that has to be there for the rest.
+        ax = importlib.import_module("matplotlib.pyplot").subplots()[1]
+    num_groups = 1 if optimizer is None else len(optimizer.param_groups)
+    for param_group in range(num_groups):
+        curve = schedule_curve(
+            create_scheduler,
+            num_updates,
+            optimizer=optimizer,
+            param_group=param_group,
+            param_group_field=param_group_field,
+            **curve_kwargs,
+        )
+        ax.plot(range(len(curve)), curve, label=f"group {param_group}")
+    ax.set_xlabel("update")
+    ax.set_ylabel(param_group_field)
+    if num_groups > 1:
+        ax.legend()
+    return ax
 
 
 class _StandInOptimizer(Optimizer):
