@@ -146,13 +146,13 @@ class Stream(IterableDataset):
 
 
 class ShuffledStream(Stream):
-    """Draws its order from global generators, as most streams do."""
+    """Draws its order from global generators at its first sample, as most do."""
 
     def __iter__(self):
         numbers = list(self.numbers)
         random.shuffle(numbers)
         offset = int(torch.randint(len(numbers), ()))
-        return map(sample, numbers[offset:] + numbers[:offset])
+        yield from map(sample, numbers[offset:] + numbers[:offset])
 
 
 class StreamOfWorkers(Stream):
