@@ -282,9 +282,11 @@ class TrainingState:
         try:
             return from_plain(cls, contents)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
+            files = " and ".join(_FILES[name] for name in ("run", "processes"))
             raise CheckpointError(
-                f"{saved.path} is not a training state: {error!r}. Give a folder that "
-                "save_training_state wrote."
+                f"{saved.path} is not a training state: {files} do not hold what "
+                f"belongs there ({error!r}). Give a folder that save_training_state "
+                "wrote."
             ) from error
 
     @classmethod

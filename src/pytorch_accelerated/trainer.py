@@ -55,6 +55,7 @@ from pytorch_accelerated import (
     saving,
     step_output,
 )
+from pytorch_accelerated.advice import advice_for
 from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
@@ -1107,6 +1108,17 @@ class Trainer:
         distributed.raise_on_all(error)
 
     # ---------------------------------------------------------------- small helpers
+
+    def advise(self) -> list[str]:
+        """Print and return what would make runs like the last one faster.
+
+        Nothing is changed. It speaks of the optimizer and, after a run, of loading the
+        data and of the use of the GPU.
+        """
+        found = advice_for(self)
+        for advice in found or ["Nothing to suggest."]:
+            self.print(advice)
+        return found
 
     @property
     def device(self) -> torch.device:

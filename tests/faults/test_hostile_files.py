@@ -164,7 +164,7 @@ CONTENTS = {
     compressed_pickle: "compressed",
     entries_that_share_bytes: "more bytes than",
     nested: "RecursionError",
-    other_content: "list",
+    other_content: "do not hold what belongs there",
 }
 
 

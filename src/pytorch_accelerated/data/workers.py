@@ -118,11 +118,8 @@ def choose_num_workers(
     if any(arguments.get(name) for name in _ARGUMENTS_FOR_WORKERS):
         return max(most, 1)
     length = len(dataset) if hasattr(dataset, "__len__") else 0
-    # Asked in the usual way, torch would take its default for chosen.
-    chosen = torch.multiprocessing.get_start_method(allow_none=True)
-    start_method = chosen or torch.multiprocessing.get_all_start_methods()[0]
     is_stream = isinstance(dataset, IterableDataset)
-    if most == 0 or length == 0 or is_stream or start_method != "fork":
+    if most == 0 or length == 0 or is_stream or not are_processes_forked():
         return 0
     collate_fn = arguments.get("collate_fn")
     if InMemoryDataset.of(DataLoader(dataset, collate_fn=collate_fn)) is not None:
@@ -133,6 +130,13 @@ def choose_num_workers(
     except Exception:
         return 0  # the dataset fails: the run will show how, with its own traceback
     return most if seconds > HAND_OVER_SECONDS else 0
+
+
+def are_processes_forked() -> bool:
+    """Say whether new processes are forked, and do not start with the user's script."""
+    # Asked in the usual way, torch would take its default for chosen.
+    chosen = torch.multiprocessing.get_start_method(allow_none=True)
+    return (chosen or torch.multiprocessing.get_all_start_methods()[0]) == "fork"
 
 
 def usable_cores() -> int:
