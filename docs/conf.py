@@ -36,5 +36,8 @@ napoleon_use_ivar = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|optim|np|numpy|pd|pandas|accelerate|Accelerator)\b.*"),
     (r"py:.*", r".*\.(Result)$"),  # type variables
-    (r"py:.*", r"(collections|abc|enum|functools|os|pathlib|types|typing)\b.*"),
+    (
+        r"py:.*",
+        r"(collections|contextlib|abc|enum|functools|os|pathlib|types|typing)\b.*",
+    ),
 ]

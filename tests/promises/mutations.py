@@ -64,7 +64,7 @@ MUTATIONS = [
         "evaluation amid a run: what it replaced is not put back",
         "run.py",
         ("            trainer._run, trainer.model = self._outer, self._model\n"),
-        "            trainer._run = self._outer\n",
+        "            trainer.model = self._model\n",
         NEST + "test_a_run_goes_on_bit_for_bit_after_an_evaluation_from_a_callback",
     ),
     Mutation(

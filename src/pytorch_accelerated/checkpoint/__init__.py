@@ -18,6 +18,7 @@ states of 0.1.61     :func:`read_legacy_training_state`,
 
 from pytorch_accelerated.checkpoint.directory import (
     DirectoryLock,
+    Saver,
     clean_leftovers,
     list_checkpoints,
     newest,
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointWriter",
     "DirectoryLock",
     "NotStorableError",
+    "Saver",
     "check_storable",
     "clean_leftovers",
     "explain_mismatch",
