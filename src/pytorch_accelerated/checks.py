@@ -282,8 +282,9 @@ def warn_of_misspelt_names(trainer: Trainer) -> None:
         for _, value in _members(each, of_library=False)
         for word in _words_in(_code_of(value))
     }
-    has_own_events = type(trainer.callback_handler) is not CallbackHandler or (
-        not mentioned.isdisjoint(("call_event", "_call_event", "_notify"))
+    has_own_events = (
+        type(trainer.callback_handler) is not CallbackHandler
+        or "call_event" in mentioned
     )
     events = {name for name in dir(TrainerCallback) if name.startswith("on_")}
     for each in new:

@@ -57,9 +57,9 @@ class CountedSteps(Trainer):
         super().__init__(*args, **kwargs)
         self.reads = 0
 
-    def _run_train_steps(self, train_dl):
+    def _run_windows(self, train_dl):
         with CountReads() as reads, CountReadsOfNumbers() as numbers:
-            is_over = super()._run_train_steps(train_dl)
+            is_over = super()._run_windows(train_dl)
         self.reads += reads.count + numbers.count
         return is_over
 
@@ -108,7 +108,7 @@ def test_a_step_reads_nothing_from_the_device(
     create_classifier, noise, one_by_one, options, trainer_class, in_memory
 ):
     dataset = noise(40) if in_memory else one_by_one(noise(40))
-    first_batch_of_the_run = 1  # in which unit items are counted, see accumulation.py
+    first_batch_of_the_run = 1  # in which unit items are counted, see window.py
 
     reads = count_reads(
         create_classifier(), dataset, trainer_class=trainer_class, **options
