@@ -564,7 +564,8 @@ class Trainer:
             run.publish_progress()
             self.run_history.current_step = run.progress.num_updates
             run.learning_rates = _learning_rates_of(self.optimizer)
-            if self._steps_scheduler:
+            is_stepped = not isinstance(self.scheduler, ReduceLROnPlateau)
+            if is_stepped and self.scheduler is not None:
                 self.scheduler_step()
         self.optimizer_zero_grad()
         if was_applied:
@@ -1039,12 +1040,6 @@ class Trainer:
 
     # --------------------------------------------------------- the parts of the story
 
-    @property
-    def _steps_scheduler(self) -> bool:
-        return self.scheduler is not None and not isinstance(
-            self.scheduler, ReduceLROnPlateau
-        )
-
     def _step_scheduler_after_epoch(self) -> None:
         """Step a scheduler that goes by a metric of the epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -1190,10 +1185,6 @@ class TrainerWithTimmScheduler(Trainer):
     and ``step`` after each epoch with the number of epochs completed, so that schedules
     in updates and in epochs both work. Arguments are those of :class:`Trainer`.
     """
-
-    @property
-    def _steps_scheduler(self) -> bool:
-        return self.scheduler is not None
 
     def scheduler_step(self) -> None:
         """Tell the scheduler how many updates are completed."""

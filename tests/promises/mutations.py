@@ -299,7 +299,7 @@ MUTATIONS = [
         (
             "        if is_complete:\n"
             "            self._update_weights(step)\n"
-            "        elif self._steps_scheduler:\n"
+            "        elif self.scheduler is not None:\n"
             "            self.scheduler_step()\n"
         ),
         SCHEDULES + "test_each_update_of_one_process_trains_with_its_value",
@@ -318,9 +318,8 @@ MUTATIONS = [
     Mutation(
         "scheduler: ReduceLROnPlateau is stepped at every update",
         "trainer.py",
-        "        return self.scheduler is not None and not isinstance(\n"
-        "            self.scheduler, ReduceLROnPlateau\n        )\n",
-        "        return self.scheduler is not None\n",
+        "            is_stepped = not isinstance(self.scheduler, ReduceLROnPlateau)\n",
+        "            is_stepped = True\n",
         SCHEDULES + "test_reduce_on_plateau_follows_the_evaluation_loss_of_each_epoch",
     ),
     Mutation(
