@@ -127,6 +127,11 @@ def _host_group(world: Any) -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
+def forget_groups() -> None:
+    """Let go of the group of the hosts, whose threads end once nobody holds it."""
+    _host_group.cache_clear()
+
+
 def raise_on_all(error: Exception | None) -> None:
     """Raise an error on all processes if any of them passes one. Collective.
 

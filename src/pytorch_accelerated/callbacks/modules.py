@@ -48,10 +48,20 @@ class ConvertSyncBatchNormCallback(TrainerCallback):
     """
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Convert the batch norms of the model."""
+        """Convert the batch norms of the model.
+
+        Raises:
+            ValueError: If the processes run on a CPU.
+        """
         is_alone = trainer._accelerator.num_processes == 1
         if is_alone or not any(map(_is_unsynchronised, trainer.model.modules())):
             return
+        if trainer.device.type == "cpu":
+            raise ValueError(
+                "ConvertSyncBatchNormCallback cannot be used on CPU processes: torch's "
+                "SyncBatchNorm needs GPUs. Leave the callback out, or use a norm that "
+                "does not depend on the batch, such as GroupNorm."
+            )
         trainer.model = nn.SyncBatchNorm.convert_sync_batchnorm(  # type: ignore[no-untyped-call]
             trainer.model
         )

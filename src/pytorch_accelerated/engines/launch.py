@@ -28,7 +28,7 @@ from accelerate.utils import (
     parse_choice_from_env,
 )
 
-from pytorch_accelerated import compat
+from pytorch_accelerated import compat, distributed
 from pytorch_accelerated.errors import warn
 
 # Kept in Accelerate's state, to be gone when that is reset.
@@ -84,6 +84,7 @@ def _leave_job() -> None:
     """
     has_failed = hasattr(sys, "last_value")
     if torch.distributed.is_initialized() and not has_failed:
+        distributed.forget_groups()
         torch.distributed.destroy_process_group()
 
 
