@@ -6,7 +6,7 @@ test for each that says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # what needs torch alone imports this module too
 wraps_tensors = is_traceable_wrapper_subclass
 
 # One kernel for many tensors, as torch's own optimizers and clipping use them.
-foreach_add_ = torch._foreach_add_
-foreach_lerp_ = torch._foreach_lerp_
-foreach_mul_ = torch._foreach_mul_
+foreach_add_: Callable[..., None] = torch._foreach_add_
+foreach_lerp_: Callable[..., None] = torch._foreach_lerp_
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
 
 # The common bases of all layers that behave differently in evaluation.
 BatchNorm = _BatchNorm
