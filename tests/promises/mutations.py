@@ -429,7 +429,7 @@ MUTATIONS = [
         "seeds: fetching moves the random state of the model",
         "data/fetching.py",
         "            generator.set_state(state)\n",
-        "",
+        "            pass\n",
         SEEDS + "test_augmentation_and_dropout_do_not_depend_on_the_number_of_workers",
     ),
     Mutation(
