@@ -333,6 +333,33 @@ def test_resuming_with_another_idea_of_a_schedule_is_refused(
         train(now, resume_from=tmp_path / "final")
 
 
+def test_a_window_that_is_begun_again_in_other_batches_forgets_its_items(tmp_path):
+    """They would be counted twice, and its update be too small."""
+    inputs = torch.arange(8.0)[:, None]
+
+    def train(batch_size, accumulation, callbacks=(), **kwargs):
+        model = nn.Linear(1, 1)
+        nn.init.zeros_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        Trainer(model, nn.MSELoss(), optimizer, callbacks, seed=1).train(
+            TensorDataset(inputs, 3 * inputs),
+            1,
+            per_device_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **kwargs,
+        )
+        return model.weight.detach()
+
+    amid_window = StopsAt("on_train_step_end", tmp_path / "state", 1)
+    with pytest.raises(Killed):
+        train(2, 2, [amid_window])
+    with pytest.warns(TrainingWarning, match="keeps its place"):
+        weight = train(1, 4, resume_from=tmp_path / "state")
+
+    torch.testing.assert_close(weight, train(2, 2))
+
+
 def test_a_limit_on_the_batches_is_not_taken_for_a_longer_run(
     create_trainer, samples, tmp_path
 ):
