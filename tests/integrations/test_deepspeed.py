@@ -24,17 +24,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deepspeed")
+def run_cases(num_processes, folder, *cases):
+    command = ("cases.py", "deepspeed_cases", folder, *cases)
     launched = run(
-        torchrun(2, "cases.py", "deepspeed_cases", folder, *CASES, python=PYTHON),
+        torchrun(num_processes, *command, python=PYTHON),
         folder,
         # The first time, DeepSpeed compiles what it communicates with.
         seconds=600,
         PATH=f"{PYTHON.parent}:/usr/local/bin:/usr/bin:/bin",
     )
     assert launched.code == 0, launched.output[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    run_cases(2, folder, *CASES)
     return folder
 
 
@@ -60,6 +65,16 @@ def test_training_with_deepspeed_gives_the_weights_of_training_without(
     result, with_deepspeed, without
 ):
     assert_close(result(with_deepspeed)["weights"], result(without)["weights"])
+
+
+def test_a_single_process_accumulates_too(tmp_path):
+    """It made an update of each batch, as if every one closed a window."""
+    names = "plain_accumulated", "accumulated_2"
+    run_cases(1, tmp_path, *names)
+    plain, sharded = (torch.load(tmp_path / f"{name}_0.bin") for name in names)
+
+    assert sharded["type"].endswith("DEEPSPEED")
+    assert_close(sharded["weights"], plain["weights"])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
