@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from pytorch_accelerated.tracking import RunHistory
 from pytorch_accelerated.trainer import Trainer
 
 # Machines are shared: how long an example takes says nothing.
@@ -93,3 +94,51 @@ def create_classifier():
 def one_by_one():
     """Make the samples of a dataset available only one at a time."""
     return OneByOne
+
+
+class OwnHistory(RunHistory):
+    """Has the methods that the published version asked for, and no other."""
+
+    def __init__(self):
+        self.metrics = {}
+        self.epoch = 1
+        self.prefix = ""
+
+    def get_metric_names(self):
+        return self.metrics.keys()
+
+    def get_metric_values(self, name):
+        return self.metrics[name]
+
+    def get_latest_metric(self, name):
+        return self.metrics[name][-1]
+
+    def set_metric_name_prefix(self, prefix=""):
+        self.prefix = prefix
+
+    @property
+    def metric_name_prefix(self):
+        return self.prefix
+
+    def update_metric(self, name, value):
+        self.metrics.setdefault(self.prefix + name, []).append(value)
+
+    def delete_metric(self, name):
+        del self.metrics[name]
+
+    @property
+    def current_epoch(self):
+        return self.epoch
+
+    def _increment_epoch(self):
+        self.epoch += 1
+
+    def reset(self):
+        self.metrics = {}
+        self.epoch = 1
+
+
+@pytest.fixture
+def own_history():
+    """Return a history that a user has written for 0.1.61."""
+    return OwnHistory

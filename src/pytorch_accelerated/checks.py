@@ -360,14 +360,10 @@ def check_can_train(trainer: Trainer, run: Run) -> None:
         check_optimizer(model, optimizer)
     if not overrides(trainer, "optimizer_step", "_run_train_epoch", "_run_training"):
         check_optimizer_needs_no_closure(optimizer)
-    trainer._engine.check_arguments(
-        batch_size_of_loader(
-            run.train_dataset, run.train_dataloader_kwargs, run.batch_size
-        ),
-        run.gradient_accumulation_steps,
-        run.gradient_clip_value,
-        run.gradient_clip_norm,
+    batch_size = batch_size_of_loader(
+        run.train_dataset, run.train_dataloader_kwargs, run.batch_size
     )
+    trainer._engine.check(run, batch_size)
     check_dataset_is_not_empty(run.eval_dataset, "eval_dataset")
     if trainer._num_runs == 0 and optimizer is not None:
         warn_of_sleeping_submodules(model, optimizer)

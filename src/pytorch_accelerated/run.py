@@ -446,8 +446,7 @@ class Aside:
     def __enter__(self) -> None:
         """Put the means of the run aside."""
         trainer = self._trainer
-        self._plain = trainer.get_model(keep_torch_compile=False)
-        self._modes = modes.of(self._plain)
+        self._modes = modes.of(trainer.get_model(keep_torch_compile=False))
         self._means, self._limit = trainer._run.means, trainer.eval_batch_limit
         trainer._run.means = Means()
 

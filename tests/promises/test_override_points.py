@@ -17,7 +17,6 @@ from pytorch_accelerated.callbacks import (
 from pytorch_accelerated.data import epoch_order
 from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.tracking import RunHistory
 from pytorch_accelerated.trainer import Trainer
 
 # --- each is called, and how
@@ -607,60 +606,21 @@ def test_a_copy_of_the_trainer_for_timm_that_counts_updates_itself(
     assert trainer.run_history.records("train_loss_epoch")[-1].step == 3
 
 
-class OwnHistory(RunHistory):
-    """Has the methods that the published version asked for, and no other."""
-
-    def __init__(self):
-        self.values, self.epoch, self.prefix = {}, 1, ""
-
-    def get_metric_names(self):
-        return set(self.values)
-
-    def get_metric_values(self, name):
-        return self.values[name]
-
-    def get_latest_metric(self, name):
-        return self.values[name][-1]
-
-    def set_metric_name_prefix(self, prefix=""):
-        self.prefix = prefix
-
-    @property
-    def metric_name_prefix(self):
-        return self.prefix
-
-    def update_metric(self, name, value):
-        self.values.setdefault(self.prefix + name, []).append(value)
-
-    def delete_metric(self, name):
-        del self.values[name]
-
-    @property
-    def current_epoch(self):
-        return self.epoch
-
-    def _increment_epoch(self):
-        self.epoch += 1
-
-    def reset(self):
-        self.values, self.epoch = {}, 1
-
-
 def test_a_run_history_of_the_user_without_the_newer_methods(
-    create_trainer, samples, tmp_path
+    create_trainer, samples, tmp_path, own_history
 ):
     """Defect 44: an abstract method that was added later broke such classes."""
-    history = OwnHistory()
+    history = own_history()
     trainer = create_trainer(run_history=history)
     trainer.train(samples(2), 2, eval_dataset=samples(1))
     metrics = trainer.evaluate(samples(1))
 
-    assert history.values["train_loss_epoch"] == [1.0, 0.25]
+    assert history.metrics["train_loss_epoch"] == [1.0, 0.25]
     assert history.current_epoch == 3
     assert metrics == {"evaluation_loss": 0.25**2}
 
     trainer.save_training_state(tmp_path / "state")
-    resumed = create_trainer(run_history=OwnHistory())
+    resumed = create_trainer(run_history=own_history())
     resumed.train(samples(2), 3, resume_from=tmp_path / "state")
 
     assert resumed.run_history.current_epoch == 4

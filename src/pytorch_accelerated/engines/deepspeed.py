@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from pytorch_accelerated import compat
 from pytorch_accelerated.engines.plain import Engine
 from pytorch_accelerated.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.run import Run
 
 
 class DeepSpeedEngine(Engine):
@@ -40,24 +43,19 @@ class DeepSpeedEngine(Engine):
         self._engine: Any = None
         self._optimizer: Any = None
 
-    def check_arguments(
-        self,
-        batch_size: int | None,
-        accumulation_steps: int,
-        clip_value: float | None,
-        clip_norm: float | None,
-    ) -> None:
-        """Raise ValueError if arguments contradict the config of DeepSpeed."""
-        super().check_arguments(batch_size, accumulation_steps, clip_value, clip_norm)
+    def check(self, run: Run, batch_size: int | None) -> None:
+        """Raise ValueError if the run contradicts the config of DeepSpeed."""
+        super().check(run, batch_size)
+        steps, clip_norm = run.gradient_accumulation_steps, run.gradient_clip_norm
         if batch_size is None:
             raise ValueError("DeepSpeed needs batches of a size that is known ahead.")
-        total = batch_size * accumulation_steps * self.accelerator.num_processes
+        total = batch_size * steps * self.accelerator.num_processes
         per_update = "per_device_batch_size * gradient_accumulation_steps * processes"
         for key, name, value in (
             ("train_micro_batch_size_per_gpu", "per_device_batch_size", batch_size),
             ("gradient_clipping", "gradient_clip_norm", clip_norm),
             ("train_batch_size", per_update, total),
-            (*("gradient_accumulation_steps",) * 2, accumulation_steps),
+            (*("gradient_accumulation_steps",) * 2, steps),
         ):
             asked = self._asked.get(key, "auto")
             # Accelerate writes 1 step where nothing is said.

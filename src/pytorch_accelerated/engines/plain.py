@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pytorch_accelerated.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.run import Run
 
 
 class Engine:
@@ -33,17 +36,16 @@ class Engine:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
-    def check_arguments(
-        self,
-        batch_size: int | None,
-        accumulation_steps: int,
-        clip_value: float | None,
-        clip_norm: float | None,
-    ) -> None:
-        """Raise ValueError if a run cannot be made with these arguments."""
-        if clip_value is not None and self.clips_by_norm_only:
+    def check(self, run: Run, batch_size: int | None) -> None:
+        """Raise ValueError if a run cannot be made as it was asked for.
+
+        Args:
+            run: What was asked for.
+            batch_size: Samples in a batch of one process, if that is known.
+        """
+        if run.gradient_clip_value is not None and self.clips_by_norm_only:
             raise ValueError(
-                f"gradient_clip_value={clip_value} was given, but "
+                f"gradient_clip_value={run.gradient_clip_value} was given, but "
                 f"{self.clips_by_norm_only} clips gradients by their norm only. Use "
                 "gradient_clip_norm."
             )
