@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pytorch_accelerated.tracking import (
     InMemoryRunHistory,
     MetricRecord,
+    is_greater_better,
 )
 
 
@@ -458,3 +459,23 @@ def test_pandas_gets_a_row_for_each_record(two_epoch_history):
     assert list(table.columns) == ["name", "value", "epoch", "step", "unix_time"]
     assert table["value"].tolist() == [0.5, 0.375, 0.25]
     assert table["step"].tolist() == [10, 20, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train_loss_epoch", False),
+        ("ema_model_eval_MulticlassAccuracy_epoch", True),
+        ("evaluation_BinaryF1Score", True),
+        ("eval_f1_epoch", True),
+        ("map_50", True),
+        ("eval_acc1_epoch", True),
+        ("eval_top5_error_epoch", False),
+        ("brier_score", False),
+        ("MeanSquaredError", False),
+        ("learning_rate", None),
+        ("glossary", None),
+    ],
+)
+def test_whether_greater_is_better_is_known_by_the_words_of_a_name(name, expected):
+    assert is_greater_better(name) is expected

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 
 INTERMEDIATE_PREFIX = "intermediate_"
 EVALUATION_PREFIX = "evaluation_"
+
+# Words of the names of metrics.
+_SMALL_IS_BETTER = (
+    "loss error err mse rmse mae mape smape msle rmsle nll wer cer mer ter perplexity "
+    "ppl brier ece fid kid lpips divergence kl distance hamming entropy"
+)
+_GREAT_IS_BETTER = (
+    "accuracy acc f1 fbeta precision recall sensitivity specificity auc auroc auprc ap "
+    "map ar mar ndcg mrr hit iou miou jaccard dice score r2 mcc kappa matthews pearson "
+    "spearman kendall correlation corrcoef bleu rouge meteor psnr ssim snr top "
+    "exact"
+)
 
 # A value and its origin are added together. Of the module, since histories are copied.
 _LOCK = threading.RLock()
@@ -509,6 +522,20 @@ def is_number(value: Any) -> bool:
     return _number_in(value) is not None
 
 
+def is_greater_better(name: str) -> bool | None:
+    """Say by its name whether a greater value of a metric is better, None if unknown.
+
+    Prefixes and suffixes do not matter, nor how words are joined: ``eval_loss_epoch``,
+    ``ema_model_eval_MulticlassAccuracy_epoch``. A word for what should be small wins.
+    """
+    words = re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+\d*(?![a-z])", name)
+    known = {word.lower() for word in words}
+    known |= {word.rstrip("0123456789") for word in known}
+    if not known.isdisjoint(_SMALL_IS_BETTER.split()):
+        return False
+    return None if known.isdisjoint(_GREAT_IS_BETTER.split()) else True
+
+
 def _number_in(value: Any) -> float | None:
     """Return a value as a Python int or float, or None if it is not one number."""
     if hasattr(value, "item"):
@@ -553,14 +580,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(member) for member in value)
     return value is None or isinstance(value, (int, float, str))
-
-
-def _parse_record(line: str, place: str) -> MetricRecord:
-    """Return the record in a line of JSON, or say what is wrong in which place."""
-    try:
-        return MetricRecord(**json.loads(line))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{place} is not a record of a metric: {line.strip()[:80]!r}. Expected a "
-            f"JSON object with the keys {', '.join(MetricRecord._fields)}."
-        ) from error
