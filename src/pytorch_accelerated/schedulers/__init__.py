@@ -5,6 +5,7 @@ They need torch alone, and can be used in a training loop of one's own as well.
 
 from pytorch_accelerated.schedulers.cosine_scheduler import CosineLrScheduler
 from pytorch_accelerated.schedulers.curve import plot_schedule, schedule_curve
+from pytorch_accelerated.schedulers.progress_scheduler import ProgressLrScheduler
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     SchedulerBase,
@@ -15,6 +16,7 @@ from pytorch_accelerated.schedulers.wsd_scheduler import WSDLrScheduler
 __all__ = [
     "CosineLrScheduler",
     "InvalidScheduleError",
+    "ProgressLrScheduler",
     "SchedulerBase",
     "StatefulSchedulerBase",
     "WSDLrScheduler",
