@@ -6,6 +6,7 @@ from pytorch_accelerated.finetuning import (
     Layer,
     LayerGroup,
     ModelFreezer,
+    parameter_groups,
 )
 
 
@@ -332,3 +333,103 @@ def test_the_mode_of_the_model_itself_is_never_touched(mode):
     freezer.unfreeze()
     assert model.training is mode
     assert all(module.training for module in list(model.modules())[1:])
+
+
+# --- parameter groups
+
+
+def in_groups(model, groups, *fields):
+    """Return the names of the parameters of each group, by the values of its fields."""
+    return {
+        tuple(group[field] for field in fields): names_in(model, group["params"])
+        for group in groups
+    }
+
+
+def test_vectors_norms_and_if_asked_embeddings_are_not_decayed_and_frozen_left_out():
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(5, 4),
+            "norm": nn.LayerNorm((3, 4)),
+            "frozen": nn.Linear(4, 4).requires_grad_(False),
+            "linear": nn.Linear(4, 4),
+        }
+    )
+    without = ["norm.weight", "norm.bias", "linear.bias"]
+
+    plain = parameter_groups(model, weight_decay=0.1)
+    spared = parameter_groups(model, weight_decay=0.1, decay_embeddings=False)
+
+    assert in_groups(model, plain, "weight_decay") == {
+        (0.1,): ["embedding.weight", "linear.weight"],
+        (0.0,): without,
+    }
+    assert in_groups(model, spared, "weight_decay") == {
+        (0.1,): ["linear.weight"],
+        (0.0,): ["embedding.weight", *without],
+    }
+    assert "lr" not in plain[0]
+    torch.optim.AdamW(plain)
+
+
+def test_a_tied_weight_counts_once_with_the_first_of_its_layers():
+    model = TiedLanguageModel(bias=True)
+
+    groups = parameter_groups(model, weight_decay=0.1, lr=1.0, layer_decay=0.5)
+
+    assert in_groups(model, groups, "lr", "weight_decay") == {
+        (0.5, 0.1): ["embedding.weight"],
+        (1.0, 0.1): ["body.weight"],
+        (1.0, 0.0): ["body.bias", "head.bias"],
+    }
+    assert len(torch.optim.SGD(groups).param_groups) == 3
+
+
+def test_learning_rates_shrink_from_layer_to_layer_towards_the_input():
+    """A norm goes with the layer before it, and a token with the one after it."""
+    model = nn.Sequential()
+    model.add_module("vit", TinyViT())
+    vit = model.vit
+    vit.blocks.append(nn.Linear(4, 4))
+    vit.blocks.append(nn.LayerNorm(4))
+
+    groups = parameter_groups(vit, weight_decay=0.0, lr=8.0, layer_decay=0.5)
+    lrs = {}
+    for group in groups:
+        for name in names_in(vit, group["params"]):
+            lrs.setdefault(group["lr"], set()).add(".".join(name.split(".")[:2]))
+
+    assert lrs == {
+        1.0: {"cls_token", "pos_embed", "patch_embed.weight", "patch_embed.bias"},
+        2.0: {"blocks.0"},
+        4.0: {"blocks.1", "blocks.2"},
+        8.0: {"head.weight", "head.bias"},
+    }
+    whole = parameter_groups(model, weight_decay=0.0, lr=8.0, layer_decay=0.5)
+    assert {group["lr"] for group in whole} == {8.0}
+
+
+def test_the_depth_of_a_parameter_can_be_told():
+    model = create_convnet()
+
+    groups = parameter_groups(
+        model,
+        weight_decay=0.0,
+        lr=1.0,
+        layer_decay=0.5,
+        depth_of=lambda name: 7 if name.startswith("3") else 5,
+    )
+
+    assert {
+        group["lr"]: {name[0] for name in names_in(model, group["params"])}
+        for group in groups
+        if group["params"][0].ndim > 1
+    } == {0.25: {"0", "1"}, 1.0: {"3"}}
+
+
+def test_groups_that_cannot_be_are_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="needs lr, the learning rate of the last"):
+        parameter_groups(model, weight_decay=0.1, layer_decay=0.9)
+    with pytest.raises(ValueError, match="All parameters are frozen"):
+        parameter_groups(model.requires_grad_(False), weight_decay=0.1)

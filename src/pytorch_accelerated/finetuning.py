@@ -1,11 +1,17 @@
-"""Freezing and unfreezing parts of a model, for fine-tuning a pretrained one."""
+"""Freezing and unfreezing parts of a model, for fine-tuning a pretrained one.
+
+And parameter groups for its optimizer: without weight decay where it does harm, and
+with smaller learning rates for the layers near the input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from pytorch_accelerated.compat import Norm
 
 BN_MODULES = (
     nn.BatchNorm1d,
@@ -290,3 +296,102 @@ def _is_frozen(member: _Member) -> bool:
             "Freeze and unfreeze whole layers, with freeze() and unfreeze()."
         )
     return states == {False}
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_NORMS = (Norm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    lr: float | None = None,
+    layer_decay: float = 1.0,
+    depth_of: Callable[[str], int] | None = None,
+    decay_embeddings: bool = True,
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of a model for an optimizer.
+
+    Biases, all other vectors and numbers, and what a normalisation layer owns are not
+    decayed. Frozen parameters are left out, and one with several names counts once,
+    with the first of them::
+
+        groups = parameter_groups(model, weight_decay=0.05, lr=1e-3, layer_decay=0.75)
+        optimizer = torch.optim.AdamW(groups)
+
+    With ``layer_decay`` the last layer trains with ``lr``, the one before it with
+    ``lr * layer_decay``, and so on to the first (`BEiT
+    <https://arxiv.org/abs/2106.08254>`_). The layers are the modules inside the model,
+    in order, and the members of each ``nn.Sequential`` and ``nn.ModuleList`` among them
+    count one by one; one that has nothing to decay, such as a normalisation layer,
+    belongs to the layer before it. What is not inside of any, such as a ``cls_token``,
+    belongs to the layer that follows.
+
+    Args:
+        model: The model, not wrapped for distributed training or compiled.
+        weight_decay: That of the parameters that are decayed.
+        lr: The learning rate of the last layer; by default that of the optimizer, which
+            ``layer_decay`` cannot do without.
+        layer_decay: The learning rate of a layer as a fraction of that of the next.
+        depth_of: Returns the depth of a parameter from its name, as in
+            ``model.named_parameters()``: the greater, the nearer to the output. By
+            default the number of its layer.
+        decay_embeddings: Whether the weights of ``nn.Embedding`` are decayed.
+
+    Raises:
+        ValueError: If all parameters are frozen, or the learning rate is missing.
+    """
+    if layer_decay != 1.0 and lr is None:
+        raise ValueError(
+            f"layer_decay={layer_decay} needs lr, the learning rate of the last layer."
+        )
+    not_decayed = _NORMS if decay_embeddings else (*_NORMS, nn.Embedding)
+    kept = {
+        parameter
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim < 2 or isinstance(module, not_decayed)
+    }
+    layers = _layers_of(model, kept)
+    depths = {
+        parameter: depth_of(name) if depth_of else layers[parameter]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if not depths:
+        raise ValueError("All parameters are frozen: there is nothing to group.")
+    last = max(depths.values())
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for parameter, depth in depths.items():
+        scale, is_decayed = layer_decay ** (last - depth), parameter not in kept
+        group = {"params": [], "weight_decay": weight_decay if is_decayed else 0.0}
+        if lr is not None:
+            group["lr"] = lr * scale
+        groups.setdefault((scale, is_decayed), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layers_of(model: nn.Module, kept: set[nn.Parameter]) -> dict[nn.Parameter, int]:
+    """Return the number of the layer of each parameter."""
+    layers: dict[nn.Parameter, int] = {}
+    number = -1
+    for layer in _layers_in(model):
+        new = [p for p in layer.parameters() if p not in layers]
+        if number < 0 or not kept.issuperset(new):
+            number += 1
+        layers.update(dict.fromkeys(new, number))
+    for parameter in reversed(list(model.parameters())):
+        # Those outside of any layer have the number of what follows them.
+        number = layers.setdefault(parameter, number)
+    return layers
+
+
+def _layers_in(module: nn.Module) -> Iterator[nn.Module]:
+    is_container = isinstance(module, _CONTAINERS)
+    for child in module.children():
+        has_inside = any(isinstance(m, _CONTAINERS) for m in child.modules())
+        if isinstance(child, _CONTAINERS) or (has_inside and not is_container):
+            yield from _layers_in(child)
+        else:
+            yield child

@@ -84,9 +84,12 @@ def test_what_cannot_be_a_schedule_is_refused_and_what_is_hardly_meant_warned_of
     assert values[7] == pytest.approx(0.001 + 0.999 * 7 / 8)
 
 
-def test_after_the_last_update_the_value_is_that_of_the_end():
+def test_before_the_first_update_the_value_is_its_own_and_after_the_last_the_end():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2.0)
-    scheduler = ProgressLrScheduler(optimizer, "constant", 10, cooldown=5, end=0.25)
+    scheduler = ProgressLrScheduler(
+        optimizer, "constant", 10, warmup=2, cooldown=5, end=0.25, warmup_start=0.5
+    )
+    assert scheduler.get_last_lr() == [1.0]
 
     scheduler.step_update(25)
 
