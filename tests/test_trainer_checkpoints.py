@@ -1,5 +1,6 @@
 """Saving and resuming a run, in one process."""
 
+import os
 import sys
 import warnings
 from collections import Counter
@@ -7,6 +8,7 @@ from functools import partial
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -21,6 +23,7 @@ from torch.utils.data import (
 
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
+    ModelEmaCallback,
     SaveTrainingStateCallback,
     TrainerCallback,
 )
@@ -892,3 +895,113 @@ def test_an_optimizer_made_of_others_is_loaded_by_its_own_method(
     second = create()
     second.load_checkpoint(tmp_path / "both.pt")
     assert second.optimizer.state_dict() == first.optimizer.state_dict()
+
+
+# ------------------------------------------------------------------ weights alone
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, inputs):
+        return self.head(self.norm(self.embed(inputs).mean(1)))
+
+
+def train_tied(callbacks=()):
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks)
+    inputs = torch.arange(24).reshape(12, 2) % 4
+    data = TensorDataset(inputs, inputs[:, 0])
+    trainer.train(data, 1, data, per_device_batch_size=3)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "read"),
+    [
+        ("model", "model.safetensors", safetensors.torch.load_file),
+        ("v1.2", "v1.2.safetensors", safetensors.torch.load_file),
+        ("model.pt", "model.pt", torch.load),
+    ],
+)
+def test_weights_alone_are_a_file_that_others_read(tmp_path, name, expected, read):
+    trainer = train_tied()
+    # A part of it is compiled, which changes the names in its state dict.
+    trainer.model.norm = torch.compile(trainer.model.norm, backend="eager")
+    path = trainer.save_model(tmp_path / "new" / name)
+
+    assert path == tmp_path / "new" / expected
+    assert os.listdir(path.parent) == [expected]
+    plain = Tied()
+    missing, unexpected = plain.load_state_dict(read(path), strict=False)
+    assert (missing, unexpected) == (["head.weight"] if name != "model.pt" else [], [])
+    assert torch.equal(plain.head.weight, trainer.model.embed.weight)
+    assert plain.norm.num_batches_tracked == 4
+
+    other = Trainer(Tied(), None, None, callbacks=())
+    other.load_model(tmp_path / "new" / name)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(other.model.state_dict()[key], value)
+    trainer.load_model(path)  # its names have what torch.compile adds
+
+
+def test_weights_alone_are_read_from_what_else_there_is(create_trainer, tmp_path):
+    trainer = create_trainer()
+    trainer.model.weight.data.fill_(3.0)
+    trainer.save_checkpoint(tmp_path / "whole.pt")
+    for target in ("whole.pt", "bare.pt"):
+        torch.save(trainer.model.state_dict(), tmp_path / "bare.pt")
+        other = create_trainer()
+        other.load_model(tmp_path / target)
+        assert other.model.weight.item() == 3.0
+
+    trainer.save_model(tmp_path / "model")
+    other = Trainer(nn.Linear(2, 1), None, None, callbacks=())
+    before = other.model.weight.clone()
+    with pytest.raises(CheckpointError, match=r"missing .*: bias; of another shape"):
+        other.load_model(tmp_path / "model")
+    assert torch.equal(other.model.weight, before)
+    with pytest.raises(CheckpointError, match=r"no file .*/nothing\.safetensors"):
+        other.load_model(tmp_path / "nothing")
+
+
+def test_the_average_is_saved_alone_on_request(tmp_path):
+    average = ModelEmaCallback(decay=0.5, save_path=tmp_path / "ema.pt")
+    trainer = train_tied([average])
+    trainer.save_model(tmp_path / "own")
+    trainer.save_model(tmp_path / "average", ema=True)
+
+    own, averaged = (
+        safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        for name in ("own", "average")
+    )
+    weight = average.ema_model.module.embed.weight
+    assert torch.equal(averaged["embed.weight"], weight)
+    assert not torch.equal(own["embed.weight"], weight)
+    assert averaged.keys() == own.keys()
+    trainer.callback_handler.clear_callbacks()
+    with pytest.raises(ValueError, match="this trainer has 0"):
+        trainer.save_model(tmp_path / "average", ema=True)
+
+
+def test_what_safetensors_cannot_hold_is_named(tmp_path):
+    class HasExtraState(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            self.extra = state
+
+    trainer = Trainer(HasExtraState(1, 1), None, None, callbacks=())
+    with pytest.raises(CheckpointError, match=r"hold _extra_state, .* ends in \.pt"):
+        trainer.save_model(tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+    trainer.save_model(tmp_path / "model.pt")
+    trainer.load_model(tmp_path / "model.pt")
+    assert trainer.model.extra == {"calls": 3}

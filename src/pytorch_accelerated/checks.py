@@ -348,7 +348,19 @@ def check_can_train(trainer: Trainer, run: Run) -> None:
         TypeError: If one of them is something else than what is meant.
     """
     limit, model, optimizer = run.max_num_train_steps, trainer.model, trainer.optimizer
-    check_is_at_least("num_epochs", run.num_epochs, 0)
+    if trainer._run.is_under_way and trainer._run.is_iterated:
+        raise RuntimeError(
+            "train() was called while predictions are iterated over, and would change "
+            "the model between two batches. Go through them to the end, or close() "
+            "what iterate_predictions() returned."
+        )
+    if run.num_epochs is not None:
+        check_is_at_least("num_epochs", run.num_epochs, 0)
+    elif limit is None:
+        raise ValueError(
+            "train() was given neither num_epochs nor max_num_train_steps, so nothing "
+            "would end the run. Give one of them, or both."
+        )
     check_is_at_least("gradient_accumulation_steps", run.gradient_accumulation_steps, 1)
     if limit is not None:
         check_is_at_least("max_num_train_steps", limit, 1)
@@ -399,8 +411,25 @@ def warn_of_oversights(trainer: Trainer) -> None:
     warn_of_misspelt_names(trainer)
 
 
-def warn_of_uncounted_updates(trainer: Trainer) -> None:
-    """Say what is not followed by an override of the epoch, after the first one."""
+def check_updates_are_counted(trainer: Trainer) -> None:
+    """Say what an epoch that made no update means for what counts updates.
+
+    Raises:
+        ValueError: If only a number of updates would end the run, and none will come.
+    """
+    run, scaler = trainer._run, trainer._accelerator.scaler
+    # fp16 skips updates until its scale is small enough, which 1 always should be.
+    is_hopeless = scaler is not None and scaler.get_scale() < 1
+    if run.num_epochs is None and (run.progress.step == 0 or is_hopeless):
+        raise ValueError(
+            "An epoch made no update that the trainer could count, so that "
+            f"max_num_train_steps={run.max_num_train_steps} would never be reached. "
+            "Give num_epochs, which ends the run in any case."
+        )
+    _warn_of_uncounted_updates(trainer)
+
+
+def _warn_of_uncounted_updates(trainer: Trainer) -> None:
     run, event = trainer._run, "on_train_update_end"
     if run.progress.epochs_done > 0 or not overrides(trainer, "_run_train_epoch"):
         return

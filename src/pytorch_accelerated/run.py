@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Run:
 
     Args:
         is_training: Whether it is one of ``train()``.
+        is_iterated: Whether the caller's code runs between its batches.
 
     Attributes:
         training: The training run that this one is part of, or that was the last; this
@@ -66,13 +68,14 @@ class Run:
     """
 
     is_training: bool = False
+    is_iterated: bool = False
 
     # What was asked for.
     train_dataset: Any = None
     eval_dataset: Any = None
     collate_fn: Callable[[list[Any]], Any] | None = None
     create_scheduler_fn: Callable[..., Any] | None = None
-    num_epochs: int = 1
+    num_epochs: int | None = 1
     max_num_train_steps: int | None = None
     batch_size: int = 8
     eval_batch_size: int | None = None
@@ -216,6 +219,22 @@ class Run:
         limit = self.max_num_train_steps
         return limit is not None and self.progress.num_updates >= limit
 
+    def epochs_due(self) -> Iterable[int]:
+        """Return what counts the epochs; it ends only where their number was given."""
+        # Updates that are not applied count for nothing: it may take more epochs.
+        limit = None if self.num_epochs is None else self.config.num_epochs
+        done = self.progress.epochs_done
+        return count(done) if limit is None else range(done, limit)
+
+    @property
+    def size_of_eval_batches(self) -> int:
+        """Samples in an evaluation batch of one process, had it one without asking."""
+        config, asked = self.config, self.eval_batch_size
+        if config is not None:
+            asked = config.eval_per_device_batch_size or asked
+            asked = asked or config.train_per_device_batch_size
+        return asked or self.batch_size
+
     def take_up_between_steps(self) -> None:
         """Go on from the random states of a run that was not saved amid its steps."""
         progress = self.progress
@@ -331,6 +350,15 @@ class Run:
                 output.get("batch_size", 0) * self.accumulation.num_processes
             )
         self.publish_progress()
+
+    def note_learning_rates(self, optimizer: Any) -> None:
+        """Keep the rates that an update was made with."""
+        # Tensors are changed in place later; reading them would wait for the device.
+        rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+        self.learning_rates = [
+            rate.detach().clone() if isinstance(rate, Tensor) else rate
+            for rate in rates
+        ]
 
     def publish_progress(self) -> None:
         """Let scripts read where the run stands; what they set goes no further."""
@@ -511,6 +539,8 @@ def create_run_config(trainer: Trainer, **asked: Any) -> TrainerRunConfig:
         run.eval_dataloader, run.eval_dl_kwargs, batch_size
     )
     steps = _count_updates_per_epoch(run.train_dataloader, accumulation)
+    if asked["num_epochs"] is None:
+        asked["num_epochs"] = asked["max_num_train_steps"]  # each has an update
     if steps:
         in_epochs = asked["num_epochs"] * steps
         limit = min(asked["max_num_train_steps"] or in_epochs, in_epochs)

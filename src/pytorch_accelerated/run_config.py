@@ -15,7 +15,9 @@ class TrainerRunConfig:
     made smaller because memory ran out.
 
     Attributes:
-        num_epochs: Epochs of this run, after a step limit has shortened it.
+        num_epochs: Epochs of this run, after a step limit has shortened it; where
+            only that limit was given, and the length of the training data is unknown,
+            the most that it can take.
         train_per_device_batch_size: Samples in a training batch of one process.
         train_dl_kwargs: The arguments that the training loader was made with.
         eval_per_device_batch_size: Samples in an evaluation batch of one process.

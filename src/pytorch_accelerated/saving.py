@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pytorch_accelerated import checkpoint, data, distributed, engines
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback
+from pytorch_accelerated.callbacks import ModelEmaCallback, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.checkpointing import savers_of
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.state import (
@@ -31,6 +31,10 @@ from pytorch_accelerated.tracking import is_number
 if TYPE_CHECKING:
     from pytorch_accelerated.run import Run
     from pytorch_accelerated.trainer import Trainer
+
+
+# Endings of files that are written for torch.load.
+_OF_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class OnAllOrNone:
@@ -69,6 +73,79 @@ def contents_of(
             if "DataLoader worker" in str(error):
                 raise  # by torch, wherever the main thread happens to be
             trainer.print(f"The state of the scheduler is not saved: {error}")
+    return contents
+
+
+def save_model(trainer: Trainer, path: str | os.PathLike[str], ema: bool) -> Path:
+    """Write the weights alone; return the path of the file. Called on all processes.
+
+    Args:
+        trainer: The trainer.
+        path: The file; its ending says in which format.
+        ema: Whether those of the average are wanted.
+    """
+    keep, path = trainer._accelerator.is_main_process, _file_of_model(path)
+    model = _average_of(trainer) if ema else trainer.get_model(keep_torch_compile=False)
+    state = trainer._engine.model_state(model, keep)
+    is_of_torch = path.suffix in _OF_TORCH
+    write = checkpoint.save_file if is_of_torch else checkpoint.save_weights
+    with OnAllOrNone():
+        if keep:
+            write(checkpoint.without_wrappers(state), path)
+    return path
+
+
+def load_model(trainer: Trainer, path: str | os.PathLike[str]) -> None:
+    """Load weights that :func:`save_model` wrote. Called on all processes."""
+    with OnAllOrNone():
+        path = _file_of_model(path)
+        contents = checkpoint.read_weights(path)
+        state = contents.get("model_state_dict", contents)
+        load_states(trainer, path, state, None, None)
+
+
+def _file_of_model(path: str | os.PathLike[str]) -> Path:
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    is_whole = path.suffix in (".safetensors", *_OF_TORCH)
+    return path if is_whole else path.with_name(f"{path.name}.safetensors")
+
+
+def _average_of(trainer: Trainer) -> nn.Module:
+    averages = [
+        callback.ema_model
+        for callback in trainer.callback_handler
+        if isinstance(callback, ModelEmaCallback) and callback.ema_model is not None
+    ]
+    if len(averages) != 1:
+        raise ValueError(
+            f"ema=True saves the average of a ModelEmaCallback, and this trainer has "
+            f"{len(averages)}. It is there from the start of a run on; one of several "
+            "can be saved with safetensors.torch.save_model(callback.ema_model.module, "
+            "path)."
+        )
+    module: nn.Module = averages[0].module
+    return module
+
+
+def load_checkpoint(
+    trainer: Trainer, path: str | os.PathLike[str], optimizer: bool, scheduler: bool
+) -> dict[str, Any]:
+    """Load a file that has what :func:`contents_of` returned; return all it holds."""
+    contents: dict[str, Any] = checkpoint.load_file(path)
+    if "model_state_dict" not in contents:
+        raise CheckpointError(
+            f"{path} was not written by save_checkpoint(): it has no "
+            f"'model_state_dict' but {list(contents)[:5]}. If these are the weights "
+            "themselves, load them with load_model(path), or "
+            "model.load_state_dict(torch.load(path))."
+        )
+    load_states(
+        trainer,
+        path,
+        contents["model_state_dict"],
+        contents.get("optimizer_state_dict") if optimizer else None,
+        contents.get("scheduler_state_dict") if scheduler else None,
+    )
     return contents
 
 

@@ -30,9 +30,9 @@ and which come after the method of the same name::
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import pathlib
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -52,6 +52,7 @@ from pytorch_accelerated import (
     engines,
     events,
     modes,
+    predictions,
     saving,
     step_output,
 )
@@ -68,7 +69,6 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 from pytorch_accelerated.engines import launch
-from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.means import LossTracker, Means
 from pytorch_accelerated.memory import BatchShrinker
 from pytorch_accelerated.placeholders import (
@@ -221,7 +221,7 @@ class Trainer:
     def train(
         self,
         train_dataset: Any,
-        num_epochs: int,
+        num_epochs: int | None = None,
         eval_dataset: Any = None,
         per_device_batch_size: int = 8,
         max_num_train_steps: int | None = None,
@@ -247,12 +247,13 @@ class Trainer:
         Args:
             train_dataset: A map-style or iterable dataset; or a ready ``DataLoader`` or
                 another iterable of batches, which is used as it is.
-            num_epochs: Epochs of this run.
+            num_epochs: Epochs of this run. Where ``max_num_train_steps`` is given, it
+                may be left out: there are as many epochs then as it takes.
             eval_dataset: Evaluated after each epoch; none by default.
             per_device_batch_size: Samples in a batch of one process. A ``batch_size``
                 in the loader arguments wins over it.
             max_num_train_steps: Updates after which the run ends, in the middle of an
-                epoch if need be. With ``num_epochs``, the smaller limit holds.
+                epoch if need be. With both, the smaller limit holds.
             gradient_accumulation_steps: Batches of one process that make up an update.
             gradient_clip_value: Clamp each element of the gradients to ±this value.
             create_scheduler_fn: Makes a learning rate scheduler from the optimizer, for
@@ -322,7 +323,7 @@ class Trainer:
     def evaluate(
         self,
         dataset: Any = None,
-        per_device_batch_size: int = 8,
+        per_device_batch_size: int | None = None,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> dict[str, Any]:
@@ -335,7 +336,8 @@ class Trainer:
 
         Args:
             dataset: A dataset or a ready ``DataLoader``.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; by default as in
+                the evaluations of the last run, or 8 before any.
             dataloader_kwargs: Arguments of the ``DataLoader``.
             collate_fn: Makes a batch of a list of samples.
 
@@ -347,7 +349,7 @@ class Trainer:
         """
         run = Run(
             eval_dataset=dataset,
-            batch_size=per_device_batch_size,
+            batch_size=per_device_batch_size or self._run.size_of_eval_batches,
             eval_dataloader_kwargs=dataloader_kwargs,
             collate_fn=collate_fn,
         )
@@ -361,7 +363,7 @@ class Trainer:
     def predict(
         self,
         dataset: Any,
-        per_device_batch_size: int = 8,
+        per_device_batch_size: int | None = None,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
     ) -> Any:
@@ -371,7 +373,8 @@ class Trainer:
 
         Args:
             dataset: A dataset or a ready ``DataLoader``.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; by default as in
+                the evaluations of the last run, or 8 before any.
             dataloader_kwargs: Arguments of the ``DataLoader``.
             collate_fn: Makes a batch of a list of samples.
 
@@ -382,21 +385,49 @@ class Trainer:
         Raises:
             ValueError: If there is nothing to predict.
         """
+        batches = self.iterate_predictions(
+            dataset, per_device_batch_size, dataloader_kwargs, collate_fn
+        )
+        return predictions.concatenate(batches)
+
+    @names_what_was_meant
+    def iterate_predictions(
+        self,
+        dataset: Any,
+        per_device_batch_size: int | None = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Generator[Any, None, None]:
+        """Yield what :meth:`predict` returns, one batch of all processes at a time.
+
+        For more than fits into memory. All processes must go through it alike, and to
+        its end, or leave it at the same place; the model is in evaluation mode
+        meanwhile. ``train()`` has to wait until it is left::
+
+            for outputs in trainer.iterate_predictions(dataset):
+                ...
+
+        Args:
+            dataset: A dataset or a ready ``DataLoader``.
+            per_device_batch_size: Samples in a batch of one process; by default as in
+                the evaluations of the last run, or 8 before any.
+            dataloader_kwargs: Arguments of the ``DataLoader``.
+            collate_fn: Makes a batch of a list of samples.
+
+        Returns:
+            A generator of what :meth:`calculate_predictions` returned, in the order of
+            the dataset; on the CPU, and the same on all processes.
+
+        Raises:
+            ValueError: If there is nothing to predict.
+        """
         run = Run(
             eval_dataset=dataset,
-            batch_size=per_device_batch_size,
+            batch_size=per_device_batch_size or self._run.size_of_eval_batches,
             eval_dataloader_kwargs=dataloader_kwargs,
             collate_fn=collate_fn,
         )
-        predictions = []
-        with UnderWay(self, run), torch.no_grad():
-            self._prepare(run)
-            with Aside(self):
-                self.model.eval()
-                for batch in self._eval_dataloader:
-                    gathered = self.gather(self.calculate_predictions(batch))
-                    predictions.append(distributed.map_tensors(Tensor.cpu, gathered))
-        return distributed.map_tensors(_concatenate, *predictions)
+        return predictions.iterate(self, run)
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""
@@ -405,7 +436,7 @@ class Trainer:
             events.call(self, self.training_run_start)
             events.announce(self, "on_training_run_start")
             checks.warn_of_oversights(self)
-            for _ in range(run.progress.epochs_done, run.config.num_epochs):
+            for _ in run.epochs_due():
                 at_start = run.progress.is_at_epoch_start
                 if (at_start and run.is_used_up) or self._run_epoch():
                     self.print(
@@ -436,7 +467,7 @@ class Trainer:
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
             run.progress.finish(Stage.TRAINING)
             if run.progress.num_updates == num_updates and not is_over:
-                checks.warn_of_uncounted_updates(self)
+                checks.check_updates_are_counted(self)
         progress = run.progress
         if progress.stage is not Stage.ENDED:
             if progress.stage is Stage.EVALUATION and self.eval_dataset is not None:
@@ -563,7 +594,7 @@ class Trainer:
             run.progress.num_updates += 1
             run.publish_progress()
             self.run_history.current_step = run.progress.num_updates
-            run.learning_rates = _learning_rates_of(self.optimizer)
+            run.note_learning_rates(self.optimizer)
             is_stepped = not isinstance(self.scheduler, ReduceLROnPlateau)
             if is_stepped and self.scheduler is not None:
                 self.scheduler_step()
@@ -874,7 +905,7 @@ class Trainer:
 
     def _create_run_config(
         self,
-        num_epochs: int,
+        num_epochs: int | None,
         gradient_accumulation_steps: int,
         max_num_train_steps: int | None,
         per_device_batch_size: int,
@@ -956,22 +987,46 @@ class Trainer:
             CheckpointError: If the file cannot be read, or does not fit the model, the
                 optimizer or the scheduler. Nothing has changed then.
         """
-        contents: dict[str, Any] = checkpoint.load_file(checkpoint_path)
-        if "model_state_dict" not in contents:
-            raise CheckpointError(
-                f"{checkpoint_path} was not written by save_checkpoint(): it has no "
-                f"'model_state_dict' but {list(contents)[:5]}. If these are the "
-                "weights themselves, load them with "
-                "model.load_state_dict(torch.load(path))."
-            )
-        saving.load_states(
-            self,
-            checkpoint_path,
-            contents["model_state_dict"],
-            contents.get("optimizer_state_dict") if load_optimizer else None,
-            contents.get("scheduler_state_dict") if load_scheduler else None,
+        return saving.load_checkpoint(
+            self, checkpoint_path, load_optimizer, load_scheduler
         )
-        return contents
+
+    def save_model(
+        self, path: str | os.PathLike[str], *, ema: bool = False
+    ) -> pathlib.Path:
+        """Save the weights of the model alone, in one file that other programs read.
+
+        They have the names that they have in the model without wrappers. The file
+        appears once it is complete. All processes must call this; one writes.
+
+        Args:
+            path: The file. With ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` at its end it
+                is a state dict for ``torch.load``, else it is in the format of
+                safetensors, and ``.safetensors`` is added if that is not its end.
+            ema: Whether to save the average of the :class:`ModelEmaCallback` instead.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: If there is no average, or more than one.
+            CheckpointError: If the file could not be written.
+        """
+        events.announce(self, "on_before_save")
+        return saving.save_model(self, path, ema)
+
+    def load_model(self, path: str | os.PathLike[str]) -> None:
+        """Load the weights of the model from a file. All processes must call this.
+
+        Args:
+            path: What :meth:`save_model` was given. A state dict that ``torch.save``
+                wrote and a file of :meth:`save_checkpoint` are read too.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or does not fit the model,
+                which has not changed then.
+        """
+        saving.load_model(self, path)
 
     def save_training_state(
         self,
@@ -1164,18 +1219,6 @@ class Trainer:
             self.model, keep_torch_compile=keep_torch_compile
         )
         return model
-
-
-def _learning_rates_of(optimizer: Any) -> list[float | Tensor]:
-    # Tensors are changed in place later; to read them now would wait for the device.
-    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
-    return [
-        rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates
-    ]
-
-
-def _concatenate(*tensors: Tensor) -> Tensor:
-    return torch.cat(tensors)
 
 
 class TrainerWithTimmScheduler(Trainer):

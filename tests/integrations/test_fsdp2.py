@@ -4,6 +4,7 @@ import math
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from launching import SCRIPTS, run, torchrun
 
@@ -87,6 +88,9 @@ def test_a_checkpoint_holds_whole_plain_weights(result, folder):
     assert {type(tensor) for tensor in saved.values()} == {torch.Tensor}
     assert_close(saved, exported["weights"], atol=0)
     assert_close(exported["loaded"], exported["weights"], atol=0)
+    alone = safetensors.torch.load_file(folder / "exported.safetensors")
+    assert_close(alone, exported["weights"], atol=0)
+    assert_close(exported["loaded alone"], exported["weights"], atol=0)
 
 
 def test_the_moving_average_is_sharded_and_equals_that_of_one_process(result, folder):
@@ -96,6 +100,8 @@ def test_the_moving_average_is_sharded_and_equals_that_of_one_process(result, fo
     assert_close(sharded["losses"], plain["losses"])
     saved = torch.load(folder / "average_True.pt")["model_state_dict"]
     assert_close(saved, sharded["weights"])
+    alone = safetensors.torch.load_file(folder / "average_alone_True.safetensors")
+    assert_close(alone, sharded["weights"])
 
 
 def test_the_moving_average_of_a_resumed_run_is_bit_for_bit_the_same(result):

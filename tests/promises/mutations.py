@@ -279,9 +279,9 @@ MUTATIONS = [
     ),
     Mutation(
         "predict: only what this process predicted is returned",
-        "trainer.py",
-        "gathered = self.gather(self.calculate_predictions(batch))",
-        "gathered = self.calculate_predictions(batch)",
+        "predictions.py",
+        "gathered = trainer.gather(trainer.calculate_predictions(batch))",
+        "gathered = trainer.calculate_predictions(batch)",
         ONCE + "test_two_processes_count_each_sample_once",
     ),
     # --------------------------------------------------------------------- schedules
@@ -675,8 +675,7 @@ MUTATIONS = [
         ),
         (
             "        if was_applied:\n"
-            "            run.learning_rates ="
-            " _learning_rates_of(self.optimizer)\n"
+            "            run.note_learning_rates(self.optimizer)\n"
             "            events.tell(\n"
             '                self, "on_train_update_end"'
         ),

@@ -216,3 +216,117 @@ def test_a_stream_of_unknown_length_ends_by_itself_or_at_the_limit():
     trainer.train(Stream(), 100, per_device_batch_size=3, max_num_train_steps=6)
     assert (trainer.num_steps, trainer.num_updates) == (6, 6)
     assert trainer.run_config.num_update_steps_per_epoch is None
+
+
+# ------------------------------------------------------------ without num_epochs
+
+
+class Shrinking(IterableDataset):
+    """Has fewer samples each time, and none in the end."""
+
+    def __init__(self, count=8):
+        self.count = count
+
+    def __iter__(self):
+        self.count -= 4
+        return iter(samples(self.count)) if self.count > 0 else iter(())
+
+
+def count_updates_alone():
+    whole = count(10, None, max_num_train_steps=8, per_device_batch_size=2)
+    placeholders = {"epochs": PLACEHOLDERS["NUM_EPOCHS"]}
+    trainer = create_trainer()
+    trainer.train(
+        Stream(),
+        max_num_train_steps=9,
+        per_device_batch_size=2,
+        create_scheduler_fn=partial(KeepsArguments, **placeholders),
+    )
+    return {
+        "whole": whole,
+        "stream": (trainer.num_updates, trainer.run_config.num_epochs),
+        "epochs of the stream": trainer.run_history.current_epoch - 1,
+        "placeholders": trainer.scheduler.arguments,
+    }
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_without_a_number_of_epochs_there_are_as_many_as_the_updates_take(
+    on_processes, num_processes
+):
+    per_epoch = 5 if num_processes == 1 else 3
+    for counts in on_processes(num_processes, count_updates_alone):
+        whole = counts["whole"]
+        assert whole["updates"] == whole["optimizer steps"] == whole["limit"] == 8
+        assert whole["planned epochs"] == len(whole["epochs"]) == -(-8 // per_epoch)
+        assert whole["placeholders"]["NUM_EPOCHS"] == pytest.approx(8 / per_epoch)
+        assert whole["placeholders"]["NUM_UPDATE_STEPS_PER_EPOCH"] == per_epoch
+        assert counts["stream"] == (9, 9)
+        assert counts["epochs of the stream"] == -(-9 // per_epoch)
+        assert counts["placeholders"] == {"epochs": 1}
+
+
+def test_neither_a_number_of_epochs_nor_of_updates_is_refused():
+    with pytest.raises(ValueError, match=r"neither num_epochs nor max_num_train_steps"):
+        create_trainer().train(samples(4))
+
+
+def test_without_a_number_of_epochs_a_run_that_can_make_no_updates_ends():
+    trainer = create_trainer()
+    with pytest.raises(ValueError, match="yielded no batch"):
+        trainer.train(Shrinking(), max_num_train_steps=9, per_device_batch_size=2)
+    assert trainer.num_updates == 2
+
+    class Own(Trainer):
+        num_passes = 0
+
+        def _run_train_epoch(self, train_dl):
+            self.num_passes += 1
+            return self.num_passes == 3
+
+    own = Own(trainer.model, trainer.loss_func, trainer.optimizer, None)
+    with pytest.raises(ValueError, match="Give num_epochs"):
+        own.train(samples(2), max_num_train_steps=2)
+    with pytest.warns(UserWarning, match="max_num_train_steps=100"):
+        own.train(samples(2), 3, max_num_train_steps=100)
+
+
+def test_without_a_number_of_epochs_a_resumed_run_makes_the_updates_left(tmp_path):
+    class Saves(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            if trainer.num_updates == 3:  # the last one of the first epoch
+                trainer.save_training_state(tmp_path / "state")
+                raise KeyboardInterrupt
+
+    arguments = {"max_num_train_steps": 7, "per_device_batch_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        create_trainer([Saves]).train(samples(6), **arguments)
+    trainer = create_trainer()
+    trainer.train(samples(6), resume_from=tmp_path / "state", **arguments)
+    assert (trainer.num_updates, trainer.num_optimizer_steps) == (7, 4)
+    assert len(trainer.run_history.get_metric_values("train_loss_epoch")) == 3
+
+
+class SkipsFirst(CountsOptimizerSteps):
+    """fp16 with a scale at which the first updates overflow."""
+
+    def _create_accelerator(self):
+        accelerator = super()._create_accelerator()
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        return accelerator
+
+
+@pytest.mark.parametrize("is_hopeless", [False, True])
+def test_updates_that_fp16_skips_are_made_up_for_unless_all_are(is_hopeless):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = SkipsFirst(model, nn.MSELoss(), optimizer, None)
+    inputs = torch.full((2, 1), torch.inf if is_hopeless else 3.0)
+    data = TensorDataset(inputs, torch.zeros(2, 1))
+    if is_hopeless:
+        with pytest.raises(ValueError, match="made no update"):
+            trainer.train(data, max_num_train_steps=2)
+    else:
+        trainer.train(data, max_num_train_steps=2)
+        assert trainer.num_updates == 2
+        assert trainer.run_history.current_epoch > 3

@@ -25,8 +25,8 @@ from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 # was changed on purpose says what it was; docs/migrating.md says why.
 SIGNATURES = """
 trainer.Trainer(model, loss_func, optimizer, callbacks=DEFAULT_CALLBACKS, run_history=None)
-trainer.Trainer.train(self, train_dataset, num_epochs, eval_dataset=None, per_device_batch_size=8, max_num_train_steps=None, gradient_accumulation_steps=1, gradient_clip_value=None, create_scheduler_fn=None, train_dataloader_kwargs=None, eval_dataloader_kwargs=None, reset_run_history=True, collate_fn=None, resume_from=None)
-trainer.Trainer.evaluate(self, dataset=None, per_device_batch_size=8, dataloader_kwargs=None, collate_fn=None)
+trainer.Trainer.train(self, train_dataset, num_epochs=None, eval_dataset=None, per_device_batch_size=8, max_num_train_steps=None, gradient_accumulation_steps=1, gradient_clip_value=None, create_scheduler_fn=None, train_dataloader_kwargs=None, eval_dataloader_kwargs=None, reset_run_history=True, collate_fn=None, resume_from=None)  # num_epochs had no default in 0.1.61
+trainer.Trainer.evaluate(self, dataset=None, per_device_batch_size=None, dataloader_kwargs=None, collate_fn=None)  # 8 in 0.1.61
 trainer.Trainer.create_train_dataloader(self, batch_size, train_dl_kwargs=None)
 trainer.Trainer.create_eval_dataloader(self, batch_size, eval_dl_kwargs=None)
 trainer.Trainer.get_default_train_dl_kwargs(self, batch_size)

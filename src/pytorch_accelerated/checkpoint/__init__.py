@@ -6,7 +6,9 @@ Works with torch alone; the trainer uses it, and so can any other loop.
 single files         :func:`save_file`, :func:`load_file`, :func:`to_storable`,
                      :func:`check_storable`
 checkpoint folders   :class:`CheckpointWriter`, :class:`Checkpoint`
-weights of a model   :func:`fit_to_model`, :func:`explain_mismatch`
+weights of a model   :func:`save_weights`, :func:`read_weights`,
+                     :func:`fit_to_model`, :func:`explain_mismatch`,
+                     :func:`without_wrappers`
 writing meanwhile    :class:`BackgroundWriter`
 many of them         :func:`list_checkpoints`, :func:`newest`, :func:`prune`
 one run at a time    :class:`DirectoryLock`, :func:`clean_leftovers`
@@ -38,6 +40,9 @@ from pytorch_accelerated.checkpoint.folder import (
     CheckpointWriter,
     explain_mismatch,
     fit_to_model,
+    read_weights,
+    save_weights,
+    without_wrappers,
 )
 from pytorch_accelerated.checkpoint.legacy import (
     is_legacy_training_state,
@@ -69,7 +74,10 @@ __all__ = [
     "newest",
     "prune",
     "read_legacy_training_state",
+    "read_weights",
     "save_file",
+    "save_weights",
     "set_random_states",
     "to_storable",
+    "without_wrappers",
 ]

@@ -92,6 +92,18 @@ def save_file(obj: Mapping[Any, Any], path: str | os.PathLike[str]) -> Path:
     """
     path = absolute(path)
     storable = to_storable(obj, path.name)
+    with replaced(path) as file:
+        torch.save(storable, file)
+    return path
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[SummedFile]:
+    """Give a file to write that takes its place once it is whole, or not at all.
+
+    Raises:
+        CheckpointError: If it could not be written.
+    """
     # Of a long name only a part is used: the temporary name must not be too long
     # where the name itself is not.
     temporary = path.with_name(f".{path.name[:32]}.tmp-{new_token()}")
@@ -99,14 +111,13 @@ def save_file(obj: Mapping[Any, Any], path: str | os.PathLike[str]) -> Path:
         make_folder(path.parent)
         try:
             with SummedFile(temporary) as file:
-                torch.save(storable, file)
+                yield file
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
-    return path
 
 
 class SummedFile(io.BufferedWriter):

@@ -24,12 +24,14 @@ from torch import nn
 from pytorch_accelerated import compat
 from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
+    NotStorableError,
     SummedFile,
     absolute,
     make_folder,
     new_token,
     read_errors_explained,
     read_file,
+    replaced,
     sync,
     to_storable,
     write_errors_explained,
@@ -69,7 +71,8 @@ _VERSIONS_KEY = "_metadata"
 _RESERVED_NAMES = {"format", _VERSIONS_KEY, "_checksum", "__metadata__"}
 
 # What DistributedDataParallel, torch.compile and activation checkpointing add to names.
-_WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_checkpoint_wrapped_module\.")
+_INNER = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
+_WRAPPERS = re.compile(rf"^(module\.)+|{_INNER.pattern}")
 
 
 class NoCheckpointError(CheckpointError):
@@ -543,6 +546,36 @@ def _write_safetensors(state: Mapping[str, torch.Tensor], file: SummedFile) -> N
         file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
+def save_weights(state_dict: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Save the weights of a model to one file of safetensors, whole or not at all.
+
+    Tied weights are stored once.
+
+    Args:
+        state_dict: What ``model.state_dict()`` returned.
+        path: Where to save them.
+
+    Returns:
+        The absolute path of the file.
+
+    Raises:
+        NotStorableError: If safetensors cannot hold one of them; the message names it.
+        CheckpointError: If the file could not be written.
+    """
+    path = absolute(path)
+    state = to_storable(state_dict, path.name)
+    for name, value in state.items():
+        if not _can_hold((name, value)):
+            raise NotStorableError(
+                f"A file of safetensors cannot hold {name}, which is "
+                f"{getattr(value, 'dtype', type(value).__name__)}. Save to a name that "
+                "ends in .pt."
+            )
+    with replaced(path) as file:
+        _write_safetensors(state, file)
+    return path
+
+
 def read_weights(path: Path, *, checksums: bool = True) -> OrderedDict[str, Any]:
     """Load weights that this library, Accelerate or transformers has written.
 
@@ -608,6 +641,16 @@ def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
         renamed = ((modules.get(_plain(f"{k}."), k), v) for k, v in versions.items())
         compat.set_versions(fitted, OrderedDict(renamed))
     return fitted if fitted.keys() == expected else state_dict
+
+
+def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state dict with the names that its weights have in plain modules."""
+    plain = OrderedDict((_INNER.sub("", k), v) for k, v in state_dict.items())
+    versions = compat.versions_in(state_dict)
+    if versions is not None:
+        renamed = ((_INNER.sub("", f"{k}.")[:-1], v) for k, v in versions.items())
+        compat.set_versions(plain, OrderedDict(renamed))
+    return plain
 
 
 def _plain(name: str) -> str:

@@ -155,7 +155,15 @@ def exported(folder):
     again = create_trainer()
     train(again, num_epochs=1, max_num_train_steps=1)
     again.load_checkpoint(folder / "exported.pt")
-    return {"weights": weights(trainer), "loaded": weights(again)}
+    trainer.save_model(folder / "exported")
+    alone = create_trainer()
+    train(alone, num_epochs=1, max_num_train_steps=1)
+    alone.load_model(folder / "exported")
+    return {
+        "weights": weights(trainer),
+        "loaded": weights(again),
+        "loaded alone": weights(alone),
+    }
 
 
 class SaveOnce(TrainerCallback):
@@ -198,6 +206,7 @@ def _averaged(folder, fsdp):
     ema = ModelEmaCallback(decay=0.8, save_path=save_path)
     trainer = create_trainer(fsdp, [ema], WithoutDropout)
     history = train(trainer)
+    trainer.save_model(folder / f"average_alone_{fsdp}", ema=True)
     return {
         "weights": whole(ema.ema_model.module),
         "is_sharded": isinstance(next(ema.ema_model.module.parameters()), DTensor),
