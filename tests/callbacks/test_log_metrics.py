@@ -1,12 +1,19 @@
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     ModelEmaCallback,
+    ProgressBarCallback,
+    SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
+    StopTrainingError,
     TrainerCallback,
+    progress,
 )
 from pytorch_accelerated.callbacks.logging import _is_train_metric
 from pytorch_accelerated.trainer import Trainer
@@ -43,10 +50,142 @@ def test_metrics_are_logged_as_they_are_recorded(create_trainer, samples):
         assert list(rest) == ["constrained", "zeta", "alpha", "eval_loss_epoch"]
 
 
-def test_lines_are_printed(create_trainer, samples, capsys):
-    create_trainer([LogMetricsCallback]).train(samples(1), 1, eval_dataset=samples(1))
-    lines = capsys.readouterr().out.split("\n")
-    assert lines == ["train_loss_epoch: 1.0", "eval_loss_epoch: 0.25", ""]
+class Clock(TrainerCallback):
+    """Time passes by seconds: 2 a step of training, 1 a step of evaluation."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.now += 2
+
+    def on_eval_step_start(self, trainer, **kwargs):
+        self.now += 1
+
+
+def table_of(capsys):
+    """The lines that were printed, with one space between the words."""
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert "\r" not in output.out
+    return [" ".join(line.split()) for line in output.out.splitlines()]
+
+
+def test_each_epoch_is_a_row_and_an_evaluation_a_line(
+    create_trainer, samples, capsys, monkeypatch
+):
+    trainer = create_trainer([LogMetricsCallback, Clock(monkeypatch)])
+    trainer.train(samples(4), 3, eval_dataset=samples(1), per_device_batch_size=2)
+    trainer.evaluate(samples(2), per_device_batch_size=1)
+    assert table_of(capsys) == [
+        "epoch train_loss eval_loss lr samples/s time ETA",
+        "1/3 0.6250* 0.06250* 0.25 1 5.0s 10.0s",
+        "2/3 0.03906* 0.003906* 0.25 1 5.0s 5.0s",
+        "3/3 0.002441* 0.0002441* 0.25 1 5.0s",
+        "evaluation loss=0.0002441 time=2.0s",
+    ]
+
+
+def test_evaluations_amid_an_epoch_are_rows_and_leave_the_pace_of_training_alone(
+    create_trainer, samples, capsys, monkeypatch
+):
+    class EvaluatesApart(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            trainer.evaluate(samples(1))
+
+    callbacks = [StepBasedEvaluationCallback(2), LogMetricsCallback, EvaluatesApart]
+    trainer = create_trainer([*callbacks, Clock(monkeypatch)], lr=0)
+    trainer.train(
+        samples(6), 9, samples(3), per_device_batch_size=1, max_num_train_steps=4
+    )
+    assert table_of(capsys) == [
+        "epoch train_loss eval_loss lr samples/s time ETA",
+        "@2 1.000* 0 0.5 7.0s 7.0s",
+        "@4 1.000 0 0.5 14.0s",
+        "evaluation loss=1.000 time=1.0s",
+        "1/1 1.000* 1.000* 0 0.5 18.0s",
+        "Stopping after 4 updates, as max_num_train_steps asks",
+    ]
+
+
+def test_a_resumed_run_goes_on_in_its_epoch_and_knows_what_was_best(
+    create_trainer, samples, capsys, monkeypatch, tmp_path
+):
+    class Ends(TrainerCallback):
+        def on_train_epoch_end(self, trainer, **kwargs):
+            if trainer.run_history.current_epoch == 3:
+                raise StopTrainingError("enough")
+
+    def train(*callbacks, lr, **kwargs):
+        clock = Clock(monkeypatch)
+        clock.now += 1000 * lr
+        trainer = create_trainer([LogMetricsCallback, *callbacks, clock], lr=lr)
+        trainer.train(samples(1), 10, per_device_batch_size=1, **kwargs)
+        return table_of(capsys)
+
+    save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    assert train(save, Ends(), lr=0.25)[1:] == [
+        "1/10 1.000* 0.25 0.5 2.0s 18.0s",
+        "2/10 0.2500* 0.25 0.5 2.0s 16.0s",
+        "enough",
+        "3/10 0.06250* 0.25 0.5 2.0s 14.0s",
+    ]
+    rows = train(lr=0, resume_from=tmp_path / "epoch_2")
+    assert rows[-8:-6] == [
+        "3/10 0.06250* 0.25 0.5 2.0s 14.0s",
+        "4/10 0.01562* 0.25 0.5 2.0s 12.0s",
+    ]
+
+
+def test_without_a_known_length_the_epochs_tell_what_is_left(
+    create_trainer, capsys, monkeypatch
+):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(1), torch.zeros(1))] * 3)
+
+    def train(**kwargs):
+        trainer = create_trainer([LogMetricsCallback, Clock(monkeypatch)], lr=0)
+        trainer.train(Stream(), per_device_batch_size=1, **kwargs)
+        return [(row.split()[0], row.split()[-1]) for row in table_of(capsys)]
+
+    assert train(num_epochs=2) == [("epoch", "ETA"), ("1/2", "6.0s"), ("2/2", "6.0s")]
+    assert train(num_epochs=99, max_num_train_steps=5)[:3] == [
+        ("epoch", "ETA"),
+        ("1", "4.0s"),
+        ("2", "4.0s"),
+    ]
+
+
+def test_a_row_is_printed_above_the_bars_and_late_ones_are_not_lost(
+    create_trainer, samples, capsys, monkeypatch
+):
+    class Careless(LogMetricsCallback):
+        def on_training_run_epoch_end(self, trainer, **kwargs):
+            pass
+
+    monkeypatch.setattr(progress, "_is_live", lambda: True)
+    trainer = create_trainer([Careless, ProgressBarCallback])
+    trainer.train(samples(1), 2, eval_dataset=samples(1))
+    output = capsys.readouterr()
+    assert [line.split()[:3] for line in output.out.splitlines()] == [
+        ["epoch", "train_loss", "eval_loss"],
+        ["1/2", "1.000*", "0.2500*"],
+        ["2/2", "0.2500*", "0.06250*"],
+    ]
+    assert output.err.split("\r")[-1].strip() == ""
+
+
+def test_an_override_that_calls_ours_has_its_row_too(create_trainer, samples, capsys):
+    class Log(LogMetricsCallback):
+        def log_metrics(self, trainer, metrics):
+            super().log_metrics(trainer, {f"my_{n}": v for n, v in metrics.items()})
+
+    create_trainer([Log]).train(samples(1), 1, eval_dataset=samples(1))
+    header, row = table_of(capsys)
+    assert "eval_loss my_train_loss my_eval_loss lr" in header
+    assert row.startswith("1/1 1.000 0.2500 ")
 
 
 def test_a_value_is_logged_once(create_trainer, samples):
@@ -132,13 +271,10 @@ def test_what_is_not_one_number_is_printed_briefly(create_trainer, samples, caps
             self.run_history.update_metric("train_words", ["word"] * 100)
 
     create_trainer([LogMetricsCallback], trainer_class=Matrix).train(samples(1), 1)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
-        "train_matrix: Tensor of shape (30, 30)",
-        "train_scores: {'f1': 0.5}",
-        "train_scores_f1: 0.5",
-    ]
-    assert len(lines[3]) < 100
+    header, row, *rest = table_of(capsys)
+    assert header.startswith("epoch train_loss train_scores_f1 lr")
+    assert row.startswith("1/1 1.000* 0.5000* ")
+    assert rest == ["train_matrix=Tensor of shape (30, 30) train_words=list of 100"]
 
 
 def test_names_in_a_set_are_logged_in_an_order_that_does_not_change():

@@ -6,9 +6,10 @@ from torch.utils.data import IterableDataset
 
 from pytorch_accelerated.callbacks import (
     LimitEvalStepsCallback,
+    LogMetricsCallback,
     PrintProgressCallback,
     ProgressBarCallback,
-    StepBasedEvaluationCallback,
+    SaveTrainingStateCallback,
     StopTrainingError,
     TrainerCallback,
     progress,
@@ -33,6 +34,7 @@ def bars(monkeypatch):
             super().close()
 
     monkeypatch.setattr(progress, "tqdm", NotedBar)
+    monkeypatch.setattr(progress, "_is_live", lambda: True)
     return opened
 
 
@@ -90,13 +92,15 @@ def test_bars_are_closed_however_a_run_ends(
     assert (callback.pbar, callback.eval_pbar) == (None, None)
 
 
-def test_other_processes_of_a_machine_show_nothing(create_trainer, bars):
+def test_other_processes_of_a_machine_show_nothing(create_trainer, bars, capsys):
     trainer = create_trainer()
     trainer._accelerator = type("Accelerator", (), {"is_local_main_process": False})
     callback = ProgressBarCallback()
     callback.on_train_epoch_start(trainer)
+    callback._next_read = 0
     callback.on_train_step_end(trainer, None, None, step=0)
     assert bars[0].disable
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_loss_is_read_once_a_second(create_trainer, samples, bars, monkeypatch):
@@ -114,7 +118,7 @@ def test_the_loss_is_read_once_a_second(create_trainer, samples, bars, monkeypat
     trainer = create_trainer([StepsTakeATenth, ProgressBarCallback], lr=0)
     trainer.train(samples(50), 1, per_device_batch_size=1)
     assert len(reads) in (4, 5)
-    assert bars[0].postfix == "loss=1"
+    assert bars[0].postfix == "loss 1.000, 10 samples/s"
 
 
 def test_a_run_that_starts_amid_an_epoch_shows_where_it_is(create_trainer, bars):
@@ -126,29 +130,102 @@ def test_a_run_that_starts_amid_an_epoch_shows_where_it_is(create_trainer, bars)
     callback.on_train_epoch_end(trainer)
 
 
-def test_a_log_file_gets_few_lines(create_trainer, samples, bars, capsys):
-    trainer = create_trainer([StepBasedEvaluationCallback(1), ProgressBarCallback])
-    trainer.train(samples(50), 1, eval_dataset=samples(1), per_device_batch_size=1)
-    refreshes = re.findall(r"it/s\]", capsys.readouterr().err)
-    # Each of the two bars at its start and at its end, none for those in between.
-    assert len(refreshes) == 4
+class StepsTakeSeconds(TrainerCallback):
+    """Moves the clock, by which the callbacks go, on by 25 seconds a step."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.now += 25
+
+    on_eval_step_start = on_train_step_start
 
 
-def test_the_start_and_end_of_runs_and_epochs_are_printed(
-    create_trainer, samples, capsys
+def test_a_file_gets_a_plain_line_a_minute_and_no_bar(
+    create_trainer, samples, capsys, monkeypatch
 ):
-    trainer = create_trainer([PrintProgressCallback, StepBasedEvaluationCallback(1)])
-    trainer.train(samples(1), num_epochs=2, eval_dataset=samples(1))
-    trainer.evaluate(samples(1))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert lines == [
-        "Starting training run",
-        "Starting epoch 1",
-        "Starting eval epoch",
-        "Starting epoch 2",
-        "Starting eval epoch",
-        "Finishing training run",
-        "Starting evaluation run",
-        "Starting eval epoch",
-        "Finishing evaluation run",
+    trainer = create_trainer([StepsTakeSeconds(monkeypatch), ProgressBarCallback], lr=0)
+    trainer.train(samples(8), 2, eval_dataset=samples(4), per_device_batch_size=1)
+    epochs = [
+        [
+            f"epoch {epoch}/2, 38%, loss 1.000, 0.04 samples/s",
+            f"epoch {epoch}/2, 75%, loss 1.000, 0.04 samples/s",
+            "evaluation, 75%, loss 1.000",
+        ]
+        for epoch in (1, 2)
     ]
+    output = capsys.readouterr()
+    assert output.out.splitlines() == epochs[0] + epochs[1]
+    assert output.err == ""
+
+
+@pytest.mark.parametrize(
+    ("limit", "accumulation", "totals"),
+    [(7, 1, [5, 2]), (2, 2, [4]), (3, 2, [5]), (4, 2, [5, 2])],
+)
+def test_the_total_is_of_the_updates_that_are_left(
+    create_trainer, samples, bars, limit, accumulation, totals
+):
+    create_trainer([ProgressBarCallback]).train(
+        samples(5),
+        num_epochs=9,
+        per_device_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        max_num_train_steps=limit,
+    )
+    assert [(bar.n, bar.total) for bar in bars] == [(n, n) for n in totals]
+
+
+def test_a_bar_stays_where_no_row_takes_its_place_and_where_a_run_broke(
+    create_trainer, samples, bars
+):
+    class LogElsewhere(LogMetricsCallback):
+        def log_metrics(self, trainer, metrics):
+            pass
+
+    def train(*callbacks):
+        bars.clear()
+        trainer = create_trainer([ProgressBarCallback, *callbacks])
+        trainer.train(samples(1), 1, eval_dataset=samples(1))
+        return [bar.leave for bar in bars]
+
+    assert train() == train(LogElsewhere) == [True, True]
+    assert train(LogMetricsCallback) == [False, False]
+    stop = RaiseAt("on_train_step_end", StopTrainingError("x"))
+    assert train(LogMetricsCallback, stop) == [True]
+
+
+def test_a_run_says_what_it_is_to_do_and_where_it_ended(
+    create_trainer, samples, capsys, tmp_path
+):
+    def train(**kwargs):
+        trainer.train(
+            samples(4), 12, eval_dataset=samples(1), per_device_batch_size=2, **kwargs
+        )
+        return re.sub(r"\d\.\ds", "?s", capsys.readouterr().out).splitlines()
+
+    trainer = create_trainer([PrintProgressCallback])
+    start = "Training: 12 epochs, 24 updates, on cpu"
+    assert train() == [start, "Training ended: epoch 12/12, 24 updates, ?s"]
+    trainer.evaluate(samples(1))
+    assert capsys.readouterr().out == ""
+    assert train(max_num_train_steps=3)[::2] == [
+        "Training: 2 epochs, 3 updates, on cpu",
+        "Training ended: epoch 2/2, 3 updates, ?s",
+    ]
+    save = SaveTrainingStateCallback(tmp_path)
+    stop = RaiseAt("on_training_run_epoch_end", StopTrainingError("x"))
+    trainer = create_trainer([PrintProgressCallback, save, stop])
+    assert train()[::2] == [start, "Training ended: epoch 1/12, 2 updates, ?s"]
+    trainer = create_trainer([PrintProgressCallback])
+    assert train(resume_from=tmp_path / "final")[1:] == [
+        "Training: epoch 2/12, after 2 of 24 updates, on cpu",
+        "Training ended: epoch 12/12, 24 updates, ?s",
+    ]
+    with pytest.raises(RuntimeError):
+        create_trainer(
+            [PrintProgressCallback, RaiseAt("on_train_step_end", RuntimeError())]
+        ).train(samples(1), 1)
+    assert capsys.readouterr().out == "Training: 1 epoch, 1 update, on cpu\n"

@@ -33,6 +33,7 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
     WSDCheckpointCallback,
+    progress,
 )
 from pytorch_accelerated.errors import NonFiniteLossError
 from pytorch_accelerated.schedulers import WSDLrScheduler
@@ -99,7 +100,7 @@ ESSENTIAL = {
     ModelEmaCallback: {"on_eval_epoch_end", "on_training_run_epoch_end"},
     MoveModulesToDeviceCallback: {"on_training_run_start"},
     PreemptionCallback: {"on_training_run_start"},
-    PrintProgressCallback: {"on_train_epoch_start"},
+    PrintProgressCallback: {"on_training_run_start"},
     ProgressBarCallback: {"on_train_epoch_start", "on_train_step_end"},
     SaveBestModelCallback: {"on_training_run_epoch_end"},
     SaveTrainingStateCallback: {"on_training_run_epoch_end"},
@@ -212,8 +213,10 @@ JOBS = {
     ModelEmaCallback: _averages,
     MoveModulesToDeviceCallback: lambda session: "cpu" in session.module.devices,
     PreemptionCallback: _heeds_a_signal,
-    PrintProgressCallback: lambda session: "Starting epoch 1" in session.output.out,
-    ProgressBarCallback: lambda session: "4/4" in session.output.err,
+    PrintProgressCallback: lambda session: (
+        "Training: 1 epoch, 4 updates" in session.output.out
+    ),
+    ProgressBarCallback: lambda session: "4/4 [" in session.output.err,
     SaveBestModelCallback: lambda session: (
         session.callback.best_metric
         == session.trainer.run_history.get_latest_metric("eval_loss_epoch")
@@ -287,6 +290,7 @@ def with_event_overridden(cls, event):
 @pytest.fixture
 def session(create_trainer, samples, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "_is_live", lambda: True)  # as in a terminal
     handlers = {
         number: signal.signal(number, signal.SIG_IGN)
         for number in (signal.SIGUSR1, signal.SIGTERM)

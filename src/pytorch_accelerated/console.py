@@ -1,0 +1,256 @@
+"""How a run looks: rows of metrics in columns, for a terminal, a file or a notebook.
+
+Nothing here knows of trainers: a :class:`Table` is given rows and returns text.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import time
+from collections.abc import Collection, Iterable, Mapping
+from html import escape
+from typing import Any
+
+from pytorch_accelerated.tracking import (
+    EVALUATION_PREFIX,
+    INTERMEDIATE_PREFIX,
+    is_greater_better,
+    is_number,
+)
+
+BEST_MARK = "*"
+
+# Columns that are not metrics, and their least widths.
+_AROUND = {"epoch": 5, "lr": 9, "samples/s": 9, "time": 5, "ETA": 5}
+_WIDTH_OF_NUMBER = 9  # -0.1234, 1.234e-05
+_LONGEST_LABEL = 24
+_NUM_BEFORE_LR = 4  # metrics that are rather seen than the learning rate
+
+_BOLD, _BEST, _PLAIN = "\033[1m", "\033[1;32m", "\033[0m"
+
+
+class Table:
+    """Rows of metrics in columns, the epoch first, the times last.
+
+    The best value of a metric so far is marked with a star. Columns that do not fit,
+    names that are long and values that are no numbers follow below their row, as
+    ``name=value``. When columns come or grow, the header is written again.
+
+    Args:
+        expected: The metrics that are to come, and which have their columns from the
+            start.
+        epoch_width: Characters of the longest entry in the first column.
+    """
+
+    def __init__(self, expected: Iterable[str] = (), epoch_width: int = 0) -> None:
+        self._widths = {name: max(len(name), _AROUND[name]) for name in _AROUND}
+        self._widths["epoch"] = max(self._widths["epoch"], epoch_width)
+        self._rows: list[dict[str, tuple[str, bool]]] = []
+        self._header: list[str] = []
+        for name in expected:
+            self._make_room(name)
+
+    def add(self, row: Mapping[str, Any], best: Collection[str] = ()) -> None:
+        """Add a row.
+
+        Args:
+            row: The values of metrics by their labels, and of ``epoch``, ``lr``,
+                ``samples/s``, ``time`` and ``ETA``, each of which may be missing.
+            best: The labels of those that are the best so far.
+        """
+        cells = {name: (brief(value), name in best) for name, value in row.items()}
+        for name, (text, _) in cells.items():
+            if name in _AROUND or is_number(row[name]):
+                self._make_room(name, text)
+        self._rows.append(cells)
+
+    def lines(self, width: int, *, is_styled: bool = False) -> list[str]:
+        """Return the last row, and the header before it if it has changed.
+
+        Args:
+            width: Characters of a line.
+            is_styled: Whether the header is bold and the best values are green.
+        """
+        cells, columns = self._rows[-1], self._columns(width)
+        bold, green, plain = (_BOLD, _BEST, _PLAIN) if is_styled else ("", "", "")
+        header = [name.rjust(self._widths[name]) for name in columns]
+        lines = []
+        if header != self._header:
+            self._header = header
+            lines.append(f"{bold}{'  '.join(header)}{plain}")
+        texts = []
+        for name in columns:
+            text, is_best = cells.get(name, ("", False))
+            text = text.rjust(self._widths[name])
+            texts.append(f"{green}{text}{BEST_MARK}{plain}" if is_best else f"{text} ")
+        lines.append(" ".join(texts).rstrip())
+        rest = {name: cell for name, cell in cells.items() if name not in columns}
+        lines += [f"    {line}" for line in _names_and_values(rest, width - 4)]
+        return lines
+
+    def to_html(self) -> str:
+        """Return all rows as a table of HTML, with all columns that have an entry."""
+        used = {name: "" for row in self._rows for name in row}
+        names = [name for name in self._in_order(used) if name in used]
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        rows = []
+        for row in self._rows:
+            cells = [_html_of(*row.get(name, ("", False))) for name in names]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        return (
+            '<div style="overflow-x: auto"><table style="text-align: right; '
+            'font-variant-numeric: tabular-nums"><thead><tr>'
+            f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        )
+
+    def _make_room(self, name: str, text: str = "") -> None:
+        if len(name) <= _LONGEST_LABEL:
+            width = self._widths.get(name, _WIDTH_OF_NUMBER)
+            self._widths[name] = max(width, len(name), len(text))
+
+    def _columns(self, width: int) -> list[str]:
+        """Return those that fit, by their importance, in the order of the table."""
+        metrics = [name for name in self._widths if name not in _AROUND]
+        first, others = metrics[:_NUM_BEFORE_LR], metrics[_NUM_BEFORE_LR:]
+        chosen, left = {"epoch"}, width - self._widths["epoch"]
+        for name in ("time", "ETA", *first, "lr", "samples/s", *others):
+            if left > self._widths[name] + 1:
+                chosen.add(name)
+                left -= self._widths[name] + 2
+        return [name for name in self._in_order(self._widths) if name in chosen]
+
+    @staticmethod
+    def _in_order(names: Iterable[str]) -> list[str]:
+        metrics = [name for name in names if name not in _AROUND]
+        return ["epoch", *metrics, *list(_AROUND)[1:]]
+
+
+class Pace:
+    """Times an epoch, and its training apart from the evaluations amid it.
+
+    Args:
+        num_samples: Samples that were seen before.
+
+    Attributes:
+        started: When it was made, in seconds of ``time.monotonic``.
+    """
+
+    def __init__(self, num_samples: int = 0) -> None:
+        self.started: float = time.monotonic()
+        self._num_samples = num_samples
+        self._seconds = 0.0
+        self._since: float | None = self.started
+        self._is_over = False
+
+    def pause(self, *, for_good: bool = False) -> None:
+        """Stop to count the time as that of training."""
+        self._is_over = self._is_over or for_good
+        if self._since is not None:
+            self._seconds += time.monotonic() - self._since
+            self._since = None
+
+    def go_on(self) -> None:
+        """Count it again, unless the training of the epoch is over."""
+        if self._since is None and not self._is_over:
+            self._since = time.monotonic()
+
+    def samples_per_second(self, num_samples: int) -> str:
+        """Return the pace as text, "" before anything is done.
+
+        Args:
+            num_samples: Samples that have been seen by now.
+        """
+        seconds = self._seconds
+        if self._since is not None:
+            seconds += time.monotonic() - self._since
+        rate = (num_samples - self._num_samples) / seconds if seconds > 0 else 0.0
+        if rate <= 0:
+            return ""
+        return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the labels of the metrics that are shown, by their names.
+
+    They lack what the place in the table says already, so that evaluations amid epochs
+    and at their end share their columns. The numbers of a dictionary are metrics of
+    their own, so it is left out.
+    """
+    labels: dict[str, str] = {}
+    for name, value in metrics.items():
+        label = name.removesuffix("_epoch")
+        for prefix in (INTERMEDIATE_PREFIX, EVALUATION_PREFIX):
+            label = label.replace(prefix, "", 1)
+        if not isinstance(value, Mapping):
+            labels[name] = name if label in labels.values() else label
+    return labels
+
+
+def brief(value: Any) -> str:
+    """Return a value for a line: four digits of a number, and not all of an array."""
+    if is_number(value):
+        number = value.item() if hasattr(value, "item") else value
+        if isinstance(number, int) and abs(number) < 1_000_000:
+            return str(int(number))
+        return f"{number:#.4g}".rstrip(".")
+    if getattr(value, "shape", ()):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
+    if hasattr(value, "__len__") and not isinstance(value, str):
+        return f"{type(value).__name__} of {len(value)}"
+    return textwrap.shorten(str(value), 40, placeholder=" ...")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as "12.3s", "1:05" or "2:01:05"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def in_lines(title: str, values: Mapping[str, Any], width: int) -> str:
+    """Return names and values behind a title, in as many lines as they need."""
+    cells = {name: (brief(value), False) for name, value in values.items()}
+    margin = " " * (len(title) + 2)
+    lines = _names_and_values(cells, width - len(margin), is_aligned=False)
+    return f"{title}  " + f"\n{margin}".join(lines)
+
+
+def is_best(name: str, values: Iterable[Any]) -> bool:
+    """Say whether the last value of a metric is better than all before it.
+
+    It is not where the name does not tell whether great or small is better, see
+    :func:`~pytorch_accelerated.tracking.is_greater_better`.
+    """
+    greater = is_greater_better(name)
+    numbers = [float(value) for value in values if is_number(value)]
+    if greater is None or not numbers or not math.isfinite(numbers[-1]):
+        return False
+    *earlier, last = (number if greater else -number for number in numbers)
+    return all(last > number for number in earlier if math.isfinite(number))
+
+
+def _names_and_values(
+    cells: Mapping[str, tuple[str, bool]], width: int, *, is_aligned: bool = True
+) -> list[str]:
+    """Return lines of ``name=value``, one below the other if they are aligned."""
+    texts = [
+        f"{name}={text}{BEST_MARK if is_best else ' '}"
+        for name, (text, is_best) in cells.items()
+    ]
+    longest = max(map(len, texts), default=0) if is_aligned else 0
+    lines: list[str] = []
+    for text in texts:
+        text = text.ljust(longest)
+        if lines and len(lines[-1]) + 1 + len(text.rstrip()) <= width:
+            lines[-1] += f" {text}"
+        else:
+            lines.append(text)
+    return [line.rstrip() for line in lines]
+
+
+def _html_of(text: str, is_best: bool) -> str:
+    text = escape(text)
+    return f"<td><b>{text}{BEST_MARK}</b></td>" if is_best else f"<td>{text}</td>"
