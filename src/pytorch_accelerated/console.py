@@ -202,7 +202,9 @@ def brief(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as "12.3s", "1:05" or "2:01:05"."""
+    """Return a time as "0.05s", "12.3s", "1:05" or "2:01:05"."""
+    if seconds < 0.995:
+        return f"{seconds:.2f}s"
     if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, seconds = divmod(round(seconds), 60)
