@@ -204,7 +204,7 @@ def test_a_run_says_what_it_is_to_do_and_where_it_ended(
         trainer.train(
             samples(4), 12, eval_dataset=samples(1), per_device_batch_size=2, **kwargs
         )
-        return re.sub(r"\d\.\ds", "?s", capsys.readouterr().out).splitlines()
+        return re.sub(r"\d+\.\d+s", "?s", capsys.readouterr().out).splitlines()
 
     trainer = create_trainer([PrintProgressCallback])
     start = "Training: 12 epochs, 24 updates, on cpu"
