@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # what needs torch alone imports this module too
 wraps_tensors = is_traceable_wrapper_subclass
 
 # One kernel for many tensors, as torch's own optimizers and clipping use them.
-foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_lerp_: Callable[..., None] = torch._foreach_lerp_
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -77,7 +77,9 @@ class ModelEma(nn.Module):
         self.module: nn.Module = twin.eval().requires_grad_(False)
         entries = tensors_of(self.module)
         self._copied = frozenset(
-            name for name, entry in entries.items() if not _has_fractions(entry)
+            name
+            for name, entry in entries.items()
+            if not (entry.is_floating_point() or entry.is_complex())
         )
         # Looked for once, as each look waits for the device.
         self._not_finite = frozenset(
@@ -90,7 +92,7 @@ class ModelEma(nn.Module):
         self.shadow: nn.Module = nn.Module()
         self._shadow_keys: dict[str, str] = {}
         for name, entry in entries.items():
-            if name not in self._copied and _is_low_precision(entry):
+            if entry.is_floating_point() and entry.element_size() < 4:
                 self._shadow_keys[name] = f"fp32/{name.replace('.', '/')}"
                 self.shadow.register_buffer(self._shadow_keys[name], entry.float())
 
@@ -167,10 +169,14 @@ class ModelEma(nn.Module):
                 average.copy_(update_fn(average, new_value))
             elif name in self._not_finite:
                 _lerp_finite_(average, new_value.to(average.dtype), weight)
+            elif average.dtype != new_value.dtype:
+                # One by one: all at once would take the memory of a second model.
+                average.lerp_(new_value.to(average.dtype), weight)
             else:
                 averages.append(average)
                 new_values.append(new_value)
-        _lerp_(averages, new_values, weight)
+        if averages:
+            compat.foreach_lerp_(averages, new_values, weight)
         for name, average in shadow.items():
             entries[name].copy_(average)
 
@@ -216,14 +222,6 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _has_fractions(entry: torch.Tensor) -> bool:
-    return entry.is_floating_point() or entry.is_complex()
-
-
-def _is_low_precision(entry: torch.Tensor) -> bool:
-    return entry.is_floating_point() and entry.element_size() < 4
-
-
 def _check_entries_match(
     entries: dict[str, torch.Tensor], new_entries: dict[str, torch.Tensor]
 ) -> None:
@@ -253,21 +251,3 @@ def _lerp_finite_(
     # From an infinity to itself it is x + weight * (x - x): NaN.
     moved = average.lerp(new_value, weight)
     average.copy_(torch.where((new_value - average).isfinite(), moved, new_value))
-
-
-def _lerp_(
-    averages: Sequence[torch.Tensor], new_values: Sequence[torch.Tensor], weight: float
-) -> None:
-    """Move averages towards new values, many tensors in one call."""
-    pairs = list(zip(averages, new_values, strict=True))
-    same = [(average, new) for average, new in pairs if average.dtype == new.dtype]
-    if same:
-        averages, new_values = zip(*same, strict=True)
-        compat.foreach_lerp_(averages, new_values, weight)
-    mixed = [(average, new) for average, new in pairs if average.dtype != new.dtype]
-    if mixed:
-        # `lerp` takes one dtype only, and to convert the whole model at once would take
-        # the memory of a second one.
-        averages, new_values = zip(*mixed, strict=True)
-        compat.foreach_mul_(averages, 1.0 - weight)
-        compat.foreach_add_(averages, new_values, alpha=weight)

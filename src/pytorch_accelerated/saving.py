@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pytorch_accelerated import checkpoint, data, distributed, engines
-from pytorch_accelerated.callbacks import ModelEmaCallback, SaveTrainingStateCallback
-from pytorch_accelerated.callbacks.checkpointing import savers_of
+from pytorch_accelerated.callbacks import ModelEmaCallback
+from pytorch_accelerated.callbacks.checkpointing import savers_in, savers_of
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.state import (
     Loaded,
@@ -23,8 +23,6 @@ from pytorch_accelerated.state import (
     Stage,
     TrainingState,
     find_place,
-    from_plain,
-    to_plain,
 )
 from pytorch_accelerated.tracking import is_number
 
@@ -179,10 +177,8 @@ def save_training_state(
     with OnAllOrNone():
         state = _training_state(trainer, run, metadata)
         state.parts = _save_parts(trainer, path)
-    own = to_plain(_process_state(trainer, run))
-    state.processes = [
-        from_plain(ProcessState, each) for each in distributed.objects_of_all(own)
-    ]
+        own = checkpoint.to_storable(_process_state(trainer, run), "processes")
+    state.processes = distributed.objects_of_all(own)
     with OnAllOrNone():
         if is_main and asynchronous:
             trainer._writer.start(partial(state.snapshot().write, path, summary))
@@ -352,13 +348,8 @@ def find_state(trainer: Trainer, run: Run) -> None:
     if run.resume_from != "auto":
         run.state_to_resume = run.resume_from
         return
-    folders = list(
-        dict.fromkeys(
-            callback.save_dir
-            for callback in trainer.callback_handler
-            if isinstance(callback, SaveTrainingStateCallback)
-        )
-    )
+    savers = savers_in(trainer.callback_handler)
+    folders = list(dict.fromkeys(saver.save_dir for saver in savers))
     if not folders:
         raise ValueError(
             "resume_from='auto' looks for the newest training state that a "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.checkpoint.files import raise_if_out_of_resources
+from pytorch_accelerated.checkpoint.folder import SAFETENSORS_NAME, TORCH_NAME
 from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.window import WindowState
 
@@ -27,7 +28,7 @@ _FILES = {
     "processes": "processes.pt",
 }
 _PARTS = "parts"
-_WEIGHTS = {"model.safetensors", "pytorch_model.bin"}
+_WEIGHTS = {SAFETENSORS_NAME, TORCH_NAME}
 
 
 class Stage(Enum):
@@ -181,7 +182,7 @@ class TrainingState:
         scaler: The state dict of the gradient scaler of fp16, if there is one.
         metadata: The epoch to go on with, and what the user saved beside it.
         run: What all processes have in common; None if 0.1.61 saved it.
-        processes: What each process has of its own.
+        processes: What each process has of its own, as plain values until it is read.
         parts: A folder where processes have written their parts of a sharded model or
             optimizer, which are None here then.
     """
@@ -192,7 +193,7 @@ class TrainingState:
     scaler: Mapping[str, Any] | None
     metadata: Mapping[str, Any]
     run: RunState | None = None
-    processes: Sequence[ProcessState] = ()
+    processes: Sequence[Any] = ()
     parts: str | None = None
 
     def snapshot(self) -> TrainingState:
@@ -203,11 +204,10 @@ class TrainingState:
             CheckpointError: If there is no memory for the copy.
         """
         try:
-            copied = checkpoint.to_storable(to_plain(self), "state", copy=True)
+            return TrainingState(**checkpoint.to_storable(self, "state", copy=True))
         except (MemoryError, RuntimeError) as error:
             raise_if_out_of_resources(error, "Could not copy the training state")
             raise
-        return from_plain(TrainingState, copied)
 
     def write(self, path: str | os.PathLike[str], progress: Mapping[str, Any]) -> None:
         """Write a folder that is whole or absent.
@@ -220,15 +220,14 @@ class TrainingState:
             TypeError: If it holds something that could not be loaded again safely.
             CheckpointError: If it could not be written.
         """
-        contents = to_plain(self)
         with checkpoint.CheckpointWriter(path) as writer:
             if self.model is not None:
                 writer.write_weights(self.model)
             if self.parts is not None:
                 os.rename(self.parts, writer.folder / _PARTS)
             for name, file in _FILES.items():
-                if contents[name] is not None:
-                    writer.write(file, contents[name])
+                if (part := getattr(self, name)) is not None:
+                    writer.write(file, part)
             writer.commit(progress, world_size=len(self.processes))
 
     def of_process(self, index: int, num_processes: int) -> ProcessState:
@@ -238,7 +237,8 @@ class TrainingState:
         losses do: they go to the first.
         """
         if num_processes == len(self.processes):
-            return self.processes[index]
+            own: ProcessState = self.processes[index]
+            return own
         sums: dict[str, dict[str, float]] = {}
         for process in self.processes if index == 0 else ():
             for name, tracker in process.trackers.items():
@@ -248,24 +248,15 @@ class TrainingState:
         return ProcessState(trackers=sums)
 
     @classmethod
-    def read(
-        cls,
-        folder: str | os.PathLike[str] | checkpoint.Checkpoint,
-    ) -> TrainingState:
+    def read(cls, saved: checkpoint.Checkpoint) -> TrainingState:
         """Read a folder, after checking that it is whole.
 
         Args:
-            folder: Written by this library or, without a manifest, by 0.1.61. One that
-                has been found whole already is not checked again.
+            saved: Written by this library or, without a manifest, by 0.1.61.
 
         Raises:
             CheckpointError: If the folder is missing, damaged or not to be trusted.
         """
-        saved = (
-            folder
-            if isinstance(folder, checkpoint.Checkpoint)
-            else checkpoint.Checkpoint(folder)
-        )
         if checkpoint.is_legacy_training_state(saved.path):
             return cls._read_legacy(saved.path)
         saved.verify()
@@ -325,19 +316,8 @@ _STORED_AS: dict[str, Any] = {
 }
 
 
-def to_plain(part: Any) -> Any:
-    """Return a dataclass of this module as dictionaries and lists of plain values."""
-    if isinstance(part, Stage):
-        return part.value
-    if isinstance(part, list):
-        return [to_plain(each) for each in part]
-    if type(part) in (TrainingState, *_STORED_AS.values()):
-        return {each.name: to_plain(getattr(part, each.name)) for each in fields(part)}
-    return part
-
-
 def from_plain(kind: type[Part], values: Mapping[str, Any]) -> Part:
-    """Make a dataclass of what :func:`to_plain` returned, by this or an older version.
+    """Make a dataclass of what has been stored of one, by this or an older version.
 
     What an older version did not save has its default.
     """
@@ -371,11 +351,13 @@ def find_place(
         CheckpointError: If there is no such place.
     """
     if progress.is_amid_epoch and then.num_samples != now.num_samples:
+        unknown = "an unknown number of"
         raise CheckpointError(
             "The run was saved in the middle of an epoch of "
-            f"{_count(then.num_samples)}, and the training data has "
-            f"{_count(now.num_samples)} now, so the place in it cannot be found. "
-            "Resume with the same data, or from a state saved at the end of an epoch."
+            f"{then.num_samples or unknown} samples, and the training data has "
+            f"{now.num_samples or unknown} samples now, so the place in it cannot be "
+            "found. Resume with the same data, or from a state saved at the end of an "
+            "epoch."
         )
     if not (differences := then.differences(now)):
         return progress
@@ -396,11 +378,3 @@ def find_place(
     open_batches = progress.step % then.accumulation
     at_window = replace(progress, step=progress.step - open_batches)
     return replace(progress, step=0, first_sample=then.num_samples_done(at_window) or 0)
-
-
-def _count(num_samples: int | None) -> str:
-    return (
-        "an unknown number of samples"
-        if num_samples is None
-        else f"{num_samples} samples"
-    )

@@ -98,7 +98,7 @@ def what_is_wrong(states: Path, weights, mode: str, code: int) -> str | None:
         return "no checkpoint is left"
     if code == NOT_RAISED and newest.path.name != "step_2":
         return "it failed without a word"
-    loaded = TrainingState.read(newest.path).model
+    loaded = TrainingState.read(newest).model
     expected = weights[newest.path.name]
     if not all(torch.equal(loaded[name], expected[name]) for name in expected):
         return f"{newest} has other weights"

@@ -118,7 +118,7 @@ def what_is_wrong(newest, before, file, damage):
     if newest.name not in warned:
         return f"{told}: no warning names it"
     try:
-        TrainingState.read(newest)
+        TrainingState.read(checkpoint.Checkpoint(newest))
     except CheckpointError as error:
         named = file.name if damage is not raise_format_version else "newer version"
         return None if named in str(error) else f"{told}: the error is {error}"

@@ -81,7 +81,9 @@ def test_a_full_disk_is_warned_of_and_saving_goes_on_once_there_is_room(
 
     filling = scenario.with_(callbacks=(FillDisk(disk, 4, 7),))
     filling = filling.with_(save_best=False)
-    with pytest.warns(UserWarning, match=r"(?s)goes on.*No space left.*bytes are free"):
+    with pytest.warns(
+        UserWarning, match=r"(?s)goes on.*No space left.*Free some space"
+    ):
         trainer = filling.run(disk)
     names = names_in(disk / "states")
     trials.add(None if names == {"step_11", "step_12", "epoch_3", "final"} else names)

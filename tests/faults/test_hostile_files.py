@@ -333,7 +333,7 @@ def what_happens(states, hostile, expected, marker):
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_LEFT, size + MEMORY_LEFT))
     told = []
     try:
-        TrainingState.read(hostile)
+        TrainingState.read(checkpoint.Checkpoint(hostile))
     except CheckpointError as error:
         told.append(str(error))
     else:

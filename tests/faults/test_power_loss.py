@@ -9,7 +9,7 @@ import shims
 from scenario import difference
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.state import TrainingState, to_plain
+from pytorch_accelerated.state import TrainingState
 
 
 def read_state(folder):
@@ -20,7 +20,9 @@ def read_state(folder):
         checkpoint.clean_leftovers(folder)
         newest = checkpoint.newest(folder)
     assert (found is None) == (newest is None)
-    return None if newest is None else to_plain(TrainingState.read(newest.path))
+    return (
+        None if newest is None else checkpoint.to_storable(TrainingState.read(newest))
+    )
 
 
 def read_file(folder):

@@ -22,7 +22,6 @@ from pytorch_accelerated.callbacks import TrainerCallback, checkpointing
 from pytorch_accelerated.checkpoint import directory
 from pytorch_accelerated.checkpoint import folder as folders
 from pytorch_accelerated.errors import CheckpointError
-from pytorch_accelerated.state import TrainingState
 
 SEVERAL_RUNS = "several runs in one folder, locks of dead processes"
 FOREIGN_FILES = "foreign files in the folder"
@@ -85,8 +84,11 @@ def start_together(folder, num_runs):
 
 
 def compare(one, other, name):
-    states = [TrainingState.read(each / "states" / name) for each in (one, other)]
-    return difference(states[0].model, states[1].model)
+    weights = [
+        checkpoint.Checkpoint(each / "states" / name).load_weights()
+        for each in (one, other)
+    ]
+    return difference(*weights)
 
 
 @pytest.mark.fault(SEVERAL_RUNS)

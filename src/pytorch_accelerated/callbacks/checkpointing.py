@@ -121,18 +121,13 @@ class SaveBestModelCallback(TrainerCallback):
         if decided_by_main_process(trainer, best.is_beaten_by(value)):
             self.best_metric = float(value)
             self.best_metric_epoch = trainer.run_history.current_epoch
-            self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(
-            save_path=self.save_path,
-            checkpoint_kwargs={
-                self.watch_metric: self.best_metric,
-                "loss": self.best_metric,
-            },
-            save_optimizer=self.save_optimizer,
-            save_scheduler=self.save_scheduler,
-        )
+            about = {self.watch_metric: self.best_metric, "loss": self.best_metric}
+            trainer.save_checkpoint(
+                save_path=self.save_path,
+                checkpoint_kwargs=about,
+                save_optimizer=self.save_optimizer,
+                save_scheduler=self.save_scheduler,
+            )
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Load the best weights, if some have been saved and the run went well."""
@@ -335,9 +330,9 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _is_gone_on_from(self, trainer: Trainer) -> bool:
         """Say whether the run was told to go on from a state in the folder."""
         asked = trainer._run.resume_from
-        if asked is None or asked == "auto":
-            return asked is not None
-        return absolute(asked).parent == self.save_dir
+        return asked == "auto" or (
+            asked is not None and absolute(asked).parent == self.save_dir
+        )
 
     def _release_lock(self) -> None:
         if self._lock is not None:
@@ -377,16 +372,14 @@ class SaveTrainingStateCallback(TrainerCallback):
 
         Of a run that was interrupted, it is a ``step_<n>`` to resume from.
         """
-        try:
-            if trainer.has_failed is not True:
-                self._finish_all(trainer)
-                if trainer.interrupted is True:
-                    self._save_state(trainer, f"step_{self._global_step}")
-                    self._delete_old_ones(trainer)
-                elif self.save_at_end:
-                    self._save_state(trainer, "final")
-        finally:
-            self._release_lock()
+        if trainer.has_failed is not True:
+            self._finish_all(trainer)
+            if trainer.interrupted is True:
+                self._save_state(trainer, f"step_{self._global_step}")
+                self._delete_old_ones(trainer)
+            elif self.save_at_end:
+                self._save_state(trainer, "final")
+        self._release_lock()
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -405,7 +398,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _finish_all(self, trainer: Trainer) -> None:
         """Wait for what is being written; the one that began it hears of its errors."""
-        for callback in _all_in(trainer.callback_handler):
+        for callback in savers_in(trainer.callback_handler):
             if callback._is_writing:
                 callback._is_writing = False
                 with callback._errors_warned_of():
@@ -440,7 +433,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         if trainer._accelerator.is_main_process and self.max_checkpoints is not None:
             savers = [
                 callback
-                for callback in _all_in(trainer.callback_handler)
+                for callback in savers_in(trainer.callback_handler)
                 if callback.save_dir == self.save_dir
             ]
             prune(self._states_of(trainer), savers)
@@ -493,7 +486,8 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._global_step = state["global_step"]
 
 
-def _all_in(callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
+def savers_in(callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
+    """Return the callbacks that save training states."""
     return [each for each in callbacks if isinstance(each, SaveTrainingStateCallback)]
 
 
@@ -501,7 +495,7 @@ def savers_of(path: Path, callbacks: Iterable[Any]) -> list[SaveTrainingStateCal
     """Return the callbacks that are saving a training state, or count it as theirs."""
     return [
         callback
-        for callback in _all_in(callbacks)
+        for callback in savers_in(callbacks)
         if path in (callback._saving, *callback._saved_checkpoints)
     ]
 

@@ -187,8 +187,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[Checkpoint]:
     Args:
         directory: Where checkpoints are kept; it need not exist.
     """
-    found = _candidates(directory)
-    return sorted((each for each in found if _is_fine(each, _manifest_of)), key=_order)
+    return _oldest_first(directory, tell=False)
 
 
 def newest(*directories: str | os.PathLike[str]) -> Checkpoint | None:
@@ -200,11 +199,16 @@ def newest(*directories: str | os.PathLike[str]) -> Checkpoint | None:
     Args:
         directories: Where checkpoints are kept; the newest of all is returned.
     """
-    candidates = [each for one in directories for each in _candidates(one)]
-    readable = [each for each in candidates if _is_fine(each, _manifest_of, tell=True)]
-    newest_first = sorted(readable, key=_order, reverse=True)
-    whole = (each for each in newest_first if _is_fine(each, Checkpoint.verify, True))
-    return next(whole, None)
+    for each in reversed(_oldest_first(*directories, tell=True)):
+        if _is_fine(each, Checkpoint.verify, tell=True):
+            return each
+    return None
+
+
+def _oldest_first(*directories: str | os.PathLike[str], tell: bool) -> list[Checkpoint]:
+    candidates = (each for one in directories for each in _candidates(one))
+    readable = (each for each in candidates if _is_fine(each, _order, tell))
+    return sorted(readable, key=_order)
 
 
 def _candidates(directory: str | os.PathLike[str]) -> Iterator[Checkpoint]:
@@ -218,7 +222,7 @@ def _candidates(directory: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
 
 def _is_fine(
-    checkpoint: Checkpoint, look: Callable[[Checkpoint], object], tell: bool = False
+    checkpoint: Checkpoint, look: Callable[[Checkpoint], object], tell: bool
 ) -> bool:
     """Say whether a checkpoint can be looked at in some way, or tell why not."""
     try:
@@ -230,10 +234,6 @@ def _is_fine(
             warn(f"The checkpoint {checkpoint.path} is passed over: {error}")
         return False
     return True
-
-
-def _manifest_of(checkpoint: Checkpoint) -> Any:
-    return checkpoint.manifest
 
 
 def _order(checkpoint: Checkpoint) -> tuple[int, int, Any, str]:

@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 import secrets
-import shutil
 import sys
 import zipfile
 import zlib
@@ -207,9 +206,10 @@ def write_errors_explained(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, MemoryError) as error:
         _raise_what_interrupted(error, handled_already)
+        number = _errno_of(error)
+        cause = f"{error}." if number is None else _in_words(number)
         raise CheckpointError(
-            f"Could not write {path}: {_cause(error, path)} "
-            "What was saved before is untouched."
+            f"Could not write {path}: {cause} What was saved before is untouched."
         ) from error
 
 
@@ -227,16 +227,8 @@ def _raise_what_interrupted(
         error = error.__cause__ or error.__context__
 
 
-def _cause(error: BaseException, path: Path) -> str:
-    number = _errno_of(error)
-    if number is None:
-        return f"{error}."
-    parts = [f"{os.strerror(number)} (errno {number})."]
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        with suppress(OSError):
-            parts.append(f"{shutil.disk_usage(path.parent).free:,} bytes are free.")
-    parts.append(_HINTS.get(number, ""))
-    return " ".join(part for part in parts if part)
+def _in_words(number: int) -> str:
+    return f"{os.strerror(number)} (errno {number}). {_HINTS.get(number, '')}".strip()
 
 
 def _errno_of(error: BaseException | None) -> int | None:
@@ -334,9 +326,7 @@ def raise_if_out_of_resources(error: BaseException, what: str) -> None:
     """
     number = _errno_of(error)
     if number in _OUT_OF_RESOURCES:
-        raise OutOfResourcesError(
-            f"{what}: {os.strerror(number)} (errno {number}). {_HINTS.get(number, '')}"
-        ) from error
+        raise OutOfResourcesError(f"{what}: {_in_words(number)}") from error
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -597,38 +587,32 @@ class _Checker(_Converter):
 
 
 def _refuse_if_unloadable(tensor: torch.Tensor, what: str) -> None:
-    if (reason := _why_unloadable(tensor)) is not None:
-        raise NotStorableError(f"{what} is {reason}.")
-
-
-def _why_unloadable(tensor: torch.Tensor) -> str | None:
-    kind = type(tensor).__qualname__
+    kind = type(tensor)
     if is_lazy(tensor):
-        return (
+        reason = (
             "a parameter of a lazy module, which has no shape yet. Let the model see a "
             "batch first"
         )
-    if compat.wraps_tensors(tensor):
-        if hasattr(tensor, "full_tensor") or (
-            type(tensor) not in torch.serialization.get_safe_globals()
-        ):
-            return (
-                f"a {kind}, which cannot be stored as it is. Store a plain tensor: "
-                "full_tensor() of a sharded one, dequantize() of a quantized one. Or, "
-                "if you trust its code, let torch load such tensors with "
-                f"torch.serialization.add_safe_globals([{kind}])"
-            )
-    elif (
-        tensor.is_meta
-        or tensor.is_mkldnn
-        or not (tensor.is_quantized or _can_be_saved(tensor.dtype))
-    ):
-        return (
+    elif compat.wraps_tensors(tensor):
+        is_sharded = hasattr(tensor, "full_tensor")
+        if kind in torch.serialization.get_safe_globals() and not is_sharded:
+            return
+        reason = (
+            f"a {kind.__qualname__}, which cannot be stored as it is. Store a plain "
+            "tensor: full_tensor() of a sharded one, dequantize() of a quantized one. "
+            "Or, if you trust its code, let torch load such tensors with "
+            f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
+        )
+    else:
+        has_data = not (tensor.is_meta or tensor.is_mkldnn)
+        if has_data and (tensor.is_quantized or _can_be_saved(tensor.dtype)):
+            return
+        reason = (
             f"a tensor of {tensor.dtype} with the layout {tensor.layout} on the device "
             f"{tensor.device}, which torch cannot save. Store one that has its data on "
             "the CPU: to_dense(), or its bytes: view(torch.uint8)"
         )
-    return None
+    raise NotStorableError(f"{what} is {reason}.")
 
 
 @functools.cache

@@ -188,7 +188,6 @@ class CheckpointWriter:
         Raises:
             CheckpointError: If it failed; what was there before is untouched.
         """
-        plain = json.loads(json.dumps(dict(progress), default=float))
         with write_errors_explained(self.path):
             self._take_in_other_files()
             manifest = {
@@ -198,7 +197,7 @@ class CheckpointWriter:
                 "torch_version": str(torch.__version__),
                 "saved_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
                 "world_size": world_size,
-                "progress": plain,
+                "progress": json.loads(json.dumps(dict(progress), default=float)),
                 "files": dict(sorted(self._entries.items())),
             }
             manifest["checksum"] = _checksum_of(manifest)
@@ -516,25 +515,22 @@ def _write_safetensors(state: Mapping[str, torch.Tensor], file: SummedFile) -> N
     the header with that name, as safetensors' own ``save_model`` does.
     """
     texts = {"format": "pt"}
-    first_names: dict[tuple[Any, ...], str] = {}
-    tensors = {}
+    names: dict[torch.Tensor, str] = {}
     for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        first_name = first_names.setdefault(place, name)
-        if first_name == name or tensor.numel() == 0:
-            tensors[name] = tensor
+        if tensor in names:
+            texts[name] = names[tensor]
         else:
-            texts[name] = first_name
+            names[tensor] = name
     versions = compat.versions_in(state)
     if versions is not None:
         texts[_VERSIONS_KEY] = json.dumps(versions)
     header: dict[str, Any] = {"__metadata__": texts}
     end = 0
     # The largest kind of number first: each then lies at a multiple of its size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    for name, tensor in ordered:
+    ordered = sorted(names, key=lambda tensor: -tensor.element_size())
+    for tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[name] = {
+        header[names[tensor]] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
@@ -542,7 +538,7 @@ def _write_safetensors(state: Mapping[str, torch.Tensor], file: SummedFile) -> N
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
+    for tensor in ordered:
         file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 

@@ -90,27 +90,20 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def _restore_devices(saved: Mapping[str, Any]) -> None:
+    kind, states = saved["type"], saved["states"]
     available = torch.accelerator.current_accelerator(check_available=True)
     here = "cpu" if available is None else available.type
-    if here != saved["type"]:
-        _warn(f"were taken on {saved['type']}, this process runs on {here}")
-        return
-    module = torch.get_device_module(here)
     count = torch.accelerator.device_count()
-    if count == len(saved["states"]) and hasattr(module, "set_rng_state_all"):
-        module.set_rng_state_all(saved["states"])
-        return
-    # The process keeps the stream of the device that it worked on.
-    module.set_rng_state(saved["states"][saved["current"]])
-    if count != len(saved["states"]):
-        _warn(
-            f"were taken with {len(saved['states'])} {here} devices, here are {count}; "
-            "only the one of the current device was restored"
+    if here == kind:
+        module = torch.get_device_module(here)
+        if count == len(states) and hasattr(module, "set_rng_state_all"):
+            module.set_rng_state_all(states)
+        else:  # the process keeps the stream of the device that it worked on
+            module.set_rng_state(states[saved["current"]])
+    if (here, count) != (kind, len(states)):
+        warn(
+            f"The random states of the accelerators were taken on {len(states)} of the "
+            f"kind {kind}, this process runs on {count} of the kind {here}: at most "
+            "that of the current one is restored. Training goes on, but random numbers "
+            "drawn on accelerators differ from those of the saved run."
         )
-
-
-def _warn(reason: str) -> None:
-    warn(
-        f"The random states of the accelerators {reason}. Training goes on, but random "
-        "numbers drawn on the accelerator differ from those of the saved run."
-    )
