@@ -59,3 +59,11 @@ def test_the_code_of_the_page_about_checkpoints_runs_found_109(tmp_path, monkeyp
     exec(compile(code_of(ROOT / "docs" / "checkpoints.md"), "page", "exec"), names)
 
     assert (tmp_path / "checkpoints" / "step_100" / "optimizer.pt").exists()
+
+
+def test_the_code_of_the_page_about_tracking_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(code_of(ROOT / "docs" / "tracking.md"), "page", "exec"), {})
+
+    assert (tmp_path / "metrics.jsonl").exists()

@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 _OTHER_NAMES = {
     "accumulate_grad_batches": "gradient_accumulation_steps",
     "ckpt_path": "resume_from",
+    "compute_metrics": "metrics",
     "criterion": "loss_func",
     "dirpath": "save_dir",
     "epochs": "num_epochs",

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytorch_accelerated import step_output
 from pytorch_accelerated.step_output import NumItems
 
+if TYPE_CHECKING:
+    from pytorch_accelerated.metrics import EpochMetrics
+
 
 class Means:
     """The means of what the steps of an epoch return, on this process.
 
+    Args:
+        metrics: What is to see the outputs themselves, if anything.
+
     Attributes:
         loss: That of the losses.
         scalars: Those of the other numbers, by their names.
+        metrics: As given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: EpochMetrics | None = None) -> None:
+        self.metrics = metrics
         self.loss: LossTracker = LossTracker()
         self.scalars: dict[str, LossTracker] = {}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from operator import attrgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from pytorch_accelerated.data import sharing
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.means import Means
+from pytorch_accelerated.metrics import start_metrics
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.schedulers.scheduler_base import (
     forget_start_if_set_by_hand,
@@ -366,6 +368,29 @@ class Run:
         self.num_steps = self.progress.num_steps
         self.num_samples_seen = self.progress.num_samples_seen
 
+    def add_to_means(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        batch_output: Mapping[str, Any],
+        num_items: NumItems,
+    ) -> None:
+        """Add the scalars of a batch, and what the metrics are given of it."""
+        self.means.add_scalars(batch_output, num_items)
+        if self.means.metrics is not None:
+            inputs = trainer.calculate_metric_inputs(batch, batch_output)
+            self.means.metrics.update(batch_output, num_items, inputs)
+
+    def results_of_epoch(self) -> dict[str, Any]:
+        """Return the means over all items, and the metrics, of all processes."""
+        totals = distributed.sum_over_processes(self.means.totals())
+        results: dict[str, Any] = {
+            name: total / count for name, (total, count) in totals.items() if count > 0
+        }
+        if self.means.metrics is not None:
+            results.update(self.means.metrics.compute())
+        return results
+
     def random_states(self) -> dict[str, Any]:
         """Return those of this process, and of the generators of a user's loader."""
         generators = data.generators_of(self.train_dataloader)
@@ -466,17 +491,21 @@ class Aside:
 
     Args:
         trainer: The trainer.
+        metrics: What the evaluation calculates besides.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(
+        self, trainer: Trainer, metrics: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._trainer = trainer
+        self._metrics = metrics
 
     def __enter__(self) -> None:
         """Put the means of the run aside."""
         trainer = self._trainer
         self._modes = modes.of(trainer.get_model(keep_torch_compile=False))
         self._means, self._limit = trainer._run.means, trainer.eval_batch_limit
-        trainer._run.means = Means()
+        trainer._run.means = Means(start_metrics(self._metrics, trainer.device))
 
     def __exit__(self, *error: object) -> None:
         """Put everything back."""

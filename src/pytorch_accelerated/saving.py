@@ -16,6 +16,8 @@ from pytorch_accelerated import checkpoint, data, distributed, engines
 from pytorch_accelerated.callbacks import ModelEmaCallback
 from pytorch_accelerated.callbacks.checkpointing import savers_in, savers_of
 from pytorch_accelerated.errors import CheckpointError
+from pytorch_accelerated.means import Means
+from pytorch_accelerated.metrics import start_metrics
 from pytorch_accelerated.state import (
     Loaded,
     ProcessState,
@@ -238,6 +240,8 @@ def _process_state(trainer: Trainer, run: Run) -> ProcessState:
     state.epoch_random_states = run.epoch_random_states
     state.ahead_random_states = run.ahead_random_states
     state.trackers = run.means.state_dict()
+    if run.means.metrics is not None:
+        state.metrics = run.means.metrics.state_dict()
     if hasattr(run.train_dataloader, "place_after"):
         state.place = run.train_dataloader.place_after(progress.step)
     if progress.step % run.accumulation.num_steps:
@@ -404,7 +408,10 @@ def _go_on_from(
         index = trainer._accelerator.process_index
         num_updates = saved.progress.num_updates
         data.seed_everything(data.derive_seed(saved.data_seed, num_updates, index))
+    run.means = Means(start_metrics(trainer._train_metrics, trainer.device))
     run.means.load_state_dict(process.trackers)
+    if run.means.metrics is not None and run.progress.is_amid_epoch:
+        run.means.metrics.load_state_dict(process.metrics)
     run.accumulation.state = process.window
     trainer._num_runs = saved.num_runs
     trainer._run_id = saved.run_id or trainer._run_id

@@ -155,6 +155,7 @@ class ProcessState:
             numbers have no meaning here.
         window: Of the window that is open.
         trackers: The sums of the epoch's losses and scalars.
+        metrics: The states of the epoch's metrics.
         gradients: What has been accumulated in the window, by the names of weights.
         place: Where the loader stands, if it can tell and be set there.
         epoch_random_states: Those from which the order of the epoch may follow, where
@@ -165,6 +166,7 @@ class ProcessState:
     random_states: Mapping[str, Any] | None = None
     window: WindowState = field(default_factory=WindowState)
     trackers: Mapping[str, dict[str, float]] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     place: Any = None
     epoch_random_states: dict[str, Any] | None = None

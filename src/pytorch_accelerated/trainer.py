@@ -71,6 +71,11 @@ from pytorch_accelerated.callbacks import (
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.means import LossTracker, Means
 from pytorch_accelerated.memory import BatchShrinker
+from pytorch_accelerated.metrics import (
+    check_metrics,
+    default_metric_inputs,
+    start_metrics,
+)
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
@@ -149,6 +154,13 @@ class Trainer:
             draws one number from torch's global generator for the order of the data.
         accelerator_kwargs: Arguments for :class:`accelerate.Accelerator`, such as
             ``{"mixed_precision": "bf16"}``.
+        metrics: What to record of each evaluation besides its means, such as
+            ``{"accuracy": MulticlassAccuracy(10)}``: metrics and collections of
+            torchmetrics, and functions, called as ``function(predictions, targets)``
+            with those of all samples. They are recorded as ``eval_accuracy_epoch``, and
+            ``evaluation_accuracy`` by :meth:`evaluate`.
+        train_metrics: Likewise for training, as ``train_accuracy_epoch``; True for the
+            same metrics.
     """
 
     # Names that belong to the run under way, or to the last one.
@@ -187,6 +199,8 @@ class Trainer:
         *,
         seed: int | None = None,
         accelerator_kwargs: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | Any = None,
+        train_metrics: Mapping[str, Any] | Any = None,
     ) -> None:
         self._run = Run()
         self.model: nn.Module = model
@@ -196,6 +210,7 @@ class Trainer:
             None if seed is None else checks.whole_number("seed", seed)
         )
         self._accelerator_kwargs = dict(accelerator_kwargs or {})
+        self._metrics, self._train_metrics = check_metrics(metrics, train_metrics)
         self._callbacks = callbacks
         self.callback_handler: CallbackHandler = self._create_callback_handler()
         self.run_history: RunHistory = (
@@ -495,7 +510,7 @@ class Trainer:
             run.progress.start_next_epoch()  # a run of the user's own does not say so
         events.call(self, self.train_epoch_start)
         if not run.progress.is_amid_epoch:
-            run.means = Means()
+            run.means = Means(start_metrics(self._train_metrics, self.device))
         events.announce(self, "on_train_epoch_start")
         if run.resumed is not None:
             saving.restore_gradients(self, run.resumed.gradients)
@@ -571,7 +586,7 @@ class Trainer:
         loss = batch_output["loss"]
         num_items, are_samples = run.items_of(batch_output, step)
         self._update_loss_tracker(loss, num_items)
-        run.means.add_scalars(batch_output, num_items)
+        run.add_to_means(self, batch, batch_output, num_items)
         self.backward_step(
             run.accumulation.weigh(loss, step, num_items, are_samples=are_samples)
         )
@@ -621,7 +636,7 @@ class Trainer:
             prefix += INTERMEDIATE_PREFIX
         else:
             metric_name = "eval_loss_epoch" if is_training else "evaluation_loss"
-        with Aside(self), history.prefixed(prefix):
+        with Aside(self, self._metrics), history.prefixed(prefix):
             events.call(self, self.eval_epoch_start)
             events.announce(
                 self, "on_eval_epoch_start", is_intermediate=is_intermediate
@@ -644,7 +659,7 @@ class Trainer:
         batch_output = self.calculate_eval_batch_loss(batch)
         num_items = step_output.num_items(batch_output)
         self._update_loss_tracker(batch_output["loss"], num_items)
-        self._run.means.add_scalars(batch_output, num_items)
+        self._run.add_to_means(self, batch, batch_output, num_items)
         events.tell(self, "on_eval_step_end", batch_output=batch_output, batch=batch)
 
     # ---------------------------------------------- the steps: made to be overridden
@@ -724,6 +739,24 @@ class Trainer:
         """
         with torch.no_grad():
             return self._calculate_batch_loss(batch)
+
+    def calculate_metric_inputs(
+        self, batch: Any, batch_output: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """Return what metrics are given of a batch: the predictions and the targets.
+
+        By default the predictions are ``model_outputs``, or their ``logits`` if they
+        have any; the targets are the second member of a batch, or its ``labels``.
+
+        Args:
+            batch: What the loader yielded, on the device.
+            batch_output: What the step returned.
+
+        Returns:
+            The arguments that each metric is called with; for functions these are
+            tensors whose first dimension is that of the samples.
+        """
+        return default_metric_inputs(batch, batch_output)
 
     def calculate_predictions(self, batch: Any) -> Any:
         """Return what :meth:`predict` is to collect of a batch, without a graph.
@@ -1121,7 +1154,7 @@ class Trainer:
         self._loss_tracker.update(batch_loss, batch_size)
 
     def _add_epoch_loss_to_run_history(self, metric_name: str) -> None:
-        """Record the means over all items on all processes.
+        """Record the means over all items on all processes, and the metrics.
 
         Args:
             metric_name: The name for the loss. Those of other scalars have their own
@@ -1129,12 +1162,9 @@ class Trainer:
         """
         if self.run_history.metric_name_prefix.endswith(EVALUATION_PREFIX):
             metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
-        totals = distributed.sum_over_processes(self._run.means.totals())
-        for name, (total, count) in totals.items():
-            if count > 0:
-                self.run_history.update_metric(
-                    metric_name.replace("loss", name, 1), total / count
-                )
+        for name, value in self._run.results_of_epoch().items():
+            full_name = metric_name.replace("loss", name, 1)
+            self.run_history.update_metric(full_name, value)
 
     def agree(self, flag: bool) -> bool:
         """Return True on all processes if any of them passes True.

@@ -127,6 +127,24 @@ def test_a_metric_in_a_callback_sees_the_training_batches(digits):
     assert 0.1 < first < second <= 1.0
 
 
+def test_functions_of_scikit_learn_are_metrics_beside_those_of_torchmetrics(digits):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    metrics = {
+        "accuracy": MulticlassAccuracy(10, average="micro"),
+        "f1": lambda p, t: sklearn.f1_score(t, p.argmax(-1), average="macro"),
+        "auroc": lambda p, t: sklearn.roc_auc_score(
+            t, p.softmax(-1), multi_class="ovr"
+        ),
+    }
+    model = create_model()
+    trainer = Trainer(model, nn.CrossEntropyLoss(), None, (), metrics=metrics)
+
+    found = trainer.evaluate(digits, per_device_batch_size=50)
+
+    for name, value in metrics_by_hand(model, digits).items():
+        assert found[f"evaluation_{name}"] == pytest.approx(value, rel=1e-5)
+
+
 def test_metrics_on_two_processes_are_those_of_one(digits, launch):
     launched = launch(
         sys.executable,

@@ -77,6 +77,13 @@ class CountedStepsByItems(CountedSteps):
         return {**output, "num_items_in_batch": (batch[1] > 0).sum()}
 
 
+class CountedStepsWithMetrics(CountedSteps):
+    """A function is given all its predictions and targets at the end of the epoch."""
+
+    def __init__(self, *args):
+        super().__init__(*args, train_metrics={"count": lambda p, t: len(t)})
+
+
 def count_reads(model, dataset, callbacks=(), trainer_class=CountedSteps, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = trainer_class(model, nn.CrossEntropyLoss(), optimizer, callbacks)
@@ -102,7 +109,9 @@ def count_reads(model, dataset, callbacks=(), trainer_class=CountedSteps, **kwar
     ],
     ids=lambda options: " and ".join(options) or "plain",
 )
-@pytest.mark.parametrize("trainer_class", [CountedSteps, CountedStepsByItems])
+@pytest.mark.parametrize(
+    "trainer_class", [CountedSteps, CountedStepsByItems, CountedStepsWithMetrics]
+)
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_step_reads_nothing_from_the_device(
     create_classifier, noise, one_by_one, options, trainer_class, in_memory
