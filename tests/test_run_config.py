@@ -39,6 +39,11 @@ def test_to_dict_works_without_an_evaluation_set_and_keeps_samplers(config):
     assert config.train_dl_kwargs == {"sampler": [0, 1]}
 
 
+def test_a_config_of_the_fields_of_0_1_61_cannot_be_changed(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_epochs = 3
+
+
 def test_newer_fields_have_defaults(config):
     names = {field.name for field in dataclasses.fields(config)} - set(VALUES)
 

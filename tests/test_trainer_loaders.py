@@ -75,26 +75,6 @@ def test_the_trainer_calls_data_loader_with_the_documented_arguments(
     ]
 
 
-def test_arguments_of_the_user_reach_the_loader(create_trainer, numbered):
-    def collate(samples):
-        return torch.utils.data.default_collate(samples)
-
-    with mock.patch.object(
-        trainer_module, "DataLoader", wraps=trainer_module.DataLoader
-    ) as loader:
-        create_trainer().train(
-            numbered(4),
-            1,
-            collate_fn=collate,
-            train_dataloader_kwargs={"batch_size": 2, "drop_last": True},
-        )
-
-    arguments = loader.call_args.kwargs
-    assert arguments["collate_fn"] is collate
-    assert arguments["batch_size"] == 2
-    assert arguments["drop_last"] is True
-
-
 def test_a_batch_size_among_the_loader_arguments_wins(create_trainer, numbered):
     trainer = create_trainer()
     trainer.train(
@@ -270,58 +250,31 @@ def test_defaults_may_be_replaced_by_an_override(create_trainer, numbered):
     assert trainer.run_config.eval_per_device_batch_size == 1
 
 
-# --- order and seeds
-
-
 # --- what the run config says
 
 
-def test_the_chosen_number_of_workers_is_in_the_run_config(create_trainer, numbered):
-    """Defect 30: one worker per core, whatever the data."""
-    trainer = create_trainer()
-    trainer.train(numbered(2), 1, eval_dataset=numbered(2))
-
-    for kwargs in (
-        trainer.run_config.train_dl_kwargs,
-        trainer.run_config.eval_dl_kwargs,
-    ):
-        assert kwargs["num_workers"] == 0
-        assert type(kwargs["num_workers"]) is int
-
-
 def test_a_run_knows_nothing_of_the_loaders_of_an_earlier_one(create_trainer, numbered):
-    """Defect 42: the loader and the arguments of an earlier call stayed."""
-    trainer = create_trainer()
+    """Defect 42: the loader, the arguments and the counts of an earlier call stayed."""
+    trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs)
     trainer.train(numbered(6), 1, eval_dataset=numbered(6), per_device_batch_size=3)
+    trainer.inputs.clear()
 
-    trainer.train(DataLoader(numbered(4), batch_size=2), 1)
+    trainer.train(DataLoader(numbered(4), batch_size=2, sampler=[3, 1, 0, 2]), 1)
 
+    assert trainer.inputs == [[3.0, 1.0], [0.0, 2.0]]  # used as it is
     assert trainer._eval_dataloader is None
     config = trainer.run_config
     assert (config.train_dl_kwargs, config.eval_dl_kwargs) == (None, None)
     assert config.train_per_device_batch_size == 2
     assert config.eval_per_device_batch_size is None
 
-
-def test_evaluate_reports_nothing_of_the_training_before_it(create_trainer, numbered):
-    """Defect 42: evaluate() reported the old train batch size and one update."""
-    trainer = create_trainer()
-    trainer.train(numbered(6), 1, per_device_batch_size=3)
-
-    trainer.evaluate(numbered(6), per_device_batch_size=2)
+    trainer.evaluate(DataLoader(numbered(6), batch_size=4))
 
     config = trainer.run_config
-    assert config.train_per_device_batch_size is None
-    assert config.train_dl_kwargs is None
-    assert config.eval_per_device_batch_size == 2
-    assert not config.max_num_train_steps
     assert trainer._train_dataloader is None
-
-
-# --- limited batches
-
-
-# --- gather
+    assert config.train_per_device_batch_size is None
+    assert config.eval_per_device_batch_size == 4
+    assert not config.max_num_train_steps
 
 
 # --- lengths that are wrong

@@ -10,7 +10,6 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pytorch_accelerated.callbacks import (
-    CallbackHandler,
     ProgressBarCallback,
     TrainerCallback,
 )
@@ -21,172 +20,104 @@ from pytorch_accelerated.trainer import Trainer
 
 # --- each is called, and how
 
+ONCE, TWICE = [((), {})], [((), {})] * 2
+BATCH = [(1, 1), (1, 1)]  # shapes stand for tensors
 
-def calls_of(method):
-    """Make a class of trainers that notes the arguments of each call of a method."""
+# The arguments of all calls in a run of two updates with everything on, and after it an
+# evaluation of its own.
+CALLS = {
+    "_create_accelerator": ONCE,
+    "_create_callback_handler": ONCE,
+    "_prepare_model_optimizer_and_dataloaders": TWICE,
+    "_check_eval_batch_size": TWICE,
+    "_run_training": ONCE,
+    "_run_evaluation": ONCE,
+    "_clip_gradients": TWICE,
+    "create_scheduler": ONCE,
+    "training_run_start": ONCE,
+    "training_run_epoch_end": ONCE,
+    "training_run_end": ONCE,
+    "train_epoch_start": ONCE,
+    "train_epoch_end": ONCE,
+    "optimizer_step": TWICE,
+    "scheduler_step": TWICE,
+    "optimizer_zero_grad": TWICE,
+    "eval_epoch_start": TWICE,
+    "eval_epoch_end": TWICE,
+    "evaluation_run_start": ONCE,
+    "evaluation_run_end": ONCE,
+    "create_train_dataloader": [
+        ((), {"batch_size": 1, "train_dl_kwargs": {"drop_last": True}})
+    ],
+    "create_eval_dataloader": [
+        ((), {"batch_size": 1, "eval_dl_kwargs": {"drop_last": False}}),
+        ((), {"batch_size": 8, "eval_dl_kwargs": {"batch_size": 2}}),
+    ],
+    "get_default_train_dl_kwargs": [((1,), {})],
+    "get_default_eval_dl_kwargs": [((1,), {}), ((8,), {})],
+    "_create_run_config": [
+        (
+            (),
+            {
+                "num_epochs": 1,
+                "gradient_accumulation_steps": num_accumulated,
+                "max_num_train_steps": None,
+                "per_device_batch_size": batch_size,
+                "gradient_clip_value": clip_value,
+            },
+        )
+        for num_accumulated, batch_size, clip_value in ((2, 1, 100.0), (1, 8, None))
+    ],
+    "_run_train_epoch": [(("loader",), {})],
+    "_run_eval_epoch": [(("loader",), {}), (("loader",), {"is_training": False})],
+    "_perform_forward_and_backward_passes": [((BATCH, step), {}) for step in range(4)],
+    "calculate_train_batch_loss": [((BATCH,), {})] * 4,
+    "backward_step": [(((),), {})] * 4,
+    "calculate_eval_batch_loss": [
+        *[((BATCH,), {})] * 2,
+        (([(2, 1), (2, 1)],), {}),
+    ],
+    "_update_loss_tracker": [*[(((), 1), {})] * 6, (((), 2), {})],
+    "_add_epoch_loss_to_run_history": [
+        ((name,), {})
+        for name in ("train_loss_epoch", "eval_loss_epoch", "evaluation_loss")
+    ],
+}
+
+
+def described(value):
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, list):
+        return [described(each) for each in value]
+    return "loader" if hasattr(value, "dataset") else value
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_each_method_is_called_with_the_documented_arguments(
+    create_trainer, samples, method
+):
     calls = []
 
     def note(self, *args, **kwargs):
-        calls.append((args, kwargs))
+        calls.append((tuple(map(described, args)), kwargs))
         return getattr(Trainer, method)(self, *args, **kwargs)
 
-    return type("Notes", (Trainer,), {method: note}), calls
+    trainer = create_trainer(trainer_class=type("Notes", (Trainer,), {method: note}))
+    trainer.train(
+        samples(4),
+        num_epochs=1,
+        eval_dataset=samples(2),
+        per_device_batch_size=1,
+        gradient_accumulation_steps=2,
+        gradient_clip_value=100.0,
+        create_scheduler_fn=partial(StepLR, step_size=100),
+        train_dataloader_kwargs={"drop_last": True},
+        eval_dataloader_kwargs={"drop_last": False},
+    )
+    trainer.evaluate(samples(2), dataloader_kwargs={"batch_size": 2})
 
-
-@pytest.fixture
-def run(create_trainer, samples):
-    """Train for an epoch of two updates with everything on, then evaluate."""
-
-    def run(trainer_class):
-        trainer = create_trainer(trainer_class=trainer_class)
-        trainer.train(
-            samples(4),
-            num_epochs=1,
-            eval_dataset=samples(2),
-            per_device_batch_size=1,
-            gradient_accumulation_steps=2,
-            gradient_clip_value=100.0,
-            create_scheduler_fn=partial(StepLR, step_size=100),
-            train_dataloader_kwargs={"drop_last": True},
-            eval_dataloader_kwargs={"drop_last": False},
-        )
-        trainer.evaluate(samples(2), dataloader_kwargs={"batch_size": 2})
-        return trainer
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("method", "num_calls"),
-    [
-        ("_create_accelerator", 1),
-        ("_create_callback_handler", 1),
-        ("_prepare_model_optimizer_and_dataloaders", 2),
-        ("_check_eval_batch_size", 2),
-        ("_run_training", 1),
-        ("_run_evaluation", 1),
-        ("_clip_gradients", 2),
-        ("create_scheduler", 1),
-        ("training_run_start", 1),
-        ("training_run_epoch_end", 1),
-        ("training_run_end", 1),
-        ("train_epoch_start", 1),
-        ("train_epoch_end", 1),
-        ("optimizer_step", 2),
-        ("scheduler_step", 2),
-        ("optimizer_zero_grad", 2),
-        ("eval_epoch_start", 2),
-        ("eval_epoch_end", 2),
-        ("evaluation_run_start", 1),
-        ("evaluation_run_end", 1),
-    ],
-)
-def test_methods_without_arguments_are_called(run, method, num_calls):
-    trainer_class, calls = calls_of(method)
-
-    run(trainer_class)
-
-    assert calls == [((), {})] * num_calls
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        (
-            "create_train_dataloader",
-            [((), {"batch_size": 1, "train_dl_kwargs": {"drop_last": True}})],
-        ),
-        (
-            "create_eval_dataloader",
-            [
-                ((), {"batch_size": 1, "eval_dl_kwargs": {"drop_last": False}}),
-                ((), {"batch_size": 8, "eval_dl_kwargs": {"batch_size": 2}}),
-            ],
-        ),
-        ("get_default_train_dl_kwargs", [((1,), {})]),
-        ("get_default_eval_dl_kwargs", [((1,), {}), ((8,), {})]),
-        (
-            "_create_run_config",
-            [
-                (
-                    (),
-                    {
-                        "num_epochs": 1,
-                        "gradient_accumulation_steps": 2,
-                        "max_num_train_steps": None,
-                        "per_device_batch_size": 1,
-                        "gradient_clip_value": 100.0,
-                    },
-                ),
-                (
-                    (),
-                    {
-                        "num_epochs": 1,
-                        "gradient_accumulation_steps": 1,
-                        "max_num_train_steps": None,
-                        "per_device_batch_size": 8,
-                        "gradient_clip_value": None,
-                    },
-                ),
-            ],
-        ),
-        (
-            "_add_epoch_loss_to_run_history",
-            [
-                (("train_loss_epoch",), {}),
-                (("eval_loss_epoch",), {}),
-                (("evaluation_loss",), {}),
-            ],
-        ),
-    ],
-)
-def test_methods_are_called_with_the_documented_arguments(run, method, expected):
-    trainer_class, calls = calls_of(method)
-
-    run(trainer_class)
-
-    assert calls == expected
-
-
-@pytest.mark.parametrize(
-    ("method", "num_calls", "shapes"),
-    [
-        ("calculate_train_batch_loss", 4, [[(1, 1), (1, 1)]]),
-        ("calculate_eval_batch_loss", 3, [[(1, 1), (1, 1)]]),
-        ("backward_step", 4, [()]),
-        ("_update_loss_tracker", 7, [(), 1]),
-        ("_perform_forward_and_backward_passes", 4, [[(1, 1), (1, 1)], 0]),
-    ],
-)
-def test_steps_are_called_with_positional_arguments(run, method, num_calls, shapes):
-    trainer_class, calls = calls_of(method)
-
-    run(trainer_class)
-
-    def shape(value):
-        if isinstance(value, torch.Tensor):
-            return tuple(value.shape)
-        return [shape(each) for each in value] if isinstance(value, list) else value
-
-    args, kwargs = calls[0]
-    assert len(calls) == num_calls
-    assert kwargs == {}
-    assert [shape(argument) for argument in args] == shapes
-
-
-def test_epochs_are_called_with_their_loader(run):
-    for method, loader, other in (
-        ("_run_train_epoch", "_train_dataloader", []),
-        ("_run_eval_epoch", "_eval_dataloader", [{"is_training": False}]),
-    ):
-        trainer_class, calls = calls_of(method)
-        trainer = run(trainer_class)
-
-        args, kwargs = calls[0]
-        assert len(args) == 1
-        assert kwargs == {}
-        assert [kwargs for _, kwargs in calls[1:]] == other
-        assert not other or calls[-1][0] == (getattr(trainer, loader),)
+    assert calls == CALLS[method]
 
 
 def test_an_override_of_load_training_state_says_where_to_go_on(
@@ -243,6 +174,7 @@ def test_own_losses_are_used_for_training_and_evaluation(create_trainer, samples
         # The gradient of the first update, 2, enters the second: 0.5 - 0.25 * (2 + 1).
         ("optimizer_zero_grad", lambda self: None, -0.25),
         ("training_run_start", lambda self: self.model.weight.data.fill_(4.0), 1.0),
+        ("_clip_gradients", lambda self: self.model.weight.grad.div_(2), 0.75),
     ],
 )
 def test_an_override_of_a_part_of_the_update(
@@ -252,55 +184,38 @@ def test_an_override_of_a_part_of_the_update(
     trainer = create_trainer(trainer_class=trainer_class)
 
     num_updates = 2 if method in ("optimizer_zero_grad", "training_run_start") else 1
-    trainer.train(samples(num_updates), 1, per_device_batch_size=1)
+    clip = {"gradient_clip_value": 1e-3} if method == "_clip_gradients" else {}
+    trainer.train(samples(num_updates), 1, per_device_batch_size=1, **clip)
 
     assert trainer.model.weight.item() == weight
 
 
-def test_an_override_of_clipping(create_trainer, samples):
-    class HalvesGradients(Trainer):
-        def _clip_gradients(self):
-            self.model.weight.grad /= 2
-
-    trainer = create_trainer(trainer_class=HalvesGradients)
-    trainer.train(samples(1), 1, gradient_clip_value=1e-3)
-
-    assert trainer.model.weight.item() == 1 - 0.25 * 1
-
-
 def test_an_override_of_the_schedule(create_trainer, samples):
-    class Halves(Trainer):
+    class Creates(Trainer):
         def create_scheduler(self):
             return StepLR(self.optimizer, step_size=1, gamma=0.5)
+
+    class Completes(Trainer):
+        def create_scheduler(self):
+            return self.create_scheduler_fn(optimizer=self.optimizer, gamma=0.5)
 
     class HalvesByHand(Trainer):
         def scheduler_step(self):
             self.optimizer.param_groups[0]["lr"] *= 0.5
 
-    for trainer_class in (Halves, HalvesByHand):
+    for trainer_class in (Creates, Completes, HalvesByHand):
         trainer = create_trainer(trainer_class=trainer_class)
-        # Scripts pass the method itself as a mark that there is a schedule.
-        create = (
-            trainer.create_scheduler
-            if trainer_class is Halves
-            else partial(StepLR, step_size=100)
-        )
+        create = partial(StepLR, step_size=1)
+        if trainer_class is Creates:
+            # Scripts pass the method itself as a mark that there is a schedule.
+            create = trainer.create_scheduler
+        elif trainer_class is HalvesByHand:
+            create = partial(StepLR, step_size=100)
         trainer.train(
             samples(3), 1, per_device_batch_size=1, create_scheduler_fn=create
         )
 
         assert trainer.optimizer.param_groups[0]["lr"] == 0.25 * 0.5**3
-
-
-def test_an_override_may_complete_the_scheduler_itself(create_trainer, samples):
-    class Completes(Trainer):
-        def create_scheduler(self):
-            return self.create_scheduler_fn(optimizer=self.optimizer, step_size=2)
-
-    trainer = create_trainer(trainer_class=Completes)
-    trainer.train(samples(1), 1, create_scheduler_fn=StepLR)
-
-    assert trainer.scheduler.step_size == 2
 
 
 def test_overrides_of_the_modes_of_the_model(create_trainer, samples):
@@ -324,26 +239,6 @@ def test_overrides_of_the_modes_of_the_model(create_trainer, samples):
     )
 
     assert modes == [False, True]
-
-
-def test_metrics_that_an_override_records_at_the_end_of_an_epoch(
-    create_trainer, samples
-):
-    class Records(Trainer):
-        def train_epoch_end(self):
-            self.run_history.update_metric("train_accuracy", 0.25)
-
-        def eval_epoch_end(self):
-            self.run_history.update_metric("accuracy", 0.5)
-
-        def training_run_epoch_end(self):
-            self.seen = self.run_history.get_latest_metric("accuracy")
-
-    trainer = create_trainer(trainer_class=Records)
-    trainer.train(samples(1), 1, eval_dataset=samples(1))
-
-    assert trainer.seen == 0.5
-    assert trainer.run_history.get_metric_values("train_accuracy") == [0.25]
 
 
 def test_own_loaders_are_used(create_trainer, samples):
@@ -415,27 +310,6 @@ def test_an_accelerator_of_the_user_is_used(create_trainer, samples, is_set_befo
     assert trainer.model.weight.item() == 0.5
 
 
-def test_an_override_of_the_callback_handler(create_trainer, samples):
-    events = []
-
-    class Notes(CallbackHandler):
-        def call_event(self, event, *args, **kwargs):
-            events.append(event)
-            super().call_event(event, *args, **kwargs)
-
-    class Own(Trainer):
-        def _create_callback_handler(self):
-            return Notes([Listens])
-
-    class Listens(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            pass
-
-    create_trainer(trainer_class=Own).train(samples(1), 1)
-
-    assert "on_train_epoch_end" in events
-
-
 def test_an_epoch_of_the_user_s_own(create_trainer, samples):
     """Written against the parts of the published version, with accumulation."""
     losses = []
@@ -466,35 +340,6 @@ def test_an_epoch_of_the_user_s_own(create_trainer, samples):
     assert trainer.run_history.get_metric_values("train_loss_epoch") == [
         pytest.approx((1 + 0.25) / 2)
     ]
-
-
-def test_an_evaluation_of_the_user_s_own(create_trainer, samples):
-    class Own(Trainer):
-        def _run_eval_epoch(self, valid_dl, is_training=True, is_intermediate=False):
-            self.run_history.update_metric("num_batches", len(valid_dl))
-
-    trainer = create_trainer(trainer_class=Own)
-    trainer.train(samples(1), 1, eval_dataset=samples(9))
-
-    assert trainer.run_history.get_latest_metric("num_batches") == 2
-    assert trainer.evaluate(samples(1)) == {"evaluation_num_batches": 1}
-
-
-def test_runs_of_the_user_s_own(create_trainer, samples):
-    class Own(Trainer):
-        def _run_training(self):
-            self.run_history.update_metric("ran", 1)
-
-        def _run_evaluation(self):
-            self.run_history.update_metric("ran", 2)
-
-    trainer = create_trainer(trainer_class=Own)
-    trainer.train(samples(1), 1)
-    trainer.evaluate(samples(1))
-
-    assert trainer.run_history.get_metric_values("ran") == [1]
-    assert trainer.run_history.get_metric_values("evaluation_ran") == [2]
-    assert trainer.model.weight.item() == 1.0
 
 
 # --- subclasses written for 0.1.61
@@ -625,45 +470,6 @@ def test_a_run_history_of_the_user_without_the_newer_methods(
 
     assert resumed.run_history.current_epoch == 4
     assert resumed.model.weight.item() == 0.5**3
-
-
-def test_trainers_may_have_events_of_their_own(create_trainer, samples):
-    seen = []
-
-    class WithEvent(Trainer):
-        def train_epoch_end(self):
-            self.callback_handler.call_event("on_weights_seen", trainer=self, value=3)
-
-    class Listens(TrainerCallback):
-        def on_weights_seen(self, trainer, value, **kwargs):
-            seen.append((trainer.model.weight.item(), value))
-
-    class DoesNotListen(TrainerCallback):
-        pass
-
-    create_trainer([DoesNotListen, Listens], trainer_class=WithEvent).train(
-        samples(1), 2
-    )
-
-    assert seen == [(0.5, 3), (0.25, 3)]
-
-
-def test_callbacks_may_use_what_the_trainer_has(create_trainer, samples):
-    class Uses(TrainerCallback):
-        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-            assert trainer._eval_dataloader.device == trainer.device
-            assert len(trainer._train_dataloader) == 1
-            assert trainer._accelerator.unwrap_model(trainer.model) is not None
-            outputs = trainer.gather(batch_output["model_outputs"], padding_value=-2.0)
-            trainer.run_history.update_metric("mean_output", outputs.mean().item())
-
-        def on_train_epoch_start(self, trainer, **kwargs):
-            assert trainer.run_history.current_epoch <= trainer.run_config.num_epochs
-            assert trainer.train_dataset.tensors
-
-    history = create_trainer([Uses]).train(samples(2), 1, eval_dataset=samples(2))
-
-    assert history.get_latest_metric("mean_output") == 0.5
 
 
 def test_subclasses_of_bars_may_look_at_them(create_trainer, samples, capsys):
