@@ -44,37 +44,16 @@ def test_tensors_numbers_and_tensor_sizes_may_be_mixed():
     assert tracker.average == 25.0 / 12.0
 
 
-def test_the_average_of_nothing_is_nan_and_not_a_perfect_loss():
-    assert math.isnan(LossTracker().average)
-
-
 @pytest.mark.parametrize("empty_loss", [math.nan, 3.0, torch.tensor(math.nan)])
 def test_an_empty_batch_adds_nothing(empty_loss):
     """Defect 45: a batch size of 0 was a ZeroDivisionError."""
     tracker = LossTracker()
+    assert math.isnan(tracker.average), "and not a perfect loss"
     tracker.update(empty_loss, batch_size=0)
     assert math.isnan(tracker.average)
 
     tracker.update(2.0, batch_size=4)
     assert tracker.average == 2.0
-
-
-def test_a_loss_that_is_not_finite_shows_in_the_sum_ever_after():
-    tracker = LossTracker()
-    tracker.update(torch.tensor(1.0), 2)
-    tracker.update(torch.tensor(math.inf), 2)
-    tracker.update(torch.tensor(1.0), 2)
-    assert not tracker.total_loss.isfinite()
-
-
-def test_reset_forgets_everything():
-    tracker = LossTracker()
-    tracker.update(torch.tensor(1.0), torch.tensor(2))
-    tracker.reset()
-
-    assert tracker.totals() == (0.0, 0.0)
-    tracker.update(4.0, 2)
-    assert tracker.average == 4.0
 
 
 @given(
@@ -92,28 +71,6 @@ def test_sums_are_taken_from_left_to_right_in_float64(batches, as_tensors):
 
     assert float_bits(tracker.totals()[0]) == float_bits(total)
     assert tracker.average == total / count
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_low_precision_losses_are_weighted_in_full_precision(dtype):
-    loss = torch.tensor(1.0078125, dtype=dtype)  # exact in each of these
-    tracker = LossTracker()
-    tracker.update(loss, 1001)
-    tracker.update(loss, torch.tensor(100_000))
-
-    assert tracker.totals() == (1.0078125 * 101_001, 101_001.0)
-    assert tracker.total_loss.dtype == torch.float64
-
-
-def test_no_graph_is_kept_alive():
-    weight = torch.tensor(2.0, requires_grad=True)
-    tracker = LossTracker()
-    tracker.update(weight * 3, 2)
-    tracker.update(weight * 3, weight * 2)
-
-    for value in (tracker.total_loss, tracker.running_count, tracker.loss_value):
-        assert value.grad_fn is None
-        assert not value.requires_grad
 
 
 def test_sums_begun_in_inference_mode_go_on_outside_of_it():

@@ -11,14 +11,10 @@ def test_a_loss_is_a_mean_over_the_samples_or_over_what_num_items_in_batch_says(
     assert step_output.num_items({"batch_size": 8, "num_items_in_batch": 100}) == 100
 
 
-@pytest.mark.parametrize("value", [1, 2.5, True, torch.tensor(3.0)])
-def test_numbers_and_tensors_without_dimensions_are_scalars(value):
-    assert step_output.is_scalar(value)
-
-
-@pytest.mark.parametrize("value", ["1", None, torch.ones(1), [1.0], {"a": 1}])
-def test_anything_else_is_no_scalar(value):
-    assert not step_output.is_scalar(value)
+def test_numbers_and_tensors_without_dimensions_are_scalars():
+    assert all(map(step_output.is_scalar, [1, 2.5, True, torch.tensor(3.0)]))
+    others = ["1", None, torch.ones(1), [1.0], {"a": 1}]
+    assert not any(map(step_output.is_scalar, others))
 
 
 @pytest.mark.parametrize("container", [tuple, list])
@@ -66,22 +62,7 @@ def test_the_loss_of_a_model_is_an_attribute_or_a_member_of_its_outputs():
     assert step_output.loss_of({"loss": 2.5, "logits": None}) == 2.5
 
 
-def test_outputs_without_a_loss_are_refused_with_advice():
-    with pytest.raises(ValueError, match=r"got dict.*batch has 'labels'"):
-        step_output.loss_of({"logits": torch.ones(2)})
-
-
-def graph():
-    return torch.ones((), requires_grad=True) * 2
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "message"),
-    [
-        (graph(), TypeError, "must return a dictionary with 'loss'.*got Tensor"),
-        ({"loss": graph()}, KeyError, r"\['batch_size'\] not among \['loss'\]"),
-    ],
-)
-def test_what_the_first_step_returns_is_checked(output, error, message):
-    with pytest.raises(error, match=message):
-        step_output.check_loss(output)
+def test_a_step_has_to_return_the_size_of_its_batch():
+    loss = torch.ones((), requires_grad=True) * 2
+    with pytest.raises(KeyError, match=r"\['batch_size'\] not among \['loss'\]"):
+        step_output.check_loss({"loss": loss})

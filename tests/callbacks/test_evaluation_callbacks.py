@@ -55,25 +55,6 @@ def test_evaluates_after_every_nth_step_of_the_run(
     assert [step for step, _ in log.whole] == [3, 6]
 
 
-def test_training_goes_on_in_training_mode_and_with_its_own_loss(
-    create_trainer, samples
-):
-    """Defect 12: dropout and batch norm were off for the rest of the epoch."""
-    modes = []
-
-    class Mode(TrainerCallback):
-        def on_train_step_start(self, trainer, **kwargs):
-            modes.append(trainer.model.training)
-
-    trainer = create_trainer([StepBasedEvaluationCallback(1), Mode])
-    history = trainer.train(
-        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
-    )
-    assert modes == [True] * 3
-    expected = (1 + 0.25 + 0.25**2) / 3
-    assert history.get_latest_metric("train_loss_epoch") == pytest.approx(expected)
-
-
 def test_intermediate_evaluations_are_kept_with_their_update_and_logged(
     create_trainer, samples
 ):

@@ -2,7 +2,6 @@ import pytest
 
 from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
 from pytorch_accelerated.data import LimitBatches
-from pytorch_accelerated.schedulers import CosineLrScheduler
 
 
 class Count(TrainerCallback):
@@ -35,37 +34,6 @@ def test_trainers_created_in_the_context_are_limited(create_trainer, samples):
     assert isinstance(trainer.callback_handler.callbacks[0], LimitBatchesCallback)
     trainer.train(samples(5), 1, per_device_batch_size=1)
     assert count.train == 3
-
-
-def test_training_twice_without_an_eval_dataset_works(create_trainer, samples):
-    """Defect 38: AttributeError, a slice around None."""
-    count = Count()
-    trainer = create_trainer([LimitBatchesCallback(1), count])
-    for _ in range(2):
-        trainer.train(samples(2), 1, per_device_batch_size=1)
-    assert count.train == 2
-
-
-def test_a_limit_above_the_length_changes_nothing(create_trainer, samples, weight_of):
-    """Defect 38: the last accumulation window was never applied."""
-    count = Count()
-    trainer = create_trainer([LimitBatchesCallback(9), count])
-    trainer.train(samples(5), 1, per_device_batch_size=1, gradient_accumulation_steps=2)
-    assert (count.train, count.updates) == (5, 3)
-    assert weight_of(trainer) == 0.5**3
-
-
-def test_schedules_are_as_long_as_the_limited_run(create_trainer, samples):
-    """Defect 58: the schedule had the length of the whole epoch."""
-    trainer = create_trainer([LimitBatchesCallback(2)])
-    trainer.train(
-        samples(10),
-        2,
-        per_device_batch_size=1,
-        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
-    )
-    assert trainer.run_config.num_update_steps_per_epoch == 2
-    assert trainer.scheduler.total_iterations == 4
 
 
 def test_the_smaller_of_two_limits_holds(create_trainer):

@@ -44,13 +44,6 @@ def test_modules_of_the_trainer_are_moved_and_properties_left_alone(create_train
         assert trainer.model.device is None
 
 
-def test_a_loss_module_is_on_the_device_in_a_run(create_trainer, samples):
-    trainer = create_trainer([MoveModulesToDeviceCallback], trainer_class=ModuleTrainer)
-    trainer.loss_func = nn.MSELoss()
-    trainer.train(samples(1), num_epochs=1)
-    trainer.evaluate(samples(1))
-
-
 def trainer_of(num_processes, device, model=None):
     return SimpleNamespace(
         model=nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))

@@ -120,22 +120,6 @@ def test_saving_by_hand_is_refused_in_the_run_and_possible_after_it(
     assert [path.name for path in tmp_path.iterdir()] == ["after.pt"]
 
 
-def test_callbacks_cannot_save_at_the_end_of_a_bad_run(
-    create_trainer, samples, tmp_path
-):
-    class SaveAtEnd(TrainerCallback):
-        def on_training_run_end(self, trainer, **kwargs):
-            trainer.save_checkpoint(tmp_path / "end.pt")
-
-    trainer = create_trainer(
-        [TerminateOnNaNCallback, SaveAtEnd], trainer_class=BadLossTrainer
-    )
-    trainer.bad_steps = (0,)
-    with pytest.raises(NonFiniteLossError, match="in epoch 1, at step 0"):
-        trainer.train(samples(1), num_epochs=1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_bad_loss_in_the_evaluation_stops_training_before_a_save(
     create_trainer, samples, tmp_path
 ):

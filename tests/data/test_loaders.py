@@ -148,36 +148,6 @@ def test_a_loader_with_a_sampler_of_the_user_is_not_plain(arguments, expected):
 # --- arguments
 
 
-def test_given_arguments_win_over_defaults():
-    defaults = data.default_dl_kwargs(8, shuffle=True)
-
-    merged = data.merge_dl_kwargs(range(3), defaults, {"batch_size": 2, "timeout": 1})
-
-    assert merged["batch_size"] == 2
-    assert merged["timeout"] == 1
-    assert merged["shuffle"] is True
-
-
-@pytest.mark.parametrize(
-    ("dataset", "given", "absent"),
-    [
-        (range(3), {"sampler": [0]}, {"shuffle"}),
-        (range(3), {"batch_sampler": [[0]]}, {"shuffle", "batch_size"}),
-        (Stream(), {}, {"shuffle"}),
-        (range(3), None, set()),
-    ],
-)
-@pytest.mark.parametrize("defaults", [data.default_dl_kwargs(8, shuffle=True), {}])
-def test_defaults_that_the_given_arguments_rule_out_are_dropped(
-    dataset, given, absent, defaults
-):
-    """Defect 37: batch_sampler, and sampler without the default shuffle, failed."""
-    merged = data.merge_dl_kwargs(dataset, defaults, given)
-
-    assert absent.isdisjoint(merged)
-    DataLoader(dataset, **merged)
-
-
 def test_both_sampler_and_shuffle_of_the_user_are_left_for_torch_to_refuse():
     merged = data.merge_dl_kwargs(range(3), {}, {"sampler": [0], "shuffle": True})
 
@@ -203,22 +173,6 @@ def test_on_an_accelerator_one_batch_is_fetched_ahead():
         assert (batch.device.type, batch.shape) == ("meta", (length,))
         assert fetched == ahead
     assert list(on_device) == []
-
-
-def test_the_length_of_what_has_none_is_none():
-    assert data.length_of([1, 2]) == 2
-    assert data.length_of(iter([1])) is None
-    assert data.length_of(DataLoader(Stream())) is None
-
-
-def test_a_loader_on_the_device_passes_everything_else_on():
-    loader = data.DeviceLoader(DataLoader(range(4), batch_size=2), CPU)
-
-    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
-    assert len(loader) == 2
-    assert loader.batch_size == 2
-    with pytest.raises(TypeError):
-        len(data.DeviceLoader(iter([]), CPU))
 
 
 MEMBERS = {

@@ -27,23 +27,9 @@ def test_the_order_of_an_epoch_stays_what_it_is():
     assert epoch_order(6, seed=7, epoch=1).tolist() == [0, 2, 4, 3, 5, 1]
 
 
-def test_the_order_does_not_touch_the_global_random_state():
-    before = torch.get_rng_state()
-
-    epoch_order(10, seed=1, epoch=1)
-
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @given(st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4))
 def test_derived_seeds_can_be_given_to_torch(values):
     assert 0 <= derive_seed(*values) < 2**63
-
-
-def test_derived_seeds_of_neighbours_are_unrelated():
-    seeds = {derive_seed(a, b) for a in range(20) for b in range(20)}
-
-    assert len(seeds) == 400
 
 
 def bounds(plan):
@@ -51,25 +37,6 @@ def bounds(plan):
         [plan.bounds(step, process) for process in range(plan.num_processes)]
         for step in range(len(plan))
     ]
-
-
-def test_in_one_process_a_plan_is_that_of_a_data_loader():
-    assert bounds(BatchPlan(7, 3)) == [[(0, 3)], [(3, 6)], [(6, 7)]]
-    assert bounds(BatchPlan(7, 3, drop_last=True)) == [[(0, 3)], [(3, 6)]]
-    assert bounds(BatchPlan(7, 3, even=True)) == [[(0, 3)], [(3, 6)], [(6, 7)]]
-
-
-def test_processes_share_the_last_step_of_an_epoch():
-    plan = BatchPlan(11, 2, num_processes=2)
-
-    assert bounds(plan) == [[(0, 2), (2, 4)], [(4, 6), (6, 8)], [(8, 10), (10, 11)]]
-
-
-def test_a_process_without_a_sample_in_the_last_step_is_a_filler():
-    plan = BatchPlan(5, 2, num_processes=2)
-
-    assert [plan.size(1, process) for process in (0, 1)] == [1, 0]
-    assert [plan.is_filler(1, process) for process in (0, 1)] == [False, True]
 
 
 plans = st.builds(

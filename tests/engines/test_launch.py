@@ -21,22 +21,6 @@ def create(precision=None):
         return Accelerator(mixed_precision=precision)
 
 
-def test_each_accelerator_has_the_precision_that_it_asks_for():
-    """Defect 57: Accelerate refuses another precision than the first."""
-    for precision in ("no", "bf16", "no"):
-        accelerator = create(precision)
-
-        assert accelerator.mixed_precision == precision
-        assert accelerator.native_amp is (precision == "bf16")
-
-
-def test_one_that_asks_for_nothing_does_not_get_that_of_the_one_before():
-    """Defect 57: after one with bf16, all later trainers computed in bf16."""
-    create("bf16")
-
-    assert create().native_amp is False
-
-
 def test_the_launcher_says_what_is_meant_by_nothing(monkeypatch):
     create("no")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")

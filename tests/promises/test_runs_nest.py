@@ -9,10 +9,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pytorch_accelerated.callbacks import (
     ModelEmaCallback,
-    TerminateOnNaNCallback,
     TrainerCallback,
 )
-from pytorch_accelerated.errors import NonFiniteLossError
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer
 
@@ -195,27 +193,3 @@ def test_the_average_of_the_weights_is_not_evaluated_on_other_data(tmp_path):
         return train([ema, *callbacks])
 
     assert_same(run([At("on_train_epoch_end", evaluate)]), run([]))
-
-
-def test_a_loss_that_is_not_finite_is_found_after_an_evaluation(
-    create_trainer, samples
-):
-    """One at the step before it; the callback looks once a second by itself."""
-
-    class BadAtSecondStep(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            output = super().calculate_train_batch_loss(batch)
-            if self.num_steps == 1:
-                output["loss"] = output["loss"] * float("nan")
-            return output
-
-        def calculate_eval_batch_loss(self, batch):
-            return {"loss": torch.ones(()), "batch_size": 1}
-
-    def evaluate_ones(trainer):
-        trainer.evaluate(samples(1))
-
-    callbacks = [TerminateOnNaNCallback, At("on_train_step_end", evaluate_ones)]
-    trainer = create_trainer(callbacks, trainer_class=BadAtSecondStep)
-    with pytest.raises(NonFiniteLossError, match=r"training loss .* at step 1"):
-        trainer.train(samples(3), 1, per_device_batch_size=1)
