@@ -165,16 +165,6 @@ def test_a_model_without_children_is_one_group():
     assert freezer.get_layers() == [Layer((0, -1), model, is_frozen=True)]
 
 
-def test_the_weights_of_attention_are_frozen_with_its_group():
-    """Defect 46: in_proj_weight belongs to no leaf module and stayed trainable."""
-    model = TinyViT()
-    ModelFreezer(model).freeze(1, 1)
-    assert frozen_names(model) == {
-        name for name, _ in model.named_parameters() if name.startswith("blocks.")
-    }
-    assert not model.blocks[0].self_attn.in_proj_weight.requires_grad
-
-
 def test_parameters_of_the_model_itself_count_with_the_first_group():
     """Defect 46: cls_token and pos_embed were never frozen."""
     model = TinyViT()

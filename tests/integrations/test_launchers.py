@@ -152,3 +152,15 @@ def test_a_notebook_trains_on_two_processes(reference, tmp_path, monkeypatch):
     )
     NotebookClient(notebook, timeout=LONGEST_SECONDS).execute()
     assert_is_one_job_of_two_with(reference, Launched(tmp_path))
+
+
+def test_a_backend_that_is_not_there_is_refused_on_all_processes(launch):
+    program = (
+        "from accelerate.utils import InitProcessGroupKwargs\n"
+        "from pytorch_accelerated.engines.launch import create_accelerator\n"
+        "handler = InitProcessGroupKwargs(backend='mpi')\n"
+        "create_accelerator(cpu=True, kwargs_handlers=[handler])"
+    )
+    launched = launch(*torchrun(2, "run_program.py", program), ok=False)
+    assert launched.code != 0
+    assert launched.output.count("Your assigned backend mpi is not available") == 2

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, ParallelismConfig, ProfileKwargs
 from torch import nn
@@ -66,12 +65,6 @@ def train(trainer):
     return list(history.get_metric_values("train_loss_epoch"))
 
 
-def test_without_mixed_precision_layers_compute_in_float32():
-    trainer = create_trainer()
-    train(trainer)
-    assert trainer.dtypes == {torch.float32}
-
-
 def test_bf16_computes_in_bf16_and_trains_about_the_same():
     full, low = create_trainer(), create_trainer(mixed_precision="bf16")
     expected, losses = train(full), train(low)
@@ -79,40 +72,6 @@ def test_bf16_computes_in_bf16_and_trains_about_the_same():
     assert full.dtypes == {torch.float32}
     assert losses == pytest.approx(expected, rel=0.02)
     assert losses != expected
-
-
-def test_the_model_handed_back_computes_in_its_own_precision():
-    """Defect 57: it kept the forward method of the run."""
-    model = create_model()
-    train(create_trainer(model, mixed_precision="bf16"))
-    assert model[0](torch.ones(1, 6)).dtype == torch.float32
-    assert "forward" not in vars(model)
-
-    again = create_trainer(model)
-    train(again)
-    assert again.dtypes == {torch.float32}
-    assert again.run_config.mixed_precision == "no"
-
-
-class WithScaler(KeepsDtypes):
-    """fp16 on a CPU, with torch's own scaler: Accelerate has none for it."""
-
-    def _create_accelerator(self):
-        accelerator = super()._create_accelerator()
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-        accelerator.native_amp = True
-        return accelerator
-
-
-@pytest.mark.filterwarnings("ignore:mixed_precision='fp16' has no effect")
-def test_fp16_with_a_scaler_trains_about_the_same_with_clipping_and_accumulation():
-    expected = train(create_trainer())
-    trainer = create_trainer(trainer_class=WithScaler, mixed_precision="fp16")
-    losses = train(trainer)
-    assert trainer.dtypes == {torch.float16}
-    assert losses == pytest.approx(expected, rel=0.01)
-    assert trainer.num_updates == 8
-    assert trainer.gradient_norm < 100  # not that of the scaled gradients
 
 
 @pytest.mark.gpu
@@ -150,16 +109,6 @@ def test_handlers_and_plugins_reach_accelerate(tmp_path):
         train(trainer)
     assert trainer.dtypes == {torch.float32}
     assert list(tmp_path.iterdir())
-
-
-def test_an_accelerator_of_the_users_is_taken_as_it_is():
-    class Mine(KeepsDtypes):
-        def _create_accelerator(self):
-            return Accelerator(mixed_precision="bf16")
-
-    trainer = create_trainer(trainer_class=Mine)
-    train(trainer)
-    assert trainer.dtypes == {torch.bfloat16}
 
 
 def test_settings_for_parallelism_reach_accelerate():

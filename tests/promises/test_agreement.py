@@ -4,6 +4,8 @@ import contextlib
 import io
 import time
 from datetime import timedelta
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated.callbacks import (
+    ConvertSyncBatchNormCallback,
     EarlyStoppingCallback,
     ProgressBarCallback,
+    SaveTrainingStateCallback,
     TerminateOnNaNCallback,
     TrainerCallback,
 )
@@ -58,7 +62,8 @@ class RaisesOnOneProcess(TrainerCallback):
 
 def train(callbacks, trainer_class=Trainer, **kwargs):
     """Train; return all that tells how the run ended."""
-    model = nn.Linear(1, 1)
+    model = kwargs.pop("model", nn.Linear(1, 1))
+    dataset = kwargs.pop("dataset", samples(20))
     keeps = Keeps()
     trainer = trainer_class(
         model,
@@ -71,7 +76,7 @@ def train(callbacks, trainer_class=Trainer, **kwargs):
     arguments = {"num_epochs": 3, "eval_dataset": samples(8), **kwargs}
     with contextlib.redirect_stdout(printed):
         try:
-            trainer.train(samples(20), per_device_batch_size=1, **arguments)
+            trainer.train(dataset, per_device_batch_size=1, **arguments)
         except Exception as raised:
             error = raised
     return {
@@ -326,18 +331,50 @@ def test_a_stop_that_all_processes_raise_in_a_step_ends_the_run_in_order(on_proc
     check_stopped(on_processes(2, lambda: train([], Stops)), 4, "all of us")
 
 
+def test_what_cannot_work_is_refused_on_both_with_the_reason(on_processes, tmp_path):
+    def run():
+        model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+        return [
+            train([ConvertSyncBatchNormCallback()], model=model)["message"],
+            train([], dataset=samples(1))["message"],
+            train([], resume_from=tmp_path / "nowhere")["message"],
+        ]
+
+    for batch_norm, data, state in on_processes(2, run):
+        assert "SyncBatchNorm needs GPUs" in batch_norm
+        assert "GroupNorm" in batch_norm
+        assert "1 samples for 2 processes" in data
+        assert "There is no checkpoint folder" in state
+
+
 # ------------------------------------------------------------- what the agreement costs
 
 
-def count_collectives(callbacks, trainer_class=Trainer):
-    """Return how many collectives of ours an update of a run costs, at most."""
-    names = ("all_reduce", "broadcast", "all_gather_into_tensor", "all_gather_object")
-    count = [0]
+COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
+    *("all_to_all", "barrier", "broadcast", "broadcast_object_list", "gather"),
+    *("gather_object", "reduce", "reduce_scatter_tensor", "scatter"),
+    *("monitored_barrier", "recv", "send"),
+)
+
+
+def count_collectives(callbacks=(), trainer_class=Trainer, num_epochs=1, **kwargs):
+    """Return what the library exchanges in each update and in all, beyond DDP."""
+    calls, sizes, is_inside = 0, [0], False
 
     def counting(collective):
         def call(*args, **kwargs):
-            count[0] += 1
-            return collective(*args, **kwargs)
+            nonlocal calls, is_inside
+            if is_inside:  # objects go in two tensors
+                return collective(*args, **kwargs)
+            calls, is_inside = calls + 1, True
+            sizes.extend(
+                each.numel() for each in args if isinstance(each, torch.Tensor)
+            )
+            try:
+                return collective(*args, **kwargs)
+            finally:
+                is_inside = False
 
         return call
 
@@ -345,23 +382,21 @@ def count_collectives(callbacks, trainer_class=Trainer):
         counts = ()
 
         def optimizer_zero_grad(self):
-            self.counts = (*self.counts, count[0])
+            self.counts = (*self.counts, calls)
             super().optimizer_zero_grad()
 
-    originals = {name: getattr(torch.distributed, name) for name in names}
-    for name, collective in originals.items():
-        setattr(torch.distributed, name, counting(collective))
     model = nn.Linear(1, 1)
     trainer = CountsPerUpdate(
         model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.01), callbacks
     )
-    trainer.train(samples(200), num_epochs=1, per_device_batch_size=1)
-    for name, collective in originals.items():
-        setattr(torch.distributed, name, collective)
-    return [
-        after - before
-        for before, after in zip(trainer.counts, trainer.counts[1:], strict=False)
-    ]
+    arguments = {"eval_dataset": samples(8), "per_device_batch_size": 1, **kwargs}
+    with contextlib.ExitStack() as patches:
+        for name in COLLECTIVES:
+            counted = counting(getattr(torch.distributed, name))
+            patches.enter_context(mock.patch.object(torch.distributed, name, counted))
+        trainer.train(samples(200), num_epochs, **arguments)
+    in_updates = [after - before for before, after in pairwise(trainer.counts)]
+    return {"in updates": in_updates, "in all": calls, "largest": max(sizes)}
 
 
 class CountsTokens(Trainer):
@@ -370,24 +405,35 @@ class CountsTokens(Trainer):
         return {**output, "num_items_in_batch": torch.tensor(1 + self.num_steps % 3)}
 
 
-def test_an_update_costs_a_collective_only_where_it_has_to(on_processes):
+def test_collectives_cost_what_docs_scaling_says(on_processes, tmp_path):
+    """Whatever the size of the model: at most one number, or a small object."""
+
     def run():
         listens = RaisesOnOneProcess("on_train_step_end", None, 10**6)
         usual = [TerminateOnNaNCallback(), ProgressBarCallback(), Keeps()]
-        return [
-            count_collectives([]),
-            count_collectives(usual),
-            count_collectives([listens]),
-            count_collectives([], CountsTokens),
-        ]
+        saves = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+        return {
+            "plain": count_collectives(),
+            "clipped": count_collectives(gradient_clip_norm=1.0),
+            "accumulated": count_collectives(gradient_accumulation_steps=2),
+            "saves": count_collectives([saves]),
+            "usual": count_collectives(usual),
+            "listened to": count_collectives([listens]),
+            "counted": count_collectives(trainer_class=CountsTokens),
+            "two epochs": count_collectives(num_epochs=2),
+        }
 
-    for none, usual, listened_to, counted in on_processes(2, run):
-        assert set(none) == {0}
+    for counts in on_processes(2, run):
+        in_updates = {name: count["in updates"] for name, count in counts.items()}
+        for name in ("plain", "clipped", "accumulated", "saves"):
+            assert set(in_updates[name]) == {0}, name
+        for name in ("listened to", "counted"):
+            assert set(in_updates[name]) == {1}, name
         # A look for NaN after 1, 2, 4, ... updates while they take under a second.
-        assert set(usual) == {0, 2}
-        assert usual.count(2) < 10
-        assert set(listened_to) == {1}
-        assert set(counted) == {1}
+        assert set(in_updates["usual"]) == {0, 2}
+        assert in_updates["usual"].count(2) < 10
+        assert counts["two epochs"]["in all"] - counts["plain"]["in all"] == 9
+        assert {count["largest"] for count in counts.values()} == {1}
 
 
 # ----------------------------------------------------------------- a process that hangs

@@ -208,9 +208,7 @@ def test_no_process_is_left_by_a_run_that_has_failed(
     assert resources() == before
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_model_and_the_optimizer_are_as_they_came_only_trained(samples, precision):
-    """Defect 57: the model kept the autocast forward of Accelerate."""
+def train_and_look_at_what_is_left(precision, samples):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attributes, optimizer_attributes = set(vars(model)), set(vars(optimizer))
@@ -235,6 +233,15 @@ def test_the_model_and_the_optimizer_are_as_they_came_only_trained(samples, prec
         for parameter in model.parameters():
             assert not parameter._backward_hooks
             assert not parameter._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_model_and_the_optimizer_are_as_they_came_only_trained(
+    on_processes, samples, precision, num_processes
+):
+    """Defect 57: the model kept the autocast forward of Accelerate."""
+    on_processes(num_processes, train_and_look_at_what_is_left, precision, samples)
 
 
 def test_hooks_and_a_forward_of_the_user_stay(create_trainer, samples):

@@ -149,32 +149,6 @@ def test_a_learning_rate_held_in_a_tensor_is_changed_in_place():
     assert MilestoneLrScheduler(optimizer).base_lr_values == pytest.approx([0.8])
 
 
-def test_a_later_scheduler_starts_where_the_earlier_one_started():
-    optimizer = create_optimizer(0.8)
-    earlier = MilestoneLrScheduler(optimizer)
-    for _ in range(6):
-        earlier.step()
-    assert get_lrs(optimizer) == [0.2]
-
-    later = MilestoneLrScheduler(optimizer)
-    assert later.base_lr_values == [0.8]
-    assert get_lrs(optimizer) == [0.8]
-
-
-@pytest.mark.parametrize("lr", [0.001, 0.0, 5.0])
-def test_a_later_scheduler_starts_from_the_value_set_in_between(lr):
-    """Defect 5: it went back to the value before the very first run."""
-    optimizer = create_optimizer(0.8)
-    earlier = MilestoneLrScheduler(optimizer)
-    for _ in range(6):
-        earlier.step()
-
-    set_lr(optimizer, lr)
-
-    assert MilestoneLrScheduler(optimizer).base_lr_values == [lr]
-    assert MilestoneLrScheduler(optimizer).base_lr_values == [lr], "and stays there"
-
-
 def test_the_start_survives_saving_and_loading_the_optimizer():
     optimizer = create_optimizer(0.8)
     earlier = MilestoneLrScheduler(optimizer)
@@ -225,10 +199,3 @@ def test_a_group_added_later_joins_the_schedule(create):
     first, added = get_lrs(optimizer)
     assert added == pytest.approx(first / 2, rel=1e-5)
     assert scheduler.base_lr_values == [0.8, 0.4]
-
-
-def test_the_argument_of_load_state_dict_has_the_name_of_0_1_61():
-    """Found 100."""
-    scheduler = MilestoneLrScheduler(create_optimizer(0.8))
-    scheduler.load_state_dict(scheduler_state_dict={"num_updates": 3})
-    assert get_lrs(scheduler.optimizer) == [0.4]

@@ -53,17 +53,6 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-def test_one_period_is_stable_and_decays_to_one_step_before_the_floor():
-    """Defects 32 and 34: the last update trained at 10% of the peak."""
-    scheduler = WSDLrScheduler(create_optimizer(), total_steps=100)
-    curve = run_schedule(scheduler, 101)
-    decay = [sqrt_decay(i / 10) for i in range(10)]
-    assert curve[:100] == pytest.approx([0.1] * 90 + decay, rel=1e-12)
-    assert curve[99] == pytest.approx(0.1 * (1 - math.sqrt(0.9)), rel=1e-4)
-    assert curve[100] == 0.1 * FLOOR, "the end of the period"
-    assert scheduler.get_updated_values(150) == [0.1 * FLOOR], "and after it"
-
-
 @pytest.mark.parametrize("inverse_sqrt", [True, False])
 @pytest.mark.parametrize(
     ("num_checkpoints", "ends"),
@@ -162,6 +151,7 @@ def test_the_decay_info_tells_where_each_period_starts_decays_and_ends():
     assert scheduler.get_phase_info(100) == first
     assert scheduler.get_phase_info(101) == second
     assert scheduler.get_phase_info(300) == second
+    assert scheduler.get_updated_values(250) == [0.1 * FLOOR], "after the end"
     assert scheduler.get_updated_values(85) == [0.1], "the state before the decay"
     assert scheduler.get_updated_values(86)[0] < 0.1
 
@@ -200,7 +190,6 @@ def test_a_harmonic_decay_to_zero_is_no_division_by_zero():
     assert curve == [0.1] * 8 + [0.0] * 3
 
 
-@pytest.mark.parametrize("error", [ValueError, AssertionError])
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -228,10 +217,11 @@ def test_a_harmonic_decay_to_zero_is_no_division_by_zero():
         ),
     ],
 )
-def test_arguments_out_of_range_are_errors(settings, message, error):
+def test_arguments_out_of_range_are_errors(settings, message):
     """Other WSD: no length was a TypeError about None."""
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         WSDLrScheduler(create_optimizer(), **settings)
+    assert isinstance(caught.value, AssertionError), "as in 0.1.61"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training with DeepSpeed on processes without a GPU, and the same without it."""
 
 import os
+from functools import partial
 
 import torch
 from accelerate.state import AcceleratorState
@@ -49,7 +50,7 @@ def create_trainer(stage, callbacks=(), trainer_class=WithoutDropout, **settings
     )
 
 
-def result_of(stage, trainer_class=WithoutDropout, **arguments):
+def result_of(folder, stage, trainer_class=WithoutDropout, **arguments):
     trainer = create_trainer(stage, trainer_class=trainer_class)
     history = train(trainer, **arguments)
     return {
@@ -62,48 +63,18 @@ def result_of(stage, trainer_class=WithoutDropout, **arguments):
     }
 
 
-def plain(folder):
-    return result_of(None)
+CLIPPED = {"gradient_clip_norm": 0.3}
+ACCUMULATED = {"gradient_accumulation_steps": 3}
 
-
-def plain_clipped(folder):
-    return result_of(None, gradient_clip_norm=0.3)
-
-
-def plain_accumulated(folder):
-    return result_of(None, gradient_accumulation_steps=3)
-
-
-def zero_1(folder):
-    return result_of(1)
-
-
-def zero_2(folder):
-    return result_of(2)
-
-
-def zero_3(folder):
-    return result_of(3)
-
-
-def clipped(folder):
-    return result_of(2, gradient_clip_norm=0.3)
-
-
-def accumulated_1(folder):
-    return result_of(1, gradient_accumulation_steps=3)
-
-
-def accumulated_2(folder):
-    return result_of(2, gradient_accumulation_steps=3)
-
-
-def accumulated_3(folder):
-    return result_of(3, gradient_accumulation_steps=3)
-
-
-def counted(folder):
-    return result_of(2, trainer_class=CountsItems, gradient_accumulation_steps=3)
+plain = partial(result_of, stage=None)
+plain_clipped = partial(plain, **CLIPPED)
+plain_accumulated = partial(plain, **ACCUMULATED)
+zero_1, zero_2, zero_3 = (partial(result_of, stage=stage) for stage in (1, 2, 3))
+clipped = partial(zero_2, **CLIPPED)
+accumulated_1 = partial(zero_1, **ACCUMULATED)
+accumulated_2 = partial(zero_2, **ACCUMULATED)
+accumulated_3 = partial(zero_3, **ACCUMULATED)
+counted = partial(accumulated_2, trainer_class=CountsItems)
 
 
 def _saved(folder, stage):
@@ -119,20 +90,8 @@ def _resumed(folder, stage):
     return {"weights": weights(trainer)}
 
 
-def saved_2(folder):
-    return _saved(folder, 2)
-
-
-def resumed_2(folder):
-    return _resumed(folder, 2)
-
-
-def saved_3(folder):
-    return _saved(folder, 3)
-
-
-def resumed_3(folder):
-    return _resumed(folder, 3)
+saved_2, saved_3 = (partial(_saved, stage=stage) for stage in (2, 3))
+resumed_2, resumed_3 = (partial(_resumed, stage=stage) for stage in (2, 3))
 
 
 def again(folder):

@@ -1,6 +1,7 @@
 """Training with FSDP2 on processes without a GPU, and the same without it."""
 
 import os
+from functools import partial
 
 import sharding_on_cpu  # noqa: F401 (FSDP has to run without a GPU)
 import torch
@@ -78,7 +79,7 @@ class WithoutDropout(Trainer):
                 module.eval()
 
 
-def result_of(**kwargs):
+def result_of(folder=None, **kwargs):
     arguments = kwargs.pop("arguments", {})
     trainer = create_trainer(trainer_class=WithoutDropout, **kwargs)
     history = train(trainer, **arguments)
@@ -91,28 +92,15 @@ def result_of(**kwargs):
     }
 
 
-def plain(folder):
-    return result_of(fsdp=False)
+CLIPPED = {"gradient_clip_norm": 0.3}
+ACCUMULATED = {"gradient_accumulation_steps": 3}
 
-
-def plain_clipped(folder):
-    return result_of(fsdp=False, arguments={"gradient_clip_norm": 0.3})
-
-
-def plain_accumulated(folder):
-    return result_of(fsdp=False, arguments={"gradient_accumulation_steps": 3})
-
-
-def sharded(folder):
-    return result_of()
-
-
-def clipped(folder):
-    return result_of(arguments={"gradient_clip_norm": 0.3})
-
-
-def accumulated(folder):
-    return result_of(arguments={"gradient_accumulation_steps": 3})
+plain = partial(result_of, fsdp=False)
+plain_clipped = partial(plain, arguments=CLIPPED)
+plain_accumulated = partial(plain, arguments=ACCUMULATED)
+sharded = result_of
+clipped = partial(result_of, arguments=CLIPPED)
+accumulated = partial(result_of, arguments=ACCUMULATED)
 
 
 class CountsItems(WithoutDropout):
@@ -193,12 +181,8 @@ def _resumed(folder, kind):
     }
 
 
-def resumed_from_parts(folder):
-    return _resumed(folder, "SHARDED_STATE_DICT")
-
-
-def resumed_from_whole_state(folder):
-    return _resumed(folder, "FULL_STATE_DICT")
+resumed_from_parts = partial(_resumed, kind="SHARDED_STATE_DICT")
+resumed_from_whole_state = partial(_resumed, kind="FULL_STATE_DICT")
 
 
 def _averaged(folder, fsdp):
@@ -214,12 +198,8 @@ def _averaged(folder, fsdp):
     }
 
 
-def averaged(folder):
-    return _averaged(folder, fsdp=True)
-
-
-def plain_averaged(folder):
-    return _averaged(folder, fsdp=False)
+averaged = partial(_averaged, fsdp=True)
+plain_averaged = partial(_averaged, fsdp=False)
 
 
 def average_resumed(folder):
