@@ -4,7 +4,14 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+)
 
 from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
@@ -167,22 +174,32 @@ def test_any_iterable_of_batches_is_a_ready_loader(create_trainer):
     assert trainer.run_history.get_metric_values("eval_loss_epoch") == [55 / 6] * 2
 
 
-def test_batches_made_by_the_dataset_are_used_as_they_are(create_trainer):
+class MakesBatches(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.full((2, 1), float(index)), torch.zeros(2, 1)
+
+
+class StreamsBatches(IterableDataset):
+    def __iter__(self):
+        return map(MakesBatches().__getitem__, range(3))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "order"), [(MakesBatches(), {"shuffle": False}), (StreamsBatches(), {})]
+)
+def test_batches_made_by_the_dataset_are_used_as_they_are(
+    create_trainer, dataset, order
+):
     """Defect 37: batch_size=None failed with an AttributeError."""
-
-    class Batches(Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return torch.full((2, 1), float(index)), torch.zeros(2, 1)
-
     trainer = create_trainer(lr=0.0, trainer_class=KeepsInputs)
     history = trainer.train(
-        Batches(),
+        dataset,
         1,
-        eval_dataset=Batches(),
-        train_dataloader_kwargs={"batch_size": None, "shuffle": False},
+        eval_dataset=dataset,
+        train_dataloader_kwargs={"batch_size": None, **order},
         eval_dataloader_kwargs={"batch_size": None},
     )
 

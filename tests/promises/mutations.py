@@ -162,7 +162,7 @@ MUTATIONS = [
             " self._accelerator.optimizer_step_was_skipped\n"
         ),
         "            True\n",
-        LARGE_BATCH + "test_a_skipped_update_moves_neither_schedule_nor_count",
+        SCHEDULES + "test_a_skipped_update_is_made_up_for_with_the_same_value",
     ),
     Mutation(
         "update: gradients are clipped before they are whole",

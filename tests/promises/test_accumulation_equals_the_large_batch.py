@@ -1,15 +1,17 @@
 """R3: the update of a window equals the update of one batch with all its items."""
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from accelerate import AutocastKwargs
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from pytorch_accelerated.callbacks import TrainerCallback
@@ -278,27 +280,19 @@ def test_a_step_that_leaves_out_samples_by_itself_is_told_to_count_items(on_proc
 
 
 class WithScaler(WithItems):
-    """Trains with a gradient scaler, which Accelerate has none of for a CPU."""
+    """Trains with a gradient scaler, which Accelerate has none of for a CPU.
+
+    In double precision: what autocast would round is not what is tested here.
+    """
 
     def _create_accelerator(self):
         accelerator = super()._create_accelerator()
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         accelerator.native_amp = True
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)
         # Accelerate unscales before it clips where this says so.
         accelerator.state._mixed_precision = "fp16"
         return accelerator
-
-
-class Overflows(WithScaler):
-    """Has a loss whose scaled gradients overflow, in the third window."""
-
-    overflowing_steps = ()
-
-    def calculate_train_batch_loss(self, batch):
-        output = super().calculate_train_batch_loss(batch)
-        if self.num_steps in self.overflowing_steps:
-            output["loss"] = output["loss"] * torch.tensor(float("inf"))
-        return output
 
 
 class KeepsRates(TrainerCallback):
@@ -312,47 +306,26 @@ class KeepsRates(TrainerCallback):
         self.rates.append(trainer.scheduler.get_last_lr()[0])
 
 
-def train_with_scaler(trainer_class, overflowing_steps=(), clip_norm=None, runs=1):
-    model = create_model()
-    keeps = KeepsRates()
-    trainer = trainer_class(
-        model,
-        None,
-        torch.optim.SGD(model.parameters(), lr=1.0),
-        [keeps],
-        seed=SEED,
-    )
-    trainer.overflowing_steps = overflowing_steps
-    for _ in range(runs):
+def train_with_scaler(trainer_class, clip_norm=None, num_runs=1):
+    model, keeps = create_model(), KeepsRates()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = trainer_class(model, None, optimizer, [keeps], seed=SEED)
+    for _ in range(num_runs):
         trainer.train(
             Numbered(12),
             num_epochs=1,
             per_device_batch_size=2,
             gradient_accumulation_steps=2,
             gradient_clip_norm=clip_norm,
-            create_scheduler_fn=lambda optimizer: torch.optim.lr_scheduler.StepLR(
-                optimizer, step_size=1, gamma=0.5
-            ),
+            create_scheduler_fn=partial(StepLR, step_size=1, gamma=0.5),
         )
     parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
-    return asdict(
-        ScalerRun(parameters, keeps.rates, keeps.updates, trainer.num_updates)
-    )
-
-
-@dataclass
-class ScalerRun:
-    parameters: torch.Tensor
-    rates: list
-    updates: list
-    num_updates: int
+    return parameters, keeps.rates, keeps.updates
 
 
 @pytest.fixture
 def fresh_accelerate():
     """Let a test choose a precision of its own."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -362,54 +335,28 @@ def fresh_accelerate():
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_a_gradient_scaler_changes_no_number(clip_norm):
     """Defects 4 and 27: two runs, with clipping after unscaling."""
-    plain = train_with_scaler(WithItems, clip_norm=clip_norm, runs=2)
-    scaled = train_with_scaler(Scaled, clip_norm=clip_norm, runs=2)
-    torch.testing.assert_close(
-        scaled["parameters"], plain["parameters"], rtol=0, atol=1e-12
-    )
+    plain, *_ = train_with_scaler(WithItems, clip_norm, num_runs=2)
+    scaled, *_ = train_with_scaler(WithScaler, clip_norm, num_runs=2)
+    torch.testing.assert_close(scaled, plain, rtol=0, atol=1e-12)
 
 
-class Scaled(WithScaler):
-    """In double precision: what autocast would round is not what is tested here."""
+class OverflowsOnOneProcess(WithScaler):
+    """Has a loss whose scaled gradients overflow, in the first window of one."""
 
-    def _create_accelerator(self):
-        accelerator = super()._create_accelerator()
-        accelerator.autocast_handler = AutocastKwargs(enabled=False)
-        return accelerator
-
-
-class ScaledOverflows(Scaled, Overflows):
-    pass
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_a_skipped_update_moves_neither_schedule_nor_count():
-    run = train_with_scaler(ScaledOverflows, overflowing_steps=(3,))
-    # Windows of steps (0, 1), (2, 3) and (4, 5); the second one is skipped.
-    assert run["rates"] == [1.0, 0.5, 0.5, 0.5, 0.5, 0.25]
-    assert run["updates"] == [1, 2]
-    assert run["num_updates"] == 2
+    def calculate_train_batch_loss(self, batch):
+        output = super().calculate_train_batch_loss(batch)
+        if self.num_steps == 1 and self._accelerator.process_index == 1:
+            output["loss"] = output["loss"] * torch.tensor(float("inf"))
+        return output
 
 
 def test_a_skipped_update_is_skipped_on_both_processes(on_processes):
-    runs = on_processes(2, skipping_run)
-    for process, run in enumerate(runs):
-        # Two steps: windows of 8 and of 4 samples; the first is skipped by both,
-        # although only the second process overflows.
-        assert run["updates"] == [1], process
-        assert run["rates"] == [1.0, 1.0, 0.5], process
-    assert torch.equal(runs[0]["parameters"], runs[1]["parameters"])
-
-
-def skipping_run():
-    class OneOverflows(Overflows):
-        def calculate_train_batch_loss(self, batch):
-            output = super().calculate_train_batch_loss(batch)
-            if self.num_steps == 1 and self._accelerator.process_index == 1:
-                output["loss"] = output["loss"] * torch.tensor(float("inf"))
-            return output
-
-    return train_with_scaler(OneOverflows)
+    """Two windows, of 8 and of 4 samples; on one, see test_schedules_end_right.py."""
+    runs = on_processes(2, train_with_scaler, OverflowsOnOneProcess)
+    for process, (_, rates, updates) in enumerate(runs):
+        assert updates == [1], process
+        assert rates == [1.0, 1.0, 0.5], process
+    assert torch.equal(runs[0][0], runs[1][0])
 
 
 # --- parameters that are not the model's

@@ -12,7 +12,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from pytorch_accelerated.callbacks import (
     MoveModulesToDeviceCallback,
-    StepBasedEvaluationCallback,
 )
 from pytorch_accelerated.data import BatchPlan
 from pytorch_accelerated.trainer import Trainer
@@ -294,43 +293,6 @@ def test_what_cannot_be_predicted_is_refused_found_104():
         Words(create_model(), None, None, callbacks=()).predict(Classified(2))
 
 
-def test_predict_leaves_a_frozen_batch_norm_frozen():
-    trainer = create_trainer(callbacks=())
-    trainer.model.train()
-    trainer.model[1].eval()
-    trainer.predict(Classified(4))
-    assert [module.training for module in trainer.model] == [True, False, True, True]
-
-
 def test_predict_refuses_to_predict_nothing():
     with pytest.raises(ValueError, match="empty"):
         create_trainer().predict([])
-
-
-# --------------------------------------------------------------- amid a training run
-
-
-def train_with_evaluations():
-    trainer = create_trainer(
-        [MoveModulesToDeviceCallback, StepBasedEvaluationCallback(2)]
-    )
-    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.0)
-    history = trainer.train(
-        Classified(12),
-        num_epochs=2,
-        eval_dataset=Classified(7),
-        per_device_batch_size=3,
-        eval_per_device_batch_size=2,
-    )
-    return history.get_metric_values("eval_loss_epoch"), len(trainer.gathered)
-
-
-def test_evaluations_amid_an_epoch_do_not_hang_or_differ(on_processes):
-    def run():
-        # Without running statistics, which the training batches would move.
-        return train_with_evaluations()
-
-    (first, num_first), (second, num_second) = on_processes(2, run)
-    assert first == second
-    # 2 steps an epoch: an evaluation of 2 batches amid each epoch and one at its end.
-    assert num_first == num_second == 2 * 2 * 2

@@ -286,12 +286,6 @@ def test_the_gradient_of_a_run_stopped_inside_a_window_does_not_enter_the_next()
     assert model.weight.item() == 0.5
 
 
-def test_evaluation_makes_no_gradient():
-    model = one_weight()
-    Trainer(model, nn.MSELoss(), None, ()).evaluate(samples(2))
-    assert model.weight.grad is None
-
-
 # --------------------------------------------------------------------------- clipping
 
 
@@ -342,23 +336,3 @@ def test_the_gradient_of_the_whole_window_is_clipped_once(on_processes, clip, we
             assert [norm.item() for norm in norms] == pytest.approx([0.5])
         else:
             assert norms == [None]
-
-
-def test_clipping_happens_once_per_update():
-    class Counts(Trainer):
-        calls = ()
-
-        def _clip_gradients(self):
-            self.calls = (*self.calls, self.num_updates)
-            super()._clip_gradients()
-
-    model = one_weight()
-    trainer = Counts(model, nn.MSELoss(), sgd(model), ())
-    trainer.train(
-        samples(5),
-        1,
-        per_device_batch_size=1,
-        gradient_accumulation_steps=2,
-        gradient_clip_norm=1.0,
-    )
-    assert trainer.calls == (0, 1, 2)

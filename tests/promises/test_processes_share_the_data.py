@@ -6,7 +6,6 @@ own number, so what was seen is what the steps were given.
 
 import itertools
 import random
-from functools import partial
 from itertools import chain
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -22,7 +20,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.data.sharing import emptied
 from pytorch_accelerated.trainer import Trainer
 
@@ -61,25 +58,6 @@ class ShuffledStream(Stream):
         yield from (torch.tensor([float((n + offset) % self.count)]) for n in numbers)
 
 
-class StreamWithPlace(Stream):
-    def __init__(self, count):
-        super().__init__(count)
-        self.num_read = 0
-
-    def __iter__(self):
-        first, self.num_read = self.num_read, 0
-        for number in range(first, self.count):
-            self.num_read = number + 1
-            yield torch.tensor([float(number)])
-        self.num_read = 0
-
-    def state_dict(self):
-        return {"num_read": self.num_read}
-
-    def load_state_dict(self, state):
-        self.num_read = state["num_read"]
-
-
 class GlobalOrder(Sampler):
     """Draws its order from torch's global generator."""
 
@@ -93,19 +71,6 @@ class GlobalOrder(Sampler):
         yield from torch.randperm(self.count).tolist()
 
 
-class Batches:
-    """An iterable of ready batches."""
-
-    def __init__(self, numbers, batch_size):
-        self.numbers = numbers
-        self.batch_size = batch_size
-
-    def __iter__(self):
-        for first in range(0, len(self.numbers), self.batch_size):
-            numbers = self.numbers[first : first + self.batch_size]
-            yield torch.tensor(numbers, dtype=torch.float32).reshape(-1, 1)
-
-
 class Seen(Trainer):
     """Its model is one weight, and the loss of a number is the weight times it."""
 
@@ -114,44 +79,23 @@ class Seen(Trainer):
         nn.init.ones_(model.weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         super().__init__(model, None, optimizer, callbacks, **kwargs)
-        self.trained, self.evaluated = [], []
-
-    def _loss(self, batch, seen):
-        numbers = batch.flatten().tolist()
-        seen.append([int(number) for number in numbers])
-        loss = self.model(batch.float()).mean()
-        return {"loss": loss, "batch_size": len(batch)}
+        self.trained = []
 
     def calculate_train_batch_loss(self, batch):
-        return self._loss(batch, self.trained)
-
-    def calculate_eval_batch_loss(self, batch):
-        return self._loss(batch, self.evaluated)
+        self.trained.append([int(number) for number in batch.flatten()])
+        return {"loss": self.model(batch.float()).mean(), "batch_size": len(batch)}
 
 
 def sampler(count):
     return Numbers(count), {"sampler": GlobalOrder(count)}
 
 
-def batch_sampler(count):
-    batches = BatchSampler(GlobalOrder(count), 2, drop_last=False)
-    return Numbers(count), {"batch_sampler": batches}
-
-
 def stream(count):
     return Stream(count), None
 
 
-def shuffled_stream(count):
-    return ShuffledStream(count), None
-
-
 def stream_with_worker(count):
     return Stream(count), {"num_workers": 1}
-
-
-# A whole number of steps on two processes; a last step that is not full; one with a
-# single sample, of which the second process has none.
 
 
 @pytest.mark.parametrize(
@@ -199,61 +143,35 @@ def test_a_last_step_that_is_not_full_can_be_left_out(kind, on_processes):
 # --------------------------------------------------------------------------- refused
 
 
-def error_of(create, **trainer_kwargs):
-    calls = []
-    for call in ("train", "evaluate", "predict"):
-        data, kwargs = create()
-        try:
-            trainer = Seen(**trainer_kwargs)
-            if call == "train":
-                trainer.train(data, 1, train_dataloader_kwargs=kwargs)
-            else:
-                getattr(trainer, call)(data, dataloader_kwargs=kwargs)
-            calls.append(None)
-        except (ValueError, RuntimeError) as error:
-            calls.append(str(error))
-    return calls
+def error_of(call):
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        call()
+    return str(raised.value)
 
 
 class StreamOfBatches(IterableDataset):
     def __iter__(self):
-        return iter(Batches(list(range(8)), 2))
+        return iter(torch.arange(8.0).reshape(4, 2, 1))
 
 
-def stream_of_batches():
-    return DataLoader(StreamOfBatches(), batch_size=None), None
+def test_what_cannot_be_shared_is_refused_found_65_66(on_processes):
+    """A stream of ready batches, samples that no one batches, another way to share."""
 
-
-def ready_samples():
-    return DataLoader(Numbers(8), batch_size=None), None
-
-
-@pytest.mark.parametrize(
-    ("create", "advice"),
-    [
-        (stream_of_batches, "is_split_by_process = True"),
-        (ready_samples, "Pass a batch_sampler"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_batches_that_come_ready_are_refused_on_two_processes_found_65_66(
-    create, advice, on_processes
-):
-    for errors in on_processes(2, error_of, create):
-        assert all(error is not None and advice in error for error in errors)
-
-
-def test_another_way_to_share_is_refused_and_not_ignored_found_66(on_processes):
-    def construct():
+    def refused():
         config = DataLoaderConfiguration(dispatch_batches=True)
-        try:
-            Seen(accelerator_kwargs={"dataloader_config": config})
-        except ValueError as error:
-            return str(error)
+        batches = DataLoader(StreamOfBatches(), batch_size=None)
+        single_samples = DataLoader(Numbers(8), batch_size=None)
+        return [
+            error_of(lambda: Seen().train(batches, 1)),
+            error_of(lambda: Seen().train(single_samples, 1)),
+            error_of(lambda: Seen(accelerator_kwargs={"dataloader_config": config})),
+        ]
 
-    for message in on_processes(2, construct):
-        assert "dispatch_batches=True" in message
-        assert "divide the batch size by the number of processes, 2" in message
+    for batches, single_samples, setting in on_processes(2, refused):
+        assert "is_split_by_process = True" in batches
+        assert "Pass a batch_sampler" in single_samples
+        assert "dispatch_batches=True" in setting
+        assert "divide the batch size by the number of processes, 2" in setting
 
 
 class FailsOnMainProcess(GlobalOrder):
@@ -269,65 +187,6 @@ def test_a_sampler_that_fails_ends_the_run_on_all_processes(on_processes):
         return type(raised.value).__name__
 
     assert on_processes(2, train) == ["LookupError", "RuntimeError"]
-
-
-# ------------------------------------------------------------------- in between, after
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, num_updates):
-        self.num_updates = num_updates
-
-    def on_train_step_start(self, trainer, **kwargs):
-        if trainer.num_updates == self.num_updates:
-            raise KeyboardInterrupt
-
-
-def stop_and_resume(create, folder, stop_at):
-    def trainer(*callbacks):
-        save = SaveTrainingStateCallback(folder, save_every_n_steps=1)
-        return Seen([*callbacks, save], seed=3)
-
-    kwargs = {"num_epochs": 2, "per_device_batch_size": 2}
-    data, kwargs["train_dataloader_kwargs"] = create()
-    first = trainer(StopAt(stop_at))
-    with pytest.raises(KeyboardInterrupt):
-        first.train(data, **kwargs)
-    data, kwargs["train_dataloader_kwargs"] = create()
-    second = trainer()
-    second.train(data, resume_from="auto", **kwargs)
-    whole = Seen(seed=3)
-    data, kwargs["train_dataloader_kwargs"] = create()
-    whole.train(data, **kwargs)
-    return {
-        "stopped": first.trained,
-        "resumed": second.trained,
-        "whole": whole.trained,
-        "are_equal": torch.equal(second.model.weight, whole.model.weight),
-    }
-
-
-def stream_with_place(count):
-    return StreamWithPlace(count), None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind",
-    [sampler, batch_sampler, stream, shuffled_stream, stream_with_place],
-    ids=lambda kind: kind.__name__,
-)
-@pytest.mark.filterwarnings("ignore:To find its place")
-@pytest.mark.parametrize("stop_at", [1, 2, 4])
-def test_a_stopped_run_goes_on_with_the_samples_that_are_left(
-    kind, stop_at, tmp_path, on_processes
-):
-    processes = on_processes(
-        2, stop_and_resume, partial(kind, 9), tmp_path / "states", stop_at
-    )
-    for process in processes:
-        assert process["stopped"] + process["resumed"] == process["whole"]
-        assert process["are_equal"]
 
 
 def test_the_batch_of_a_process_without_a_sample_is_empty():

@@ -65,19 +65,6 @@ def test_a_copy_goes_on_where_the_trainer_stands_found_104(
     assert trainer.model.weight.item() == before
 
 
-def test_evaluating_between_runs_changes_nothing(create_trainer, samples):
-    trainer, other = create_trainer(), create_trainer()
-
-    trainer.evaluate(samples(3))
-    trainer.train(samples(2), num_epochs=1)
-    trainer.evaluate(samples(3))
-    trainer.train(samples(2), num_epochs=1)
-    for _ in range(2):
-        other.train(samples(2), num_epochs=1)
-
-    assert torch.equal(trainer.model.weight, other.model.weight)
-
-
 def test_parameters_that_the_user_adds_between_runs_are_trained(samples):
     """As when layers are unfrozen one after the other."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))

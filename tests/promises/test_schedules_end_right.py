@@ -416,16 +416,6 @@ def test_evaluate_leaves_a_timm_like_schedule_alone():
 # ------------------------------------------------------------------------- other runs
 
 
-def test_a_second_run_has_a_schedule_of_its_own():
-    """Defect 5."""
-    trainer = train(SCHEDULES["OneCycleLR"][0])
-    dataset = TensorDataset(torch.ones(22, 1), torch.zeros(22, 1))
-    trainer.train(dataset, num_epochs=1, per_device_batch_size=2)
-    assert trainer.scheduler is None
-    left = trainer.optimizer.param_groups[0]["lr"]
-    assert trainer.rates == [left] * 11
-
-
 def test_a_scheduler_that_is_not_stateful_can_be_told_the_update():
     class Told(SchedulerBase):
         def get_updated_values(self, num_updates):
