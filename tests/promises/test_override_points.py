@@ -115,7 +115,7 @@ def test_each_method_is_called_with_the_documented_arguments(
         train_dataloader_kwargs={"drop_last": True},
         eval_dataloader_kwargs={"drop_last": False},
     )
-    trainer.evaluate(samples(2), dataloader_kwargs={"batch_size": 2})
+    trainer.evaluate(samples(2), 8, dataloader_kwargs={"batch_size": 2})
 
     assert calls == CALLS[method]
 
