@@ -319,6 +319,7 @@ class SkipsFirst(CountsOptimizerSteps):
 @pytest.mark.parametrize("is_hopeless", [False, True])
 def test_updates_that_fp16_skips_are_made_up_for_unless_all_are(is_hopeless):
     model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = SkipsFirst(model, nn.MSELoss(), optimizer, None)
     inputs = torch.full((2, 1), torch.inf if is_hopeless else 3.0)
