@@ -36,7 +36,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +51,7 @@ from pytorch_accelerated import (
     distributed,
     engines,
     events,
+    finders,
     modes,
     predictions,
     saving,
@@ -99,6 +100,9 @@ from pytorch_accelerated.tracking import (
     RunHistory,
 )
 from pytorch_accelerated.window import parameters_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -443,6 +447,72 @@ class Trainer:
             collate_fn=collate_fn,
         )
         return predictions.iterate(self, run)
+
+    def find_learning_rate(
+        self,
+        dataset: Any,
+        min_lr: float = 1e-7,
+        max_lr: float = 10.0,
+        num_updates: int = 100,
+        **train_arguments: Unpack[finders.TrainArguments],
+    ) -> finders.LearningRateCurve:
+        """Train with a learning rate that grows, and see where the loss falls fastest.
+
+        The range test of Smith (2017), https://arxiv.org/abs/1506.01186: the learning
+        rate grows exponentially from update to update, until the loss diverges. The
+        suggestion is the one at which the loss, smoothed, falls most steeply over the
+        logarithm of the learning rate. Afterwards everything is as it was before.
+
+        Args:
+            dataset: As for :meth:`train`.
+            min_lr: The learning rate of the first update.
+            max_lr: That of the last, if the loss does not diverge before.
+            num_updates: How many updates, at least 10.
+            **train_arguments: Those of :meth:`train` that say what an update is made of
+                (:class:`~pytorch_accelerated.finders.TrainArguments`).
+
+        Returns:
+            The curve, which has a ``suggestion`` and can ``plot()`` itself. With
+            several parameter groups its learning rates are those of the group with the
+            highest; the others keep their ratio to it.
+        """
+        return finders.find_learning_rate(
+            self, dataset, min_lr, max_lr, num_updates, train_arguments
+        )
+
+    def find_batch_size(
+        self,
+        dataset: Any,
+        max_batch_size: int | None = None,
+        margin: float = 0.0,
+        refine: bool = False,
+        **train_arguments: Unpack[finders.TrainArguments],
+    ) -> int:
+        """Find the largest batch that memory suffices to train on, in powers of two.
+
+        Batches are doubled, beginning with ``per_device_batch_size``, until memory runs
+        out on any process; each size is tried in two updates. Afterwards everything is
+        as it was before.
+
+        Args:
+            dataset: A map-style dataset. If its samples differ in size, let it have the
+                largest ones only.
+            max_batch_size: Where the search ends; by default with all samples. Needed
+                on a CPU.
+            margin: The share of the result to leave out, for other memory needs.
+            refine: Whether to look between the last two sizes as well, until they
+                differ by less than a quarter.
+            **train_arguments: As for :meth:`find_learning_rate`.
+
+        Returns:
+            The samples in a batch of one process, the same on all of them.
+
+        Raises:
+            torch.OutOfMemoryError: If not even one sample fits.
+        """
+        return finders.find_batch_size(
+            self, dataset, max_batch_size, margin, refine, train_arguments
+        )
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""

@@ -1,0 +1,354 @@
+"""Looking for a learning rate and a batch size, with runs that leave no trace."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import IterableDataset
+
+from pytorch_accelerated import checks, data, distributed
+from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.errors import StopTrainingError
+from pytorch_accelerated.means import LossTracker
+from pytorch_accelerated.rehearsal import Rehearsal
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+__all__ = [
+    "LearningRateCurve",
+    "TrainArguments",
+    "find_batch_size",
+    "find_learning_rate",
+]
+
+_FEWEST_UPDATES = 10
+_UPDATES_BETWEEN_READS = 10
+
+
+class TrainArguments(TypedDict, total=False):
+    """What the finders pass on to ``train()``, so that their steps are those of a run.
+
+    See :meth:`Trainer.train() <pytorch_accelerated.trainer.Trainer.train>`.
+    """
+
+    per_device_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_clip_value: float | None
+    gradient_clip_norm: float | None
+    train_dataloader_kwargs: Mapping[str, Any] | None
+    collate_fn: Callable[[list[Any]], Any] | None
+
+
+@dataclass(frozen=True, repr=False)
+class LearningRateCurve:
+    """The losses of a run whose learning rate grew from update to update.
+
+    Attributes:
+        learning_rates: That of each update, of the parameter group with the highest.
+        losses: The loss of each update, the mean over all its samples, calculated
+            before it; up to the one at which the loss had diverged.
+        suggestion: The learning rate at which the smoothed loss fell fastest; None if
+            there is nothing to go by.
+        reason: Why there is no suggestion.
+    """
+
+    learning_rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float | None = None
+    reason: str = ""
+
+    @property
+    def smoothed_losses(self) -> tuple[float, ...]:
+        """The losses, averaged over their neighbours by a Gaussian."""
+        return tuple(_smooth(self.losses).tolist())
+
+    def __repr__(self) -> str:
+        outcome = self.reason or f"suggestion={self.suggestion:.3g}"
+        return f"LearningRateCurve({len(self.losses)} updates, {outcome})"
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the curve with matplotlib.
+
+        Args:
+            ax: The matplotlib axes to draw on; new ones if left out.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        if ax is None:
+            ax = _pyplot().subplots()[1]
+        smoothed = self.smoothed_losses
+        ax.plot(self.learning_rates, self.losses, alpha=0.4, label="loss of an update")
+        ax.plot(self.learning_rates, smoothed, label="smoothed")
+        if self.suggestion is not None:
+            label = f"suggestion: {self.suggestion:.2g}"
+            ax.axvline(self.suggestion, linestyle="--", color="black", label=label)
+        # Single losses at the end, where it diverges, would hide the rest.
+        ax.set_ylim(min(self.losses, default=0), max(smoothed, default=1))
+        ax.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        ax.legend()
+        return ax
+
+
+def find_learning_rate(
+    trainer: Trainer,
+    dataset: Any,
+    min_lr: float,
+    max_lr: float,
+    num_updates: int,
+    arguments: TrainArguments,
+) -> LearningRateCurve:
+    """Do what the trainer's method of this name says."""
+    method = "find_learning_rate()"
+    checks.check_is_at_least("num_updates", num_updates, _FEWEST_UPDATES)
+    if not 0 < min_lr < max_lr < math.inf:
+        raise ValueError(
+            "Learning rates are needed with 0 < min_lr < max_lr, got "
+            f"min_lr={min_lr!r} and max_lr={max_lr!r}."
+        )
+    _check_arguments(method, arguments)
+    if isinstance(dataset, Iterator):
+        raise ValueError(
+            f"{method} needs data that can be read again, got a "
+            f"{type(dataset).__name__}, which a look uses up. Pass a dataset or a "
+            "DataLoader."
+        )
+    checks.check_optimizer(trainer.model, trainer.optimizer)
+    groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
+    if any(group.get("lr") is None for group in groups):
+        raise ValueError(
+            f"{method} sets the learning rate 'lr' of the optimizer's parameter groups,"
+            f" but {type(trainer.optimizer).__name__} has one without."
+        )
+    test = _RangeTest(np.geomspace(min_lr, max_lr, num_updates).tolist())
+    with Rehearsal(trainer, method, dataset, test):
+        trainer.train(
+            dataset,
+            num_epochs=num_updates,
+            max_num_train_steps=num_updates,
+            **arguments,
+        )
+        test.read()
+    return test.curve()
+
+
+def find_batch_size(
+    trainer: Trainer,
+    dataset: Any,
+    max_batch_size: int | None,
+    margin: float,
+    refine: bool,
+    arguments: TrainArguments,
+) -> int:
+    """Do what the trainer's method of this name says."""
+    method = "find_batch_size()"
+    _check_arguments(method, arguments)
+    if isinstance(dataset, IterableDataset) or data.yields_batches(dataset):
+        raise ValueError(
+            f"{method} needs a dataset of known length, of which the trainer makes "
+            f"batches itself, got a {type(dataset).__name__}."
+        )
+    if not trainer._engine.computes_alone:
+        raise ValueError(f"{method} cannot be used with FSDP or DeepSpeed.")
+    if max_batch_size is None and trainer.device.type == "cpu":
+        raise ValueError(
+            f"{method} needs a max_batch_size on a CPU, whose machine would end the "
+            "process before it runs out of memory."
+        )
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin must be at least 0 and below 1, got {margin!r}.")
+    loader_kwargs = dict(arguments.get("train_dataloader_kwargs") or {}, drop_last=True)
+    loader_kwargs.pop("batch_size", None)
+    # The second batch of an update finds the gradients of the first, the second update
+    # the state of the optimizer; more would need no more memory.
+    steps = min(arguments.get("gradient_accumulation_steps", 1), 2)
+    trial: TrainArguments = {**arguments, "gradient_accumulation_steps": steps}
+    trial["train_dataloader_kwargs"] = loader_kwargs
+
+    def largest_up_to(size: int) -> int:
+        trial["per_device_batch_size"] = size
+        trainer.train(
+            dataset,
+            num_epochs=2 * steps,
+            max_num_train_steps=2,
+            halve_batch_if_out_of_memory=True,
+            **trial,
+        )
+        return trainer.run_config.train_per_device_batch_size or size
+
+    most = max(1, len(dataset) // trainer._accelerator.num_processes)
+    most = min(most, most if max_batch_size is None else max_batch_size)
+    with Rehearsal(trainer, method, dataset):
+        tried = min(trial.get("per_device_batch_size", 8), most)
+        found = largest_up_to(tried)
+        while found == tried < most:
+            tried = min(2 * tried, most)
+            found = max(found, largest_up_to(tried))
+        while refine and tried - found >= max(4, found // 4):
+            middle = (found + tried) // 4 * 2
+            fits = largest_up_to(middle) == middle
+            found, tried = (middle, tried) if fits else (found, middle)
+    return max(1, int(found * (1 - margin)))
+
+
+def _check_arguments(method: str, arguments: TrainArguments) -> None:
+    known = list(TrainArguments.__annotations__)
+    unknown = [name for name in arguments if name not in known]
+    if unknown:
+        raise TypeError(
+            f"{method} got {', '.join(unknown)}. Of the arguments of train() it takes: "
+            f"{', '.join(known)}."
+        )
+
+
+def _pyplot() -> Any:
+    try:
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise ImportError(
+            "plot() needs matplotlib: pip install 'pytorch-accelerated[plot]'"
+        ) from error
+
+
+class _RangeTest(TrainerCallback):
+    """Sets the learning rate of each update, and keeps its loss.
+
+    Args:
+        rates: Those of the updates.
+    """
+
+    def __init__(self, rates: list[float]) -> None:
+        self._rates = rates
+        self._losses: list[float] = []
+        self._window = LossTracker()
+        self._unread: list[LossTracker] = []
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Note how the learning rates of the groups relate to each other."""
+        groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
+        rates = [float(group["lr"]) for group in groups]
+        self._shares = [rate / max(rates) if max(rates) else 1.0 for rate in rates]
+        self._set_rate(trainer)
+
+    def on_train_step_end(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        batch_output: Any,
+        *,
+        step: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """Add a loss, and go on to the next learning rate if it ended an update.
+
+        Raises:
+            StopTrainingError: If the loss has diverged, or no update is applied.
+        """
+        run = trainer._run
+        self._window.update(batch_output["loss"], run.items_of(batch_output, step)[0])
+        num_updates = run.progress.num_updates
+        if num_updates > len(self._losses) + len(self._unread):
+            self._unread.append(self._window)
+            self._window = LossTracker()
+            if len(self._unread) == _UPDATES_BETWEEN_READS:
+                self.read()
+            if num_updates < len(self._rates):
+                self._set_rate(trainer)
+        # A scaled update of which the gradients overflow is not applied.
+        most = 2 * len(self._rates) * run.accumulation.num_steps
+        has_diverged = _num_before_divergence(self._losses) < len(self._losses)
+        if run.progress.num_steps > most or has_diverged:
+            raise StopTrainingError
+
+    def read(self) -> None:
+        """Read the losses from the device. Collective."""
+        totals = {str(n): each.totals() for n, each in enumerate(self._unread)}
+        summed = distributed.sum_over_processes(totals).values()
+        self._losses += [
+            total / count if count else math.nan for total, count in summed
+        ]
+        self._unread = []
+
+    def curve(self) -> LearningRateCurve:
+        """Return the losses before they diverged."""
+        end = _num_before_divergence(self._losses)
+        losses = self._losses[:end]
+        found = _suggest(self._rates, losses)
+        return LearningRateCurve(tuple(self._rates[:end]), tuple(losses), *found)
+
+    def _set_rate(self, trainer: Trainer) -> None:
+        rate = self._rates[len(self._losses) + len(self._unread)]
+        groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
+        for group, share in zip(groups, self._shares, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * share)
+            else:
+                group["lr"] = rate * share
+
+
+def _width(losses: Any) -> float:
+    """Return the standard deviation of the Gaussian that losses are smoothed with."""
+    return max(1.0, len(losses) / 30)
+
+
+def _smooth(losses: Any) -> npt.NDArray[np.float64]:
+    if not len(losses):
+        return np.zeros(0)
+    width = _width(losses)
+    positions = np.arange(-math.ceil(3 * width), math.ceil(3 * width) + 1)
+    kernel = np.exp(-0.5 * (positions / width) ** 2)
+    half = len(positions) // 2
+
+    def convolve(values: Any) -> Any:
+        return np.convolve(values, kernel)[half : half + len(losses)]
+
+    smoothed: npt.NDArray[np.float64] = convolve(losses) / convolve(
+        np.ones(len(losses))
+    )
+    return smoothed
+
+
+def _num_before_divergence(losses: list[float]) -> int:
+    """Return how many losses come before one that is not finite, or far too high."""
+    finite = list(map(math.isfinite, losses))
+    end = finite.index(False) if False in finite else len(losses)
+    if end <= _UPDATES_BETWEEN_READS:
+        return end
+    smoothed = _smooth(losses[:end])
+    best = smoothed.min()
+    limit = best + 3 * max(abs(best), abs(smoothed[0]))
+    too_high = np.flatnonzero(smoothed > limit)
+    return int(too_high[0]) if len(too_high) else end
+
+
+def _suggest(rates: list[float], losses: list[float]) -> tuple[float | None, str]:
+    """Return a learning rate, or why there is none.
+
+    Args:
+        rates: Those of all updates.
+        losses: Those before the loss diverged.
+    """
+    if len(losses) < _FEWEST_UPDATES:
+        return None, f"only {len(losses)} updates had a finite loss: lower min_lr"
+    smoothed = _smooth(losses)
+    lowest = int(smoothed.argmin())
+    until = slice(0, lowest + 1)
+    noise = float(np.std(losses[until] - smoothed[until]))
+    if smoothed[0] - smoothed[lowest] <= 2 * noise:
+        return None, "the loss did not fall, beyond its noise"
+    slopes = np.gradient(smoothed, np.log(rates[: len(losses)]))[until]
+    steepest = int(slopes.argmin())
+    if len(losses) == len(rates) and steepest >= len(losses) - 1 - 2 * _width(losses):
+        return None, "the loss fell fastest at the end: raise max_lr"
+    return rates[steepest], ""
