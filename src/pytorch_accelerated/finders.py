@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset
 
@@ -20,6 +19,8 @@ from pytorch_accelerated.means import LossTracker
 from pytorch_accelerated.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from pytorch_accelerated.trainer import Trainer
 
 __all__ = [
