@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pytorch_accelerated.ema import ModelEma, Tensors
+from pytorch_accelerated.ema import ModelEma, ModelMean, Tensors
 
 
 def create_model(weight=0.0, dtype=torch.float32):
@@ -360,3 +360,13 @@ def test_the_tensors_of_a_model_are_kept_under_their_names_and_put_back():
     assert not equal_states(tensors, model)
     tensors.copy_to(model)
     assert equal_states(tensors, model)
+
+
+def test_a_mean_weighs_all_updates_alike_and_forgets_what_it_was_made_from():
+    model = create_model(weight=100.0)
+    mean = ModelMean(model)
+    for weight in (1.0, 2.0, 6.0):
+        set_weight(model, weight)
+        mean.update(model)
+
+    assert mean.module.weight.tolist() == [[3.0, 3.0]]

@@ -181,6 +181,24 @@ class ModelEma(nn.Module):
             entries[name].copy_(average)
 
 
+class ModelMean(ModelEma):
+    """Keeps a copy of a model whose weights are the plain mean of all updates.
+
+    The weights that it was made from are not part of it, and ``decay`` and ``warmup``
+    mean nothing::
+
+        mean = ModelMean(model)
+        for _ in range(3):
+            ...  # train
+            mean.update(model)
+    """
+
+    @property
+    def current_decay(self) -> float:
+        """The weight that the mean so far has in the next one."""
+        return self.num_updates / (self.num_updates + 1)
+
+
 class Tensors(nn.Module):
     """Copies of the tensors of a model, under their names, and nothing to call.
 
@@ -203,12 +221,17 @@ class Tensors(nn.Module):
             else:
                 module.register_buffer(leaf, values)
 
-    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give the model of these tensors their values."""
-        own = tensors_of(self)
-        for name, tensor in tensors_of(model).items():
-            tensor.copy_(own[name])
+        copy_tensors(self, model)
+
+
+@torch.no_grad()
+def copy_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Give the tensors of a model the values of those of the same name in another."""
+    values = tensors_of(source)
+    for name, tensor in tensors_of(target).items():
+        tensor.copy_(values[name])
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
+    SwaCallback,
     TerminateOnNaNCallback,
     TrainerCallback,
     WSDCheckpointCallback,
@@ -84,6 +85,7 @@ PUBLISHED = {
         "max_checkpoints": None,
     },
     StepBasedEvaluationCallback: {"eval_every_n_steps": 3},
+    SwaCallback: {"start_epoch": 1},  # was not there
     TerminateOnNaNCallback: {},
     WSDCheckpointCallback: {
         "save_dir": Path("wsd"),
@@ -105,6 +107,7 @@ ESSENTIAL = {
     SaveBestModelCallback: {"on_training_run_epoch_end"},
     SaveTrainingStateCallback: {"on_training_run_epoch_end"},
     StepBasedEvaluationCallback: {"on_train_step_end"},
+    SwaCallback: {"on_training_run_epoch_end"},
     WSDCheckpointCallback: {"on_train_step_end"},
 }
 
@@ -228,6 +231,7 @@ JOBS = {
     StepBasedEvaluationCallback: lambda session: (
         session.watch.eval_batches == [2, 2, 2]
     ),
+    SwaCallback: lambda session: session.callback.average.num_updates == 1,
     TerminateOnNaNCallback: _stops_at_nan,
     WSDCheckpointCallback: lambda session: (
         {

@@ -34,6 +34,7 @@ from pytorch_accelerated.callbacks.stopping import (
     EarlyStoppingCallback,
     TerminateOnNaNCallback,
 )
+from pytorch_accelerated.callbacks.swa import SwaCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.errors import (
     CallbackMethodNotImplementedError,
@@ -58,6 +59,7 @@ __all__ = [
     "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",
     "StopTrainingError",
+    "SwaCallback",
     "TerminateOnNaNCallback",
     "TrainerCallback",
     "WSDCheckpointCallback",

@@ -1,0 +1,142 @@
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pytorch_accelerated.callbacks import (
+    SaveTrainingStateCallback,
+    StopTrainingError,
+    SwaCallback,
+    TrainerCallback,
+)
+
+
+def test_the_model_ends_with_the_mean_of_the_epochs_from_the_first_on(
+    create_trainer, samples, weight_of
+):
+    """The weight halves at each update, of which an epoch has one."""
+    swa = SwaCallback(start_epoch=3)
+    trainer = create_trainer([swa])
+
+    history = trainer.train(samples(1), num_epochs=5, eval_dataset=samples(1))
+
+    assert weight_of(trainer) == pytest.approx((0.5**3 + 0.5**4 + 0.5**5) / 3)
+    assert swa.average.num_updates == 3
+    # Meanwhile it trained, and was evaluated, as if nobody averaged.
+    assert history.get_latest_metric("eval_loss_epoch") == 0.25**5
+    mean = weight_of(trainer)
+    assert trainer.evaluate(samples(1))["evaluation_loss"] == pytest.approx(mean**2)
+
+    trainer.train(samples(1), num_epochs=1, reset_run_history=False)
+    assert weight_of(trainer) == pytest.approx(mean / 2), "a mean of its own"
+
+
+@pytest.fixture
+def create_normed():
+    def create():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(1, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Linear(4, 1)
+        )
+
+    return create
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(12, 1, generator=generator), torch.randn(12, 1, generator=generator)
+    )
+
+
+def test_batch_norms_are_measured_as_torch_measures_them(
+    create_trainer, create_normed, data
+):
+    model, by_hand = create_normed(), create_normed()
+    loader = DataLoader(data, batch_size=4)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    average = AveragedModel(by_hand)
+    for _ in range(2):
+        for inputs, targets in loader:
+            nn.functional.mse_loss(by_hand(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update_parameters(by_hand)
+    update_bn(loader, average)
+
+    create_trainer([SwaCallback(1)], model=model, lr=0.1).train(loader, num_epochs=2)
+
+    for name, tensor in average.module.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor)
+    assert model[1].momentum == 0.3
+    assert model.training
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics(create_trainer, create_normed, data):
+    model = create_normed()
+    model[1].eval()
+    before = model[1].running_var.fill_(2.0).clone()
+
+    create_trainer([SwaCallback(1)], model=model, lr=0.1).train(data, num_epochs=1)
+
+    assert torch.equal(model[1].running_var, before)
+    assert not model[1].training
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_a_resumed_run_ends_with_the_same_mean(
+    create_trainer, create_normed, data, tmp_path, epoch
+):
+    def run(*callbacks, **kwargs):
+        trainer = create_trainer(
+            [SwaCallback(2), *callbacks], model=create_normed(), lr=0.1, seed=0
+        )
+        trainer.train(data, num_epochs=4, **kwargs)
+        return trainer.model.state_dict()
+
+    whole = run(SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1))
+    resumed = run(resume_from=tmp_path / f"epoch_{epoch}")
+
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+class StopIn(TrainerCallback):
+    def __init__(self, epoch, error):
+        self.epoch, self.error = epoch, error
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        if trainer.run_history.current_epoch == self.epoch:
+            raise self.error
+
+
+def test_a_run_that_ends_early_has_the_mean_so_far_and_one_that_fails_its_own_weights(
+    create_trainer, samples, weight_of
+):
+    def weight_after(error, epoch):
+        trainer = create_trainer([SwaCallback(2), StopIn(epoch, error)])
+        with suppress(ZeroDivisionError):
+            trainer.train(samples(1), num_epochs=6)
+        return weight_of(trainer)
+
+    stop = StopTrainingError("enough")
+    assert weight_after(stop, epoch=4) == pytest.approx((0.5**2 + 0.5**3) / 2)
+    assert weight_after(stop, epoch=1) == 0.5, "nothing was averaged"
+    assert weight_after(ZeroDivisionError(), epoch=4) == 0.5**4
+
+
+def test_a_start_after_the_end_is_refused_before_the_run(create_trainer, samples):
+    trainer = create_trainer([SwaCallback(start_epoch=4)])
+
+    with pytest.raises(ValueError, match=r"from epoch 4 on, .* of this run is 3"):
+        trainer.train(samples(1), num_epochs=3)
+
+    assert trainer.num_updates == 0
+    trainer.callback_handler.clear_callbacks()
+    trainer.train(samples(1), num_epochs=3)
+    trainer.callback_handler.add_callback(SwaCallback(start_epoch=4))
+    trainer.train(samples(1), num_epochs=1, reset_run_history=False)

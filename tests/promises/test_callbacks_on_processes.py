@@ -1,0 +1,45 @@
+"""Callbacks that change weights leave the same on two processes as on one."""
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated.callbacks import SwaCallback
+from pytorch_accelerated.trainer import Trainer
+
+
+def noise(count):
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(count, 3, generator=generator),
+        torch.randn(count, 2, generator=generator),
+    )
+
+
+def seeded(create):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return create()
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def measure_batch_norms():
+    """Train nothing, so that what differs is what each process has seen."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(model, nn.MSELoss(), optimizer, [SwaCallback(2)], seed=0)
+    trainer.train(noise(24), num_epochs=2, per_device_batch_size=3)
+    return state_of(model)
+
+
+def test_the_batch_norms_of_a_mean_see_the_data_of_all_processes(on_processes):
+    alone = measure_batch_norms()
+
+    for one_of_two in on_processes(2, measure_batch_norms):
+        for name in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(one_of_two[name], alone[name])
