@@ -32,7 +32,12 @@ class StopTrainingError(Exception):
     In a method of the step itself, such as ``calculate_train_batch_loss``, all
     processes have to raise it: the others would wait for the gradients of the one that
     did.
+
+    Attributes:
+        reaches_caller: Whether ``train()`` raises it once the run has ended in order.
     """
+
+    reaches_caller: bool = False
 
 
 class NonFiniteLossError(StopTrainingError):
@@ -40,6 +45,8 @@ class NonFiniteLossError(StopTrainingError):
 
     The end events of the run are still called; then ``train()`` raises this error.
     """
+
+    reaches_caller = True
 
 
 class TrainingInterruptedError(StopTrainingError):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from pytorch_accelerated import distributed
 from pytorch_accelerated.diagnosis import explain
 from pytorch_accelerated.errors import (
-    NonFiniteLossError,
     StopTrainingError,
     TrainingInterruptedError,
 )
@@ -59,8 +58,8 @@ def agree_to_go_on(trainer: Trainer) -> None:
 class Ending:
     """Calls the hook and the event that end a run, however the block ends.
 
-    A :class:`StopTrainingError` ends here, once everybody has heard of it; one for a
-    loss that is not finite goes on to the caller.
+    A :class:`StopTrainingError` ends here, once everybody has heard of it, unless it
+    is one that reaches the caller.
 
     Args:
         trainer: The trainer.
@@ -101,7 +100,7 @@ class Ending:
             self._clean_up_after(another)
             raise
         for reason in stops:
-            if isinstance(reason, NonFiniteLossError):
+            if reason.reaches_caller:
                 raise reason
         return True
 

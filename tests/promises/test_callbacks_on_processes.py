@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from pytorch_accelerated.callbacks import SwaCallback
+from pytorch_accelerated.callbacks import SwaCallback, UnfreezeCallback
+from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -43,3 +44,46 @@ def test_the_batch_norms_of_a_mean_see_the_data_of_all_processes(on_processes):
     for one_of_two in on_processes(2, measure_batch_norms):
         for name in ("1.running_mean", "1.running_var"):
             torch.testing.assert_close(one_of_two[name], alone[name])
+
+
+def unfreeze(num_processes, **kwargs):
+    """Train four epochs, the last two with one more layer each."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    )
+    freezer = ModelFreezer(model)
+    freezer.freeze()
+    trainer = Trainer(
+        model,
+        nn.MSELoss(),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        [UnfreezeCallback(freezer, {3: -2, 4: 0})],
+        seed=0,
+    )
+    trainer.train(
+        noise(24),
+        num_epochs=4,
+        per_device_batch_size=4 // num_processes,
+        gradient_accumulation_steps=2,
+        **kwargs,
+    )
+    return state_of(model)
+
+
+def test_what_is_unfrozen_amid_a_run_is_trained_by_all_processes(on_processes):
+    alone = unfreeze(1)
+
+    for one_of_two in on_processes(2, unfreeze, 2):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(one_of_two[name], tensor)
+
+
+def test_it_is_also_where_batches_may_be_halved(on_processes):
+    alone = unfreeze(1)
+
+    def halving():
+        return unfreeze(2, halve_batch_if_out_of_memory=True)
+
+    for one_of_two in on_processes(2, halving):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(one_of_two[name], tensor)

@@ -24,6 +24,7 @@ from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     ModelEmaCallback,
     MoveModulesToDeviceCallback,
+    OptunaPruningCallback,
     PreemptionCallback,
     PrintProgressCallback,
     ProgressBarCallback,
@@ -33,11 +34,26 @@ from pytorch_accelerated.callbacks import (
     SwaCallback,
     TerminateOnNaNCallback,
     TrainerCallback,
+    UnfreezeCallback,
     WSDCheckpointCallback,
     progress,
 )
 from pytorch_accelerated.errors import NonFiniteLossError
+from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.schedulers import WSDLrScheduler
+
+
+class Trial:
+    """Has the two methods of a trial of Optuna that are called."""
+
+    steps = ()
+
+    def report(self, value, step):
+        self.steps = (*self.steps, step)
+
+    def should_prune(self):
+        return False
+
 
 _SAVE_BEST = {
     "save_path": "best.pt",
@@ -73,6 +89,7 @@ PUBLISHED = {
         "greater_is_better": False,
     },
     MoveModulesToDeviceCallback: {},
+    OptunaPruningCallback: {"trial": Trial(), "metric": "eval_loss_epoch"},  # neither
     PreemptionCallback: {},  # was not there
     PrintProgressCallback: {},
     ProgressBarCallback: {},
@@ -87,6 +104,10 @@ PUBLISHED = {
     StepBasedEvaluationCallback: {"eval_every_n_steps": 3},
     SwaCallback: {"start_epoch": 1},  # was not there
     TerminateOnNaNCallback: {},
+    UnfreezeCallback: {  # was not there
+        "freezer": ModelFreezer(nn.Linear(1, 1)),
+        "from_index": {1: 0},
+    },
     WSDCheckpointCallback: {
         "save_dir": Path("wsd"),
         "save_optimizer": True,
@@ -101,6 +122,7 @@ ESSENTIAL = {
     LimitEvalStepsCallback: {"on_eval_epoch_start"},
     ModelEmaCallback: {"on_eval_epoch_end", "on_training_run_epoch_end"},
     MoveModulesToDeviceCallback: {"on_training_run_start"},
+    OptunaPruningCallback: {"on_training_run_epoch_end"},
     PreemptionCallback: {"on_training_run_start"},
     PrintProgressCallback: {"on_training_run_start"},
     ProgressBarCallback: {"on_train_epoch_start", "on_train_step_end"},
@@ -108,6 +130,7 @@ ESSENTIAL = {
     SaveTrainingStateCallback: {"on_training_run_epoch_end"},
     StepBasedEvaluationCallback: {"on_train_step_end"},
     SwaCallback: {"on_training_run_epoch_end"},
+    UnfreezeCallback: {"on_train_epoch_start"},
     WSDCheckpointCallback: {"on_train_step_end"},
 }
 
@@ -145,7 +168,13 @@ class Session:
     def __init__(self, callback, create_trainer, samples, capsys):
         self.callback, self.samples, self.capsys = callback, samples, capsys
         self.watch, self.module = Watch(), Moved()
-        self.trainer = create_trainer([callback, self.watch])
+        unfreezes = isinstance(callback, UnfreezeCallback)
+        self.trainer = create_trainer(
+            [self.watch] if unfreezes else [callback, self.watch]
+        )
+        if unfreezes:
+            callback.freezer = ModelFreezer(self.trainer.model)
+            self.trainer.callback_handler.add_callback(callback)
         self.trainer.metric = self.module
         self.kwargs = {}
         if isinstance(callback, WSDCheckpointCallback):
@@ -215,6 +244,7 @@ JOBS = {
     LogMetricsCallback: _logs_each_run,
     ModelEmaCallback: _averages,
     MoveModulesToDeviceCallback: lambda session: "cpu" in session.module.devices,
+    OptunaPruningCallback: lambda session: session.callback.trial.steps[-1] == 0,
     PreemptionCallback: _heeds_a_signal,
     PrintProgressCallback: lambda session: (
         "Training: 1 epoch, 4 updates" in session.output.out
@@ -233,6 +263,7 @@ JOBS = {
     ),
     SwaCallback: lambda session: session.callback.average.num_updates == 1,
     TerminateOnNaNCallback: _stops_at_nan,
+    UnfreezeCallback: lambda session: session.callback._first == 0,
     WSDCheckpointCallback: lambda session: (
         {
             "checkpoint_4_wsd_pre_decay",

@@ -25,6 +25,7 @@ from pytorch_accelerated.callbacks.modules import (
     ConvertSyncBatchNormCallback,
     MoveModulesToDeviceCallback,
 )
+from pytorch_accelerated.callbacks.optuna import OptunaPruningCallback
 from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress import (
     PrintProgressCallback,
@@ -35,6 +36,7 @@ from pytorch_accelerated.callbacks.stopping import (
     TerminateOnNaNCallback,
 )
 from pytorch_accelerated.callbacks.swa import SwaCallback
+from pytorch_accelerated.callbacks.unfreezing import UnfreezeCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.errors import (
     CallbackMethodNotImplementedError,
@@ -52,6 +54,7 @@ __all__ = [
     "LogMetricsCallback",
     "ModelEmaCallback",
     "MoveModulesToDeviceCallback",
+    "OptunaPruningCallback",
     "PreemptionCallback",
     "PrintProgressCallback",
     "ProgressBarCallback",
@@ -62,6 +65,7 @@ __all__ = [
     "SwaCallback",
     "TerminateOnNaNCallback",
     "TrainerCallback",
+    "UnfreezeCallback",
     "WSDCheckpointCallback",
     "get_default_callbacks",
 ]

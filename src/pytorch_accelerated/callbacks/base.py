@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.distributed import is_on_all_processes
 from pytorch_accelerated.errors import (
-    NonFiniteLossError,
     StopTrainingError,
     add_note,
 )
@@ -368,7 +367,7 @@ def _gravity(error: BaseException) -> tuple[bool, ...]:
         # All processes raise such an error here, so none may raise another one.
         is_on_all_processes(error),
         not isinstance(error, StopTrainingError),
-        isinstance(error, NonFiniteLossError),
+        getattr(error, "reaches_caller", False),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pytorch_accelerated import compat
 from pytorch_accelerated.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -58,6 +59,26 @@ class Engine:
         """Hand a model and its optimizer to Accelerate for training."""
         prepared: tuple[Any, Any] = self.accelerator.prepare(model, optimizer)
         return prepared
+
+    def wrap_again(self, model: Any) -> Any:
+        """Return the prepared model as if it had been prepared now.
+
+        DDP averages the gradients of those parameters alone that required some when it
+        was given the model. Called on all processes.
+        """
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            return model
+        handler = self.accelerator.ddp_handler
+        wrapped = nn.parallel.DistributedDataParallel(
+            model.module,
+            device_ids=model.device_ids,
+            output_device=model.output_device,
+            **({} if handler is None else handler.to_kwargs()),
+        )
+        if handler is not None:
+            handler.register_comm_hook(wrapped)
+        compat.remember_prepared(self.accelerator, wrapped)
+        return wrapped
 
     def prepare_for_evaluation(self, model: nn.Module) -> Any:
         """Hand a model to Accelerate for evaluation alone."""
