@@ -112,17 +112,6 @@ def check_needs_only_optimizer(create_scheduler_fn: Any) -> None:
         pass  # builtins may have no signature that could be looked at
 
 
-def check_accelerator_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for what would be accepted by Accelerate, and do nothing."""
-    if kwargs.get("log_with") is not None:
-        raise ValueError(
-            f"log_with={kwargs['log_with']!r} was given for Accelerate, but the "
-            "trainer sends nothing to its trackers. Leave it out, and log in a "
-            "callback: a LogMetricsCallback whose log_metrics(trainer, metrics) you "
-            "override is given all metrics."
-        )
-
-
 def whole_number(name: str, value: Any) -> int:
     """Return any kind of whole number as one of Python; raise TypeError for others."""
     try:

@@ -69,6 +69,7 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.callbacks.tracker import follow_log_with
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.means import LossTracker, Means
 from pytorch_accelerated.memory import BatchShrinker
@@ -972,8 +973,8 @@ class Trainer:
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator; override to configure it in code."""
-        checks.check_accelerator_kwargs(self._accelerator_kwargs)
-        return launch.create_accelerator(**self._accelerator_kwargs)
+        kwargs = follow_log_with(self.callback_handler, self._accelerator_kwargs)
+        return launch.create_accelerator(**kwargs)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         """Hand the model, the optimizer and the loaders to Accelerate."""

@@ -36,6 +36,7 @@ from pytorch_accelerated.callbacks.stopping import (
     TerminateOnNaNCallback,
 )
 from pytorch_accelerated.callbacks.swa import SwaCallback
+from pytorch_accelerated.callbacks.tracker import TrackerCallback
 from pytorch_accelerated.callbacks.unfreezing import UnfreezeCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.errors import (
@@ -64,6 +65,7 @@ __all__ = [
     "StopTrainingError",
     "SwaCallback",
     "TerminateOnNaNCallback",
+    "TrackerCallback",
     "TrainerCallback",
     "UnfreezeCallback",
     "WSDCheckpointCallback",
