@@ -54,7 +54,7 @@ same-numbers: $(VENV)/.library ## Train on this code and that of a commit: make 
 	$(BIN)/python tests/promises/same_numbers.py --old $(OLD)
 
 .PHONY: test-integrations
-test-integrations: $(INTEGRATIONS)/deepspeed/.tools ## Run the tests with launchers, engines and other libraries
+test-integrations: $(INTEGRATIONS)/deepspeed/.tools $(INTEGRATIONS)/trackio/.tools ## Run the tests with launchers, engines and other libraries
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 PYTHONPATH=$(TORCHVISION_ON_CPU) \
 	    $(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile tests/integrations $(PYTEST_ARGS)
 
@@ -121,4 +121,11 @@ $(INTEGRATIONS)/deepspeed/.tools: $(INTEGRATIONS)/.tools
 	test -x $(@D)/bin/python || $(INTEGRATIONS)/bin/python -m venv --without-pip $(@D)
 	$(INTEGRATIONS)/bin/python $(SITE_PACKAGES) > $$($(@D)/bin/python $(SITE_PACKAGES))/base.pth
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed transformers
+	@touch $@
+
+# Likewise Trackio, which wants an older Pillow than the constraints.
+$(INTEGRATIONS)/trackio/.tools: $(INTEGRATIONS)/.tools
+	test -x $(@D)/bin/python || $(INTEGRATIONS)/bin/python -m venv --without-pip $(@D)
+	$(INTEGRATIONS)/bin/python $(SITE_PACKAGES) > $$($(@D)/bin/python $(SITE_PACKAGES))/base.pth
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check trackio==0.43.0 pillow==12.3.0
 	@touch $@

@@ -111,16 +111,6 @@ def test_what_a_trainer_cannot_train_with(
     refuses(trainer, error, message)
 
 
-def test_log_with_is_refused_since_nothing_would_be_logged_found_103():
-    with pytest.raises(ValueError, match=r"log_with='tensorboard'.*callback"):
-        Trainer(
-            nn.Linear(1, 1),
-            None,
-            None,
-            accelerator_kwargs={"log_with": "tensorboard"},
-        )
-
-
 def test_no_dataset(create_trainer):
     with pytest.raises(ValueError, match="needs a train_dataset or a DataLoader, got"):
         create_trainer().train(None, num_epochs=1)

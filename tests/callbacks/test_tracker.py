@@ -151,7 +151,9 @@ def test_evaluations_belong_to_the_run_that_they_are_amid_or_after(
 
 
 @pytest.mark.parametrize("fails_at", ["start", "store", "log", "finish"])
-def test_a_tracker_that_fails_is_warned_of_once(create_trainer, samples, kept, fails_at):
+def test_a_tracker_that_fails_is_warned_of_once(
+    create_trainer, samples, kept, fails_at
+):
     failing = Kept(fails_at=[fails_at])
     failing.name = "failing"
     callback = TrackerCallback([failing, kept], every_n_updates=1)
@@ -190,9 +192,7 @@ def test_a_resumed_run_sends_what_is_new(create_trainer, samples, kept, tmp_path
     first = create_trainer([Saves(), TrackerCallback(Kept(), every_n_updates=2)])
     first.train(samples(2), 3, per_device_batch_size=1)
     second = create_trainer([Saves(), TrackerCallback(kept, every_n_updates=2)])
-    second.train(
-        samples(2), 3, per_device_batch_size=1, resume_from=tmp_path / "state"
-    )
+    second.train(samples(2), 3, per_device_batch_size=1, resume_from=tmp_path / "state")
 
     assert [step for step, _ in kept.values_of("train_loss_epoch")] == [4, 6]
     # The first interval is what is left of the one that the state was saved in.
@@ -270,7 +270,11 @@ def test_log_with_is_honoured_unless_the_script_starts_the_trackers_found_103(
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("tensorbord",), ValueError, "Did you mean 'tensorboard'.*aim, clearml, comet"),
+        (
+            ("tensorbord",),
+            ValueError,
+            "Did you mean 'tensorboard'.*aim, clearml, comet",
+        ),
         ((["comet_ml"],), ImportError, "pip install comet_ml$"),
         (("wandb",), ImportError, r"pip install 'pytorch-accelerated\[wandb\]'"),
         ((Kept,), ValueError, "objects of subclasses of accelerate"),
@@ -297,5 +301,5 @@ def test_wrong_arguments_are_refused(create_trainer, samples, kept, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tracker.KNOWN, "folder", Folder)
         callback = TrackerCallback("folder", logging_dir=tmp_path / "file")
-        with pytest.raises(ValueError, match="cannot write to the folder .*file"):
+        with pytest.raises(ValueError, match=r"cannot write to the folder .*file"):
             create_trainer([callback]).train(samples(1), 1)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import struct
 import subprocess
@@ -137,6 +138,24 @@ def test_log_with_needs_no_callback_found_103(folder):
     kwargs = {"log_with": ["tensorboard"], "project_dir": "here"}
     Draws([], accelerator_kwargs=kwargs).run()
     assert (folder / "here" / "pytorch-accelerated").exists()
+
+
+def test_the_code_of_the_page(folder):
+    page = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
+    model = nn.Linear(1, 1)
+    names = {
+        "model": model,
+        "loss_func": nn.MSELoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "train_dataset": samples(4),
+        "validation_dataset": samples(4),
+        "test_dataset": samples(4),
+    }
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
+
+    (run,) = (folder / "runs" / "digits").iterdir()
+    tags = events_in(run).Tags()["scalars"]
+    assert {"train_loss_epoch", "eval_loss_epoch", "evaluation_loss"} <= set(tags)
 
 
 # ---------------------------------------------------------------- Weights & Biases
@@ -284,14 +303,19 @@ def test_trackio(folder):
         "kwargs = {'project': 'digits', 'run_name': 'light', 'every_n_updates': 1}\n"
         "run_and_resume('trackio', Path.cwd(), config={'flip': True}, **kwargs)"
     )
-    paths = [str(Path(__file__).parent), *sys.path]
+    paths = [path for path in sys.path if not path.endswith("site-packages")]
+    paths.insert(0, str(Path(__file__).parent))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run(
-        [python, "-c", code], env={**environment, "TRACKIO_DIR": str(folder)}, check=True
+        [python, "-c", code],
+        env={**environment, "TRACKIO_DIR": str(folder)},
+        check=True,
     )
 
     with contextlib.closing(sqlite3.connect(folder / "digits.db")) as database:
-        rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+        rows = database.execute(
+            "SELECT run_name, step, metrics FROM metrics"
+        ).fetchall()
         ((config,),) = database.execute("SELECT config FROM configs").fetchall()
     assert {run for run, _, _ in rows} == {"light"}
     recorded = [(step, json.loads(metrics)) for _, step, metrics in rows]

@@ -7,11 +7,12 @@ the host.
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.callbacks import TrackerCallback, TrainerCallback
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
 
 # item(), float(), bool() and the like end in an operation that is counted by itself.
@@ -140,6 +141,17 @@ def test_the_default_callbacks_read_no_more_often_in_more_steps(
     few = reads(20)
     assert few <= 2
     assert reads(200) == few
+
+
+def test_a_tracker_costs_one_read_in_an_interval(create_classifier, noise):
+    class Nothing(GeneralTracker):
+        name, tracker, requires_logging_directory = "nothing", None, False
+
+    callback = TrackerCallback(Nothing(), every_n_updates=5)
+    reads = count_reads(
+        create_classifier(), noise(40), [callback], gradient_clip_norm=1.0
+    )
+    assert reads == 20 / 5
 
 
 def test_reads_are_seen(create_classifier, noise):

@@ -4,10 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
+from pytorch_accelerated.callbacks import TrackerCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 
@@ -41,6 +43,19 @@ CASES = [
 ]
 
 
+class Kept(GeneralTracker):
+    """Keeps the losses that it is sent."""
+
+    name, tracker, requires_logging_directory = "kept", None, False
+
+    def __init__(self):
+        self.losses = []
+
+    def log(self, values, step=None):
+        losses = ("train_loss", "eval_loss_epoch")
+        self.losses += [(step, values[name]) for name in losses if name in values]
+
+
 def create_model():
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -49,7 +64,7 @@ def create_model():
         )
 
 
-def train(case, num_processes):
+def train(case, num_processes, callbacks=()):
     """Train with 4 samples a step, however many processes share them."""
     case = dict(case)
     generator = torch.Generator().manual_seed(1)
@@ -63,7 +78,7 @@ def train(case, num_processes):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, (), seed=SEED)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks, seed=SEED)
     history = trainer.train(
         dataset,
         num_epochs=NUM_EPOCHS,
@@ -100,3 +115,20 @@ def test_several_processes_train_the_model_that_one_would(on_processes, num_proc
             assert run["losses"][1] == pytest.approx(one["losses"][1], rel=1e-5)
             for name in ("updates", "samples", "lr"):
                 assert run[name] == one[name], (case, name)
+
+
+def test_one_of_several_processes_sends_the_losses_of_all_to_a_tracker(on_processes):
+    def sent(num_processes):
+        tracker = Kept()
+        callback = TrackerCallback(tracker, every_n_updates=2)
+        train({"num_samples": 33}, num_processes, [callback])
+        return tracker.losses
+
+    expected = sent(1)
+    first, second = on_processes(2, sent, 2)
+    assert len(expected) == NUM_EPOCHS * 5 + NUM_EPOCHS
+    assert [step for step, _ in first] == [step for step, _ in expected]
+    assert [loss for _, loss in first] == pytest.approx(
+        [loss for _, loss in expected], rel=1e-5
+    )
+    assert second == []

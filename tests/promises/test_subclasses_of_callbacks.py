@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -33,6 +34,7 @@ from pytorch_accelerated.callbacks import (
     StepBasedEvaluationCallback,
     SwaCallback,
     TerminateOnNaNCallback,
+    TrackerCallback,
     TrainerCallback,
     UnfreezeCallback,
     WSDCheckpointCallback,
@@ -65,6 +67,24 @@ _SAVE_BEST = {
     "save_scheduler": True,
     "load_saved_checkpoint": False,
 }
+
+
+class Names(GeneralTracker):
+    """Keeps the names of what it is sent, those of each run apart."""
+
+    name = "names"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self):
+        self.runs = []
+
+    def start(self):
+        self.runs.append(set())
+
+    def log(self, values, step=None):
+        self.runs[-1].update(values)
+
 
 # What 0.1.61 sets in the constructor of each, for the runs below.
 PUBLISHED = {
@@ -104,6 +124,7 @@ PUBLISHED = {
     StepBasedEvaluationCallback: {"eval_every_n_steps": 3},
     SwaCallback: {"start_epoch": 1},  # was not there
     TerminateOnNaNCallback: {},
+    TrackerCallback: {"trackers": [Names()]},  # was not there
     UnfreezeCallback: {  # was not there
         "freezer": ModelFreezer(nn.Linear(1, 1)),
         "from_index": {1: 0},
@@ -130,6 +151,7 @@ ESSENTIAL = {
     SaveTrainingStateCallback: {"on_training_run_epoch_end"},
     StepBasedEvaluationCallback: {"on_train_step_end"},
     SwaCallback: {"on_training_run_epoch_end"},
+    TrackerCallback: {"on_training_run_start", "on_evaluation_run_start"},
     UnfreezeCallback: {"on_train_epoch_start"},
     WSDCheckpointCallback: {"on_train_step_end"},
 }
@@ -263,6 +285,10 @@ JOBS = {
     ),
     SwaCallback: lambda session: session.callback.average.num_updates == 1,
     TerminateOnNaNCallback: _stops_at_nan,
+    TrackerCallback: lambda session: (
+        {"train_loss_epoch", "eval_loss_epoch", "evaluation_loss"}
+        <= set.union(*session.callback.trackers[0].runs[-2:])
+    ),
     UnfreezeCallback: lambda session: session.callback._first == 0,
     WSDCheckpointCallback: lambda session: (
         {

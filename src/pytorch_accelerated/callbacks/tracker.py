@@ -237,21 +237,20 @@ class TrackerCallback(TrainerCallback):
         accelerator = trainer._accelerator
         self._open, self._failed = (), frozenset()
         folder = Path(self.logging_dir or accelerator.logging_dir or DEFAULT_FOLDER)
+        started = {each.name for each in accelerator.trackers}  # by the script
         for which in self.trackers if accelerator.is_main_process else ():
             if _needs_folder(which):
                 _check_folder(folder)
-            self._try(which, "start", self._start_one, trainer, which, folder)
+            if _name_of(which) not in started:
+                self._try(which, "start", self._start_one, trainer, which, folder)
 
     def _start_one(self, trainer: Trainer, which: Any, folder: Path) -> None:
-        name, present = _name_of(which), trainer._accelerator.trackers
-        if name in map(_name_of, present):
-            return
-        goes_on = name in self._runs
+        name, goes_on = _name_of(which), which in self._runs
         tracker = self._create(which, folder, trainer.num_updates or 0)
         # A run of W&B that the script has started is joined, and not ended.
         is_ours = name != "wandb" or not getattr(sys.modules.get(name), "run", None)
         tracker.start()
-        present.append(tracker)
+        trainer._accelerator.trackers.append(tracker)
         self._open = (*self._open, (tracker, is_ours))
         if name == "wandb":  # whose own steps never go back, as a resumed run may
             tracker.tracker.define_metric("*", step_metric="num_updates")
