@@ -92,7 +92,7 @@ class TrackerCallback(TrainerCallback):
         ImportError: If its package is not installed.
     """
 
-    called_last = (
+    called_last: tuple[str, ...] = (
         "on_training_run_start",  # after the script's own trackers
         "on_train_epoch_end",
         "on_eval_epoch_end",
