@@ -53,11 +53,12 @@ def samples():
 
 @pytest.fixture
 def create_trainer():
-    """Create a trainer of the model with one weight."""
+    """Create a trainer of the model with one weight, or of another one."""
 
-    def create(callbacks=(), *, lr=0.25, trainer_class=Trainer, **kwargs):
-        model = nn.Linear(1, 1, bias=False)
-        nn.init.ones_(model.weight)
+    def create(callbacks=(), *, lr=0.25, model=None, trainer_class=Trainer, **kwargs):
+        if model is None:
+            model = nn.Linear(1, 1, bias=False)
+            nn.init.ones_(model.weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         return trainer_class(model, nn.MSELoss(), optimizer, callbacks, **kwargs)
 
