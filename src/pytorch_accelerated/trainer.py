@@ -105,6 +105,8 @@ from pytorch_accelerated.window import parameters_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from pytorch_accelerated.summary import ModelSummary
+
 __all__ = [
     "DEFAULT_CALLBACKS",
     "Trainer",
@@ -514,6 +516,28 @@ class Trainer:
         return finders.find_batch_size(
             self, dataset, max_batch_size, margin, refine, train_arguments
         )
+
+    def summary(
+        self, batch: Any, depth: int = 3, per_device_batch_size: int = 8
+    ) -> ModelSummary:
+        """Print and return what a training step holds and costs, layer by layer.
+
+        The step is made, with all that a run does in it, and then put back.
+
+        Args:
+            batch: A batch as the loader yields it; or a dataset or loader, whose first
+                batch is taken. A plain list is a batch.
+            depth: How many levels of modules the table shows.
+            per_device_batch_size: Samples in a batch that is made of a dataset.
+
+        Returns:
+            Shapes, parameters, memory and FLOPs; as text, the table.
+        """
+        from pytorch_accelerated.summary import summarize
+
+        result = summarize(self, batch, depth, per_device_batch_size)
+        self.print(result)
+        return result
 
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""

@@ -1,0 +1,184 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from pytorch_accelerated.trainer import Trainer
+
+
+class Network(nn.Module):
+    """Has a frozen part, a layer that is called twice, and one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(5, 6).requires_grad_(False)
+        self.body = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6))
+        self.shared = nn.Linear(6, 6, bias=False)
+        self.unused = nn.Linear(6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        hidden = self.shared(self.shared(self.body(self.frozen(inputs))))
+        return self.head(hidden)
+
+
+def create(model, optimizer=torch.optim.Adam, trainer_class=Trainer, **kwargs):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return trainer_class(
+        model, nn.CrossEntropyLoss(), optimizer(trained, 0.1), (), **kwargs
+    )
+
+
+def batch_of(size):
+    return [torch.randn(size, 5), torch.zeros(size, dtype=torch.long)]
+
+
+def test_what_a_step_holds_and_costs_by_hand():
+    summary = create(Network()).summary(batch_of(4))
+
+    layers = {layer.name: layer for layer in summary.layers}
+    assert list(layers) == [
+        *("", "frozen", "body", "body.0", "body.1", "shared", "unused", "head")
+    ]
+    counted = {n: (x.num_parameters, x.num_trained) for n, x in layers.items()}
+    assert counted["frozen"] == (36, 0)
+    assert counted["body"] == (36 + 12, 36 + 12)
+    assert counted["head"] == (21, 21)
+    assert counted[""] == (36 + 48 + 36 + 7 + 21, 48 + 36 + 7 + 21)
+    assert (summary.num_parameters, summary.num_trained) == counted[""]
+    assert {n: x.num_calls for n, x in layers.items() if x.num_calls != 1} == {
+        "shared": 2,
+        "unused": 0,
+    }
+    assert layers["body.1"].output_shape == (4, 6)
+    assert layers["unused"].output_shape is None
+    # A product of 4 x a by a x b takes 4 a b multiplications, and as many additions.
+    flops = {n: x.flops for n, x in layers.items() if x.flops}
+    products = {"frozen": 30, "body": 36, "body.0": 36, "shared": 2 * 36, "head": 18}
+    assert flops == {n: 8 * size for n, size in {**products, "": 156}.items()}
+    assert summary.forward_flops == 8 * 156
+    # Backward: for the weights as much again, and for what is before them, if that is
+    # trained: neither for the inputs of the frozen layer, nor for its outputs.
+    assert summary.step_flops == 8 * (156 + 126 + 90)
+
+    assert summary.weight_bytes == 4 * 148
+    assert summary.buffer_bytes == 4 * 12 + 8
+    assert summary.gradient_bytes == 4 * (112 - 7)
+    # Two moments, and a count, of each of the 6 tensors that have a gradient.
+    assert summary.optimizer_bytes == 2 * summary.gradient_bytes + 6 * 4
+
+
+class TiedOutputs(nn.Module):
+    """Gives structures instead of tensors, shares a weight, and computes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.lstm = nn.LSTM(5, 5)
+        self.last = nn.Linear(5, 5)
+        self.last.weight = self.first.weight
+
+    def forward(self, inputs):
+        hidden = checkpoint(self.first, inputs.requires_grad_(), use_reentrant=False)
+        outputs, _ = self.lstm(hidden)
+        return {"logits": self.last(outputs), "name": "no tensor", "none": None}
+
+
+class OfLogits(Trainer):
+    def training_run_start(self):
+        self.name = "logits"  # an override may need what another one has set
+
+    def calculate_train_batch_loss(self, batch):
+        outputs = self.model(batch[0])
+        loss = self.loss_func(outputs[self.name], batch[1])
+        return {"loss": loss, "model_outputs": outputs, "batch_size": len(batch[0])}
+
+
+def test_structures_shared_weights_and_layers_that_are_computed_again():
+    summary = create(TiedOutputs(), trainer_class=OfLogits).summary(batch_of(4))
+
+    layers = {layer.name: layer for layer in summary.layers}
+    assert layers[""].output_shape == {"logits": (4, 5)}
+    assert layers["lstm"].output_shape == [(4, 5), [(1, 5), (1, 5)]]
+    assert layers["first"].num_calls == 1
+    assert (layers["first"].num_parameters, layers["last"].num_parameters) == (30, 5)
+    assert summary.num_parameters == 30 + 5 + 2 * (100 + 20)
+    assert "logits: 4 x 5" in str(summary)
+    assert "4 x 5, 1 x 5, 1 x 5" in str(summary)
+
+
+def test_the_table_fits_80_columns_and_ends_at_its_depth(capsys):
+    model = nn.Sequential()
+    inner = model
+    for depth in range(30):
+        layer = nn.Sequential()
+        inner.add_module(f"a_layer_with_a_long_name_{depth}", layer)
+        inner = layer
+    inner.append(nn.Linear(5, 3))
+
+    summary = create(model).summary(batch_of(4), depth=30)
+
+    printed = capsys.readouterr().out
+    assert printed == f"{summary}\n"
+    assert max(map(len, printed.splitlines())) <= 80
+    # Indented by 2 * 13 they still have room: 37 columns, of which "..." takes 3.
+    assert printed.count("a_layer") == 13
+    assert str(create(model).summary(batch_of(4), depth=2)).count("a_layer") == 2
+    assert len(summary.layers) == 32
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda: TensorDataset(*batch_of(20)),
+        lambda: DataLoader(TensorDataset(*batch_of(20)), batch_size=4),
+        lambda: tuple(batch_of(4)),
+    ],
+    ids=["dataset", "loader", "batch"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_batch_of_whatever_is_given_makes_the_step(give, compiled):
+    model = Network()
+    if compiled:
+        model = torch.compile(model, backend="eager")
+
+    summary = create(model).summary(give(), per_device_batch_size=4)
+
+    assert summary.layers[0].output_shape == (4, 3)
+    assert summary.layers[0].kind == "Network"
+    assert summary.layers[0].num_calls == 1
+    assert summary.forward_flops == 8 * 156
+
+
+def test_without_an_optimizer_there_is_no_state_of_it():
+    trainer = Trainer(Network(), nn.CrossEntropyLoss(), None, callbacks=())
+
+    assert trainer.summary(batch_of(4)).optimizer_bytes == 0
+    assert trainer.optimizer is None
+    assert trainer.summary(batch_of(4)).num_trained == 112
+
+
+def test_an_update_that_is_not_applied_leaves_the_state_unknown():
+    class Skipping(Trainer):
+        def _update_weights(self, step):
+            pass
+
+    summary = create(Network(), trainer_class=Skipping).summary(batch_of(4))
+
+    assert summary.optimizer_bytes is None
+    assert "optimizer unknown" in str(summary)
+
+
+def test_an_error_leaves_no_hook_and_no_counter_behind():
+    model = Network()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        create(model).summary([torch.randn(4, 7), torch.zeros(4, dtype=torch.long)])
+
+    assert not _get_current_dispatch_mode_stack()
+    assert not global_hooks._global_forward_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match=r"depth must be .* at least 0, got -1"):
+        create(model).summary(batch_of(4), depth=-1)
