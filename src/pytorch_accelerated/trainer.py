@@ -71,6 +71,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.callbacks.tracker import follow_log_with
 from pytorch_accelerated.engines import launch
+from pytorch_accelerated.loop_shown import loop_of
 from pytorch_accelerated.means import LossTracker, Means
 from pytorch_accelerated.memory import BatchShrinker
 from pytorch_accelerated.metrics import (
@@ -1294,6 +1295,17 @@ class Trainer:
         for advice in found or ["Nothing to suggest."]:
             self.print(advice)
         return found
+
+    def show_loop(self) -> str:
+        """Print and return the loop that this trainer runs, as it is now.
+
+        Each method with the class, file and line that define it, and each event with
+        the callbacks that hear of it, in order. Those that are not the library's own
+        are marked.
+        """
+        text = loop_of(self, __doc__ or "")
+        self.print(text)
+        return text
 
     @property
     def device(self) -> torch.device:
