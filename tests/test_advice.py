@@ -1,9 +1,12 @@
+import re
 import time
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from pytorch_accelerated.callbacks import ThroughputCallback
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -37,7 +40,9 @@ def test_where_all_is_well_nothing_is_suggested(capsys, samples):
     trainer.train(samples(2), num_epochs=1)
 
     assert trainer.advise() == []
-    assert capsys.readouterr().out.strip() == "Nothing to suggest."
+    nothing, closing = capsys.readouterr().out.splitlines()
+    assert nothing == "Nothing to suggest."
+    assert closing.startswith("A ThroughputCallback would tell")
 
 
 def test_slow_samples_without_workers_are_pointed_out(capsys):
@@ -56,6 +61,54 @@ def test_workers_come_with_the_pace_that_they_can_keep(capsys):
     (advice,) = trainer.advise()
 
     assert "1 workers feed at most" in advice
+
+
+@pytest.mark.parametrize(
+    ("share", "num_workers", "cores", "says"),
+    [
+        (0.41, 0, 8, "give more workers than 0, .*{'num_workers': 1}"),
+        (0.75, 0, 8, "give more workers than 0, .*{'num_workers': 3}"),
+        (0.5, 2, 8, "give more workers than 2, .*{'num_workers': 4}"),
+        (0.9, 2, 8, "give more workers than 2, .*{'num_workers': 8}"),
+        (0.5, 2, 2, "2 workers have 2 cores. Make the samples cheaper"),
+    ],
+)
+def test_where_it_was_measured_the_verdict_comes_with_its_evidence(
+    samples, monkeypatch, share, num_workers, cores, says, capsys
+):
+    trainer = create(fused=True)
+    kwargs = {"num_workers": num_workers}
+    trainer.train(samples(2), 1, train_dataloader_kwargs=kwargs)
+    trainer.run_history.update_metric("train_data_wait_share", share)
+    monkeypatch.setattr("pytorch_accelerated.advice.usable_cores", lambda: cores)
+
+    (advice,) = trainer.advise()
+
+    assert re.match(
+        f"{share:.0%} of the time the loop waited for data: .*{says}", advice
+    )
+    assert "time of its last epoch" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_throughput_callback_is_what_measures_it(samples):
+    trainer = create(fused=True)
+    trainer.callback_handler.add_callback(ThroughputCallback)
+    # A stream: of its loading nothing else is known.
+    loader = [tuple(batch[None] for batch in samples(1)[0])]
+    trainer.train(SlowBatches(loader), 1)
+    assert "let your loader fetch ahead" in trainer.advise()[0]
+    trainer.run_history.update_metric("train_data_wait_share", 0.02)
+    assert trainer.advise() == []
+
+
+class SlowBatches:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        for batch in self.batches:
+            time.sleep(0.2)
+            yield batch
 
 
 def test_nothing_is_printed_unless_asked_for(capsys, samples):

@@ -5,21 +5,28 @@ Nothing here changes anything: what is faster may cost exactness, memory, or mon
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated import distributed
 from pytorch_accelerated.data import PlannedLoader
 from pytorch_accelerated.data.fetching import BatchDataset, InMemoryDataset
 from pytorch_accelerated.data.order import SeededIndices
-from pytorch_accelerated.data.workers import HAND_OVER_SECONDS, are_processes_forked
+from pytorch_accelerated.data.workers import (
+    HAND_OVER_SECONDS,
+    are_processes_forked,
+    usable_cores,
+)
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 _SMALL_BATCH_ON_A_GPU = 32
+_SMALL_SHARE = 0.1
 
 _ON_SPAWNED_PROCESSES = (
     " Here they import your script, so it must start the run below "
@@ -30,17 +37,58 @@ _ON_SPAWNED_PROCESSES = (
 def advice_for(trainer: Trainer) -> list[str]:
     """Return what would make runs like the last one faster, a sentence or two each.
 
-    A batch is loaded, to measure how long that takes; random states stay as they are.
+    What a ``ThroughputCallback`` has recorded says whether the loop waited for data. If
+    there was none, a batch is loaded, to measure how long that takes; random states
+    stay as they are.
 
     Args:
         trainer: A trainer; before its first run only the optimizer is looked at.
     """
     found = list(_on_the_optimizer(trainer.optimizer))
     if trainer.run_config is not None:
-        found += _on_the_loader(trainer)
+        share, loader = _wait_share(trainer), trainer._train_dataloader
+        found += _on_the_loader(loader) if share is None else _on_waiting(loader, share)
         if trainer.device.type == "cuda":
             found += _on_the_gpu(trainer)
     return found
+
+
+def _wait_share(trainer: Trainer) -> float | None:
+    """Return what a ``ThroughputCallback`` has recorded last, if there was one."""
+    name, history = "train_data_wait_share", trainer.run_history
+    known = name in history.get_metric_names()
+    return float(history.get_latest_metric(name)) if known else None
+
+
+def closing_of(trainer: Trainer) -> str:
+    """Say what the advice on loading the data goes by."""
+    share = _wait_share(trainer)
+    if share is not None:
+        return f"The loop waited for data {share:.0%} of the time of its last epoch."
+    return "A ThroughputCallback would tell how long a run waits for data."
+
+
+def _on_waiting(loader: Any, share: float) -> Iterator[str]:
+    """Say what to do about the share of the time that the loop waited for data."""
+    if share < _SMALL_SHARE:
+        return
+    workers = getattr(loader, "num_workers", None)
+    cores = max(1, usable_cores() // distributed.num_local_processes())
+    # As many as load a batch in the time in which the model works on one.
+    needed = min(cores, math.ceil((workers or share) / max(1 - share, 0.01)))
+    if workers is None:
+        remedy = "let your loader fetch ahead, in processes or threads."
+    elif workers >= cores:
+        remedy = (
+            f"{workers} workers have {cores} cores. Make the samples cheaper: decode, "
+            "resize or tokenize them once, ahead of the run."
+        )
+    else:
+        remedy = (
+            f"give more workers than {workers}, train_dataloader_kwargs="
+            f"{{'num_workers': {needed}}}, or the same to a DataLoader of yours."
+        ) + ("" if are_processes_forked() else _ON_SPAWNED_PROCESSES)
+    yield f"{share:.0%} of the time the loop waited for data: {remedy}"
 
 
 def _on_the_optimizer(optimizer: Any) -> Iterator[str]:
@@ -54,8 +102,7 @@ def _on_the_optimizer(optimizer: Any) -> Iterator[str]:
         )
 
 
-def _on_the_loader(trainer: Trainer) -> Iterator[str]:
-    loader = trainer._train_dataloader
+def _on_the_loader(loader: Any) -> Iterator[str]:
     if not isinstance(loader, PlannedLoader):
         return
     num_workers = loader.num_workers

@@ -83,11 +83,9 @@ def _place(member: Any) -> str:
 
 def _overridden(trainer: Trainer) -> Iterator[str]:
     """Yield the names of the library's methods that a user's class has replaced."""
-    package = __name__.partition(".")[0]
-    classes = type(trainer).__mro__[:-1]
-    is_ours = [each.__module__.partition(".")[0] == package for each in classes]
-    ours = {n for k, own in zip(classes, is_ours, strict=True) if own for n in vars(k)}
-    for each, own in zip(classes, is_ours, strict=True):
-        for name, value in () if own else vars(each).items():
-            if name in ours and name[:2] != "__" and inspect.isroutine(value):
+    package, classes = __name__.partition(".")[0], type(trainer).__mro__
+    ours = next(k for k in classes if k.__module__.partition(".")[0] == package)
+    for each in classes[: classes.index(ours)]:
+        for name, value in vars(each).items():
+            if name[:2] != "__" and inspect.isroutine(value) and hasattr(ours, name):
                 yield name

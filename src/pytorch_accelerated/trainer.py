@@ -57,7 +57,7 @@ from pytorch_accelerated import (
     saving,
     step_output,
 )
-from pytorch_accelerated.advice import advice_for
+from pytorch_accelerated.advice import advice_for, closing_of
 from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
@@ -1289,11 +1289,14 @@ class Trainer:
         """Print and return what would make runs like the last one faster.
 
         Nothing is changed. It speaks of the optimizer and, after a run, of loading the
-        data and of the use of the GPU.
+        data and of the use of the GPU. With a :class:`ThroughputCallback` the run has
+        measured how long it waited for data; else only loading a batch is measured.
         """
         found = advice_for(self)
         for advice in found or ["Nothing to suggest."]:
             self.print(advice)
+        if self.run_config is not None:
+            self.print(closing_of(self))
         return found
 
     def show_loop(self) -> str:

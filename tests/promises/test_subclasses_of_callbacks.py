@@ -28,12 +28,14 @@ from pytorch_accelerated.callbacks import (
     OptunaPruningCallback,
     PreemptionCallback,
     PrintProgressCallback,
+    ProfilerCallback,
     ProgressBarCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
     SwaCallback,
     TerminateOnNaNCallback,
+    ThroughputCallback,
     TrackerCallback,
     TrainerCallback,
     UnfreezeCallback,
@@ -112,6 +114,7 @@ PUBLISHED = {
     OptunaPruningCallback: {"trial": Trial(), "metric": "eval_loss_epoch"},  # neither
     PreemptionCallback: {},  # was not there
     PrintProgressCallback: {},
+    ProfilerCallback: {},  # was not there
     ProgressBarCallback: {},
     SaveBestModelCallback: _SAVE_BEST,
     SaveTrainingStateCallback: {
@@ -129,6 +132,7 @@ PUBLISHED = {
         "freezer": ModelFreezer(nn.Linear(1, 1)),
         "from_index": {1: 0},
     },
+    ThroughputCallback: {},  # was not there
     WSDCheckpointCallback: {
         "save_dir": Path("wsd"),
         "save_optimizer": True,
@@ -146,6 +150,11 @@ ESSENTIAL = {
     OptunaPruningCallback: {"on_training_run_epoch_end"},
     PreemptionCallback: {"on_training_run_start"},
     PrintProgressCallback: {"on_training_run_start"},
+    ProfilerCallback: {
+        "on_training_run_start",
+        "on_train_step_end",
+        "on_training_run_end",  # a run that is over amid the steps
+    },
     ProgressBarCallback: {"on_train_epoch_start", "on_train_step_end"},
     SaveBestModelCallback: {"on_training_run_epoch_end"},
     SaveTrainingStateCallback: {"on_training_run_epoch_end"},
@@ -153,6 +162,7 @@ ESSENTIAL = {
     SwaCallback: {"on_training_run_epoch_end"},
     TrackerCallback: {"on_training_run_start", "on_evaluation_run_start"},
     UnfreezeCallback: {"on_train_epoch_start"},
+    ThroughputCallback: {"on_train_epoch_start", "on_train_epoch_end"},
     WSDCheckpointCallback: {"on_train_step_end"},
 }
 
@@ -272,6 +282,7 @@ JOBS = {
         "Training: 1 epoch, 4 updates" in session.output.out
     ),
     ProgressBarCallback: lambda session: "4/4 [" in session.output.err,
+    ProfilerCallback: lambda session: len(os.listdir("profile")) == 2,
     SaveBestModelCallback: lambda session: (
         session.callback.best_metric
         == session.trainer.run_history.get_latest_metric("eval_loss_epoch")
@@ -290,6 +301,11 @@ JOBS = {
         <= set.union(*session.callback.trackers[0].runs[-2:])
     ),
     UnfreezeCallback: lambda session: session.callback._first == 0,
+    ThroughputCallback: lambda session: (
+        "samples per second" in session.output.out
+        and session.trainer.run_history.get_latest_metric("train_samples_per_second")
+        > 0
+    ),
     WSDCheckpointCallback: lambda session: (
         {
             "checkpoint_4_wsd_pre_decay",

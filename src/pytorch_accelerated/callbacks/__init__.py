@@ -27,6 +27,7 @@ from pytorch_accelerated.callbacks.modules import (
 )
 from pytorch_accelerated.callbacks.optuna import OptunaPruningCallback
 from pytorch_accelerated.callbacks.preemption import PreemptionCallback
+from pytorch_accelerated.callbacks.profiler import ProfilerCallback
 from pytorch_accelerated.callbacks.progress import (
     PrintProgressCallback,
     ProgressBarCallback,
@@ -36,6 +37,7 @@ from pytorch_accelerated.callbacks.stopping import (
     TerminateOnNaNCallback,
 )
 from pytorch_accelerated.callbacks.swa import SwaCallback
+from pytorch_accelerated.callbacks.throughput import ThroughputCallback
 from pytorch_accelerated.callbacks.tracker import TrackerCallback
 from pytorch_accelerated.callbacks.unfreezing import UnfreezeCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
@@ -58,6 +60,7 @@ __all__ = [
     "OptunaPruningCallback",
     "PreemptionCallback",
     "PrintProgressCallback",
+    "ProfilerCallback",
     "ProgressBarCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",
@@ -65,6 +68,7 @@ __all__ = [
     "StopTrainingError",
     "SwaCallback",
     "TerminateOnNaNCallback",
+    "ThroughputCallback",
     "TrackerCallback",
     "TrainerCallback",
     "UnfreezeCallback",

@@ -642,11 +642,7 @@ def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
 def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a state dict with the names that its weights have in plain modules."""
     plain = OrderedDict((_INNER.sub("", k), v) for k, v in state_dict.items())
-    versions = compat.versions_in(state_dict)
-    if versions is not None:
-        renamed = ((_INNER.sub("", f"{k}.")[:-1], v) for k, v in versions.items())
-        compat.set_versions(plain, OrderedDict(renamed))
-    return plain
+    return state_dict if plain.keys() == state_dict.keys() else plain
 
 
 def _plain(name: str) -> str:
