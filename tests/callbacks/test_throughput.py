@@ -1,5 +1,6 @@
 """What is measured of a run, with a clock that the test sets forward."""
 
+import pickle
 import time
 
 import pytest
@@ -135,6 +136,17 @@ def test_evaluations_amid_the_epoch_are_not_counted(clock):
     assert evaluated == plain
 
 
+def test_what_other_callbacks_do_in_a_step_is_part_of_it_and_not_of_waiting(clock):
+    class Slow(TrainerCallback):
+        def on_train_epoch_start(self, trainer, **kwargs):
+            clock.now += 10.0
+
+        on_train_step_start = on_train_step_end = on_train_epoch_start
+
+    found = train(create(clock, [Slow, ThroughputCallback, Slow]))
+    assert found["data_wait_share"] == [pytest.approx(4 / (63 + 4 * 40))]
+
+
 def test_a_resumed_epoch_is_measured_from_where_it_goes_on(clock, tmp_path):
     callbacks = [SaveTrainingStateCallback(tmp_path, save_every_n_steps=3)]
     train(create(clock, callbacks), max_num_train_steps=3)
@@ -172,6 +184,7 @@ def test_operations_are_counted_once_and_change_nothing(clock):
     flops = 2 * 48 + 2 * 48 + 2 * 24
     assert found["mfu"] == [pytest.approx(8 / 63 * flops / 1000)]
     assert not torch._C._len_torch_dispatch_stack()
+    assert pickle.loads(pickle.dumps(callback)).peak_flops == 1000.0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

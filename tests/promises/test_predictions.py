@@ -132,6 +132,7 @@ def sizes_of(act):
         lambda: trainer.train(data(4), 1, data(4), 2, eval_per_device_batch_size=6),
         lambda: trainer.train(data(4), 1, None, 2, eval_per_device_batch_size=7),
         lambda: trainer.evaluate(data(40), 9),
+        lambda: trainer.evaluate(data(40), dataloader_kwargs={"batch_size": 5}),
     ):
         run()
         trainer.sizes = []
@@ -146,7 +147,7 @@ def sizes_of(act):
     ids=["predict", "evaluate"],
 )
 def test_the_size_of_batches_is_that_of_the_last_run(act):
-    assert sizes_of(act) == [8, 3, 4, 2, 6, 7, 9]
+    assert sizes_of(act) == [8, 3, 4, 2, 6, 7, 9, 5]
 
 
 def test_the_code_of_the_page_writes_predictions_to_files(tmp_path, monkeypatch):

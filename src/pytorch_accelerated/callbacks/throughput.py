@@ -91,9 +91,10 @@ class ThroughputCallback(TrainerCallback):
         epoch = self._epoch
         if epoch is not None:
             epoch.waited += time.perf_counter() - epoch.accounted_to
-        if self.peak_flops is not None and self._counter is None:
+        if self.peak_flops is not None and self._flops_per_sample is None:
             from torch.utils.flop_counter import FlopCounterMode
 
+            self._counting.close()
             self._counter = FlopCounterMode(display=False)
             # Modules need not be told apart, and torch.compile would see the hooks.
             self._counter.mod_tracker = nullcontext()
@@ -118,9 +119,10 @@ class ThroughputCallback(TrainerCallback):
         epoch.accounted_to = now
         # Perhaps on the device: read at the end of the epoch.
         epoch.num_items = epoch.num_items + batch_output.get("num_items_in_batch", 0)
-        if self._counter is not None and self._flops_per_sample is None:
+        counter, self._counter = self._counter, None
+        if counter is not None:
             num_samples = batch_output.get("batch_size") or 1
-            self._flops_per_sample = self._counter.get_total_flops() / num_samples
+            self._flops_per_sample = counter.get_total_flops() / num_samples
 
     @event_with_data
     def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
