@@ -41,7 +41,9 @@ class ProfilerCallback(TrainerCallback):
     may_stop_alone = False
 
     output_dir: str | os.PathLike[str] = "profile"
-    wait, warmup, active = 1, 1, 3
+    wait: int = 1
+    warmup: int = 1
+    active: int = 3
     all_processes: bool = False
     table: str | None = None
     _kwargs: Any = ()
@@ -64,7 +66,9 @@ class ProfilerCallback(TrainerCallback):
                 f"wait={wait}, warmup={warmup}, active={active}."
             )
         self.output_dir = output_dir
-        self.wait, self.warmup, self.active = wait, warmup, active
+        self.wait = wait
+        self.warmup = warmup
+        self.active = active
         self.all_processes = all_processes
         self._kwargs = kwargs
 
