@@ -3,8 +3,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -65,3 +68,50 @@ def tweets(tweets_file):
     with tweets_file.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = list(csv.DictReader(file))[::100]
     return [(row["text"], labels[row["sentiment"]]) for row in rows]
+
+
+class Pictures(Dataset):
+    """Digits as PIL images, with a transform as the data sets of timm have it."""
+
+    def __init__(self, digits, transform=None):
+        self.digits, self.transform = digits, transform
+
+    def __len__(self):
+        return len(self.digits)
+
+    def __getitem__(self, index):
+        functional = pytest.importorskip("torchvision.transforms.v2.functional")
+        pixels, label = self.digits[index]
+        image = functional.to_pil_image(pixels.expand(3, -1, -1)).resize((48, 48))
+        return (self.transform(image) if self.transform else image), int(label)
+
+
+@pytest.fixture
+def pictures():
+    """Make PIL images of some of the digits."""
+    return Pictures
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Return a function for some of the digits, as tensors of (1, 8, 8)."""
+    arrays = np.load(Path(__file__).parents[2] / "examples" / "data" / "digits.npz")
+    images = torch.from_numpy(arrays["images"]).float().div(16).unsqueeze(1)
+    labels = torch.from_numpy(arrays["labels"]).long()
+
+    def some(first=None, last=None):
+        return TensorDataset(images[first:last], labels[first:last])
+
+    return some
+
+
+@pytest.fixture
+def tensors(digits):
+    """Return a function for some of the digits, as RGB tensors of a size."""
+
+    def some(first, last, size=32):
+        images, labels = digits(first, last).tensors
+        larger = nn.functional.interpolate(images, size)
+        return TensorDataset(larger.expand(-1, 3, -1, -1), labels)
+
+    return some

@@ -101,9 +101,10 @@ def assert_close(actual, expected):
 def test_a_compiled_model_trains_to_the_same_weights_and_saves_plain_names(
     tmp_path, plain_weights, compiled_by
 ):
-    model = Network()
+    model = given = Network()
     if compiled_by == "user":
-        trainer = create_trainer(torch.compile(model, backend="eager"))
+        given = torch.compile(model, backend="eager")
+        trainer = create_trainer(given)
     else:
         regional = compiled_by == "regional settings"
         trainer = create_trainer(model, **settings(use_regional_compilation=regional))
@@ -119,25 +120,13 @@ def test_a_compiled_model_trains_to_the_same_weights_and_saves_plain_names(
     train(trainer)
 
     assert num_graphs() > 0
+    assert trainer.model is given
+    assert "forward" not in vars(model)
     assert_close(model.state_dict(), plain_weights)
     saved = torch.load(tmp_path / "model.pt")["model_state_dict"]
     assert saved.keys() == plain_weights.keys()
     assert Checkpoint(tmp_path / "state").load_weights().keys() == plain_weights.keys()
     assert len(states) == 2
-
-
-def test_the_user_gets_the_model_back_that_they_gave():
-    plain, compiled = Network(), torch.compile(Network(), backend="eager")
-
-    trainer = create_trainer(compiled)
-    train(trainer)
-    assert trainer.model is compiled
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = create_trainer(plain, **settings())
-    train(trainer)
-    assert trainer.model is plain
-    assert type(plain.forward).__name__ == "method"
 
 
 @pytest.mark.parametrize("compiled_by", ["user", "settings"])
@@ -159,20 +148,6 @@ def test_a_smaller_last_batch_and_a_second_run_compile_nothing_anew(compiled_by)
     assert per_epoch[0] > 0
     # The second epoch may still learn that the batch size changes.
     assert per_epoch[1:] == [per_epoch[1]] * 5
-
-
-def test_evaluation_alone_and_after_training_gives_the_loss_of_the_plain_model():
-    plain = Network()
-    expected = create_trainer(plain).evaluate(create_data(7), per_device_batch_size=4)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = create_trainer(Network(), **settings())
-
-    evaluated = trainer.evaluate(create_data(7), per_device_batch_size=4)
-    history = train(trainer)
-    after = trainer.evaluate(create_data(7), per_device_batch_size=4)
-
-    assert_close(evaluated, expected)
-    assert_close(after["evaluation_loss"], history.get_latest_metric("eval_loss_epoch"))
 
 
 def test_the_average_of_a_compiled_model_is_that_of_the_plain_one(tmp_path):

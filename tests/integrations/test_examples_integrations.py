@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset
 
 from pytorch_accelerated.utils import LimitBatches
 
@@ -148,45 +148,6 @@ def test_bert_is_fine_tuned_on_pairs_of_sentences(bert_folder, tweets):
 # ---------------------------------------------------------------------------- vision
 
 
-class Pictures(Dataset):
-    """Digits as PIL images, with a transform as the data sets of timm have it."""
-
-    def __init__(self, digits, transform=None):
-        self.digits, self.transform = digits, transform
-
-    def __len__(self):
-        return len(self.digits)
-
-    def __getitem__(self, index):
-        functional = pytest.importorskip("torchvision.transforms.v2.functional")
-        pixels, label = self.digits[index]
-        image = functional.to_pil_image(pixels.expand(3, -1, -1)).resize((48, 48))
-        return (self.transform(image) if self.transform else image), int(label)
-
-
-@pytest.fixture
-def digits():
-    """Return a function for some of the digits, as tensors of (1, 8, 8)."""
-    images, labels = load("quickstart").load_digits().tensors
-
-    def some(first, last):
-        return TensorDataset(images[first:last], labels[first:last])
-
-    return some
-
-
-@pytest.fixture
-def tensors(digits):
-    """Return a function for some of the digits, as RGB tensors of a size."""
-
-    def some(first, last, size=32):
-        images, labels = digits(first, last).tensors
-        larger = nn.functional.interpolate(images, size)
-        return TensorDataset(larger.expand(-1, 3, -1, -1), labels)
-
-    return some
-
-
 def create_small_model(**kwargs):
     torch.manual_seed(0)
     timm = pytest.importorskip("timm")
@@ -206,10 +167,10 @@ def test_pets_are_fine_tuned_in_two_stages(tensors):
     assert Path("best_model.pt").exists()
 
 
-def test_ants_and_bees_train_from_folders_of_pictures(digits):
+def test_ants_and_bees_train_from_folders_of_pictures(digits, pictures):
     resnet18 = pytest.importorskip("torchvision.models").resnet18
     for part, first in (("train", 0), ("val", 40)):
-        for index, (image, label) in enumerate(Pictures(digits(first, first + 40))):
+        for index, (image, label) in enumerate(pictures(digits(first, first + 40))):
             folder = Path("pictures", part, "ants" if label < 5 else "bees")
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{index}.png")
@@ -222,10 +183,12 @@ def test_ants_and_bees_train_from_folders_of_pictures(digits):
     assert Path("best_model.pt").exists()
 
 
-def test_progressive_resizing_trains_on_images_of_growing_size(digits, capsys):
+def test_progressive_resizing_trains_on_images_of_growing_size(
+    digits, pictures, capsys
+):
     history = load("progressive_resizing").main(
-        Pictures(digits(0, 64)),
-        Pictures(digits(64, 96)),
+        pictures(digits(0, 64)),
+        pictures(digits(64, 96)),
         create_small_model(),
         stages=((16, 1), (32, 1)),
     )
@@ -234,13 +197,13 @@ def test_progressive_resizing_trains_on_images_of_growing_size(digits, capsys):
     assert len(history.get_metric_values("eval_loss_epoch")) == 2
 
 
-def test_all_components_of_timm_work_together(digits):
+def test_all_components_of_timm_work_together(digits, pictures):
     model = create_small_model()
     model.default_cfg = model.pretrained_cfg = {"input_size": (3, 32, 32)}
 
     history = load("timm_components").main(
-        Pictures(digits(0, 64)),
-        Pictures(digits(64, 96)),
+        pictures(digits(0, 64)),
+        pictures(digits(64, 96)),
         model,
         num_epochs=1,
         batch_size=16,

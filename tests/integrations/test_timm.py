@@ -1,7 +1,6 @@
 """Models, optimizers, schedules, data loaders and mixup of timm."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,23 +20,6 @@ from timm.loss import SoftTargetCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
 from timm.scheduler import create_scheduler_v2  # noqa: E402
 from timm.utils import ModelEmaV3  # noqa: E402
-
-DIGITS = Path(__file__).parents[2] / "examples" / "data" / "digits.npz"
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """Return a function for real digits as RGB images of a size, with their labels."""
-    arrays = np.load(DIGITS)
-    images = torch.from_numpy(arrays["images"]).float().div(16).unsqueeze(1)
-    labels = torch.from_numpy(arrays["labels"]).long()
-
-    def resized(first, last, size):
-        some = nn.functional.interpolate(images[first:last], size, mode="bilinear")
-        return TensorDataset(some.expand(-1, 3, -1, -1), labels[first:last])
-
-    return resized
-
 
 # ---------------------------------------------------------------------- schedules
 
@@ -172,9 +154,6 @@ def test_the_plateau_schedule_of_timm_goes_by_the_evaluation_loss(warmup_epochs)
     )
 
 
-# --------------------------------------------------------------- models, optimizers
-
-
 # ------------------------------------------------------------------- mixup and EMA
 
 
@@ -238,11 +217,11 @@ def train_with_mixup_by_hand(dataset, ema=None):
     return model, losses, ema
 
 
-def test_mixup_with_soft_targets_trains_bit_for_bit_as_by_hand(digits):
-    dataset = digits(0, 64, 8)
+def test_mixup_with_soft_targets_trains_bit_for_bit_as_by_hand(tensors):
+    dataset = tensors(0, 64, 8)
     model, losses, _ = train_with_mixup_by_hand(dataset)
 
-    trainer = train_with_mixup(dataset, eval_dataset=digits(64, 128, 8))
+    trainer = train_with_mixup(dataset, eval_dataset=tensors(64, 128, 8))
 
     for name, tensor in model.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], tensor), name
@@ -251,8 +230,8 @@ def test_mixup_with_soft_targets_trains_bit_for_bit_as_by_hand(digits):
     assert len(trainer.run_history.get_metric_values("eval_loss_epoch")) == 2
 
 
-def test_the_average_of_timm_is_kept_after_every_update(digits, tmp_path):
-    dataset = digits(0, 64, 8)
+def test_the_average_of_timm_is_kept_after_every_update(tensors, tmp_path):
+    dataset = tensors(0, 64, 8)
     _, _, expected = train_with_mixup_by_hand(dataset, partial(ModelEmaV3, decay=0.8))
     callback = ModelEmaCallback(
         decay=0.8, model_ema=ModelEmaV3, save_path=tmp_path / "ema.pt"
@@ -273,27 +252,11 @@ def test_the_average_of_timm_is_kept_after_every_update(digits, tmp_path):
 # ------------------------------------------------------------------------- loaders
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Digits as PIL images, in the form that the data sets of timm have."""
-
-    def __init__(self, dataset, transform=None):
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        from torchvision.transforms.v2.functional import to_pil_image
-
-        image, label = self.dataset[index]
-        return self.transform(to_pil_image(image)), int(label)
-
-
 @pytest.mark.parametrize("use_prefetcher", [True, False])
-def test_the_loaders_of_timm_are_used_as_they_are(digits, use_prefetcher):
+def test_the_loaders_of_timm_are_used_as_they_are(digits, pictures, use_prefetcher):
     def loader(first, last, is_training):
         return create_loader(
-            Pictures(digits(first, last, 32)),
+            pictures(digits(first, last)),
             input_size=32,
             batch_size=16,
             is_training=is_training,

@@ -1,8 +1,5 @@
 """Metrics of torchmetrics and scikit-learn; those of two processes are in promises/."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,8 +16,6 @@ from torchmetrics.classification import (  # noqa: E402
     MulticlassAUROC,
     MulticlassF1Score,
 )
-
-DIGITS = Path(__file__).parents[2] / "examples" / "data" / "digits.npz"
 
 
 class MetricsTrainer(Trainer):
@@ -56,10 +51,9 @@ class MetricsTrainer(Trainer):
         self.run_history.update_metric("f1_of_sklearn", score)
 
 
-def test_metrics_of_both_see_every_sample_of_an_evaluation_once():
-    arrays = np.load(DIGITS)
-    images = torch.from_numpy(arrays["images"]).float().div(16).flatten(1)
-    labels = torch.from_numpy(arrays["labels"]).long()
+def test_metrics_of_both_see_every_sample_of_an_evaluation_once(digits):
+    images, labels = digits().tensors
+    images = images.flatten(1)
     torch.manual_seed(0)
     model = nn.Linear(64, 10)
     own = {

@@ -205,26 +205,6 @@ def test_data_that_comes_with_the_events(create_trainer, samples):
     assert updates == [1, 2]
 
 
-def test_events_of_an_epoch_see_its_number_and_those_after_the_run_the_next(
-    create_trainer, samples
-):
-    epochs = {}
-
-    class KeepsEpochs(TrainerCallback):
-        def on_train_epoch_start(self, trainer, **kwargs):
-            epochs.setdefault("start", []).append(trainer.run_history.current_epoch)
-
-        def on_training_run_epoch_end(self, trainer, **kwargs):
-            epochs.setdefault("end", []).append(trainer.run_history.current_epoch)
-
-        def on_training_run_end(self, trainer, **kwargs):
-            epochs["after"] = trainer.run_history.current_epoch
-
-    create_trainer([KeepsEpochs]).train(samples(2), num_epochs=3)
-
-    assert epochs == {"start": [1, 2, 3], "end": [1, 2, 3], "after": 4}
-
-
 IN_AN_EPOCH = [*train_epoch(step()), *eval_epoch(1), *EPOCH_END]
 
 

@@ -33,18 +33,6 @@ class KeepsRates(TrainerCallback):
 # --- going on
 
 
-def test_a_second_run_goes_on_from_the_first(create_trainer, samples):
-    trainer = create_trainer()
-
-    trainer.train(samples(2), num_epochs=2)
-    history = trainer.train(samples(2), num_epochs=1)
-
-    assert trainer.model.weight.item() == 0.5**3
-    assert history.get_metric_values("train_loss_epoch") == [0.25**2]
-    assert history.current_epoch == 2
-    assert trainer.num_updates == 1
-
-
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))]
 )
@@ -82,21 +70,6 @@ def test_parameters_that_the_user_adds_between_runs_are_trained(samples):
     trainer.train(samples(2), num_epochs=1)
     # Output 0.5, so the gradients are 2 * 0.5 * the other weight.
     assert [layer.weight.item() for layer in model] == [1 - 0.25 * 0.5, 0.25]
-
-
-def test_a_run_that_failed_does_not_keep_the_next_from_running(create_trainer, samples):
-    class Fails(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            if trainer.run_history.current_epoch == 2:
-                raise RuntimeError("broken")
-
-    trainer = create_trainer([Fails])
-    with pytest.raises(RuntimeError, match="broken"):
-        trainer.train(samples(2), num_epochs=2)
-
-    trainer.train(samples(2), num_epochs=1)
-
-    assert trainer.model.weight.item() == 0.5**3
 
 
 # --- learning rates

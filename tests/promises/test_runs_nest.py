@@ -153,21 +153,6 @@ def test_so_it_does_whatever_the_evaluation_draws_or_nests(event, action):
     assert_same(train([At(event, action)]), train())
 
 
-def test_an_evaluation_in_a_hook_of_the_trainer():
-    class Evaluates(Trainer):
-        def train_epoch_end(self):
-            self.result = self.evaluate(noise(6, seed=3))
-
-    model = nn.Linear(6, 3)
-    trainer = Evaluates(
-        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), ()
-    )
-    history = trainer.train(noise(8), 1, eval_dataset=noise(6, seed=3))
-
-    expected = history.get_latest_metric("eval_loss_epoch")
-    assert trainer.result == {"evaluation_loss": expected}
-
-
 def test_an_evaluation_that_fails_leaves_the_run_as_it_was():
     def fail(trainer):
         with pytest.raises(TypeError):

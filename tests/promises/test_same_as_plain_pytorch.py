@@ -8,9 +8,12 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from pytorch_accelerated.data import epoch_order
-from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.trainer import Trainer
 
-NUM_SAMPLES, BATCH_SIZE, NUM_EPOCHS, SEED = 22, 4, 2, 7
+NUM_SAMPLES, BATCH_SIZE, NUM_EPOCHS, SEED = 22, 4, 2, 7  # 6 batches in an epoch
+MAX_NORM = 0.1
+
+create_scheduler = partial(OneCycleLR, max_lr=0.2, total_steps=6 * NUM_EPOCHS)
 
 
 def sgd(model):
@@ -28,9 +31,9 @@ def batches_of(dataset, epoch):
         yield tuple(torch.stack(column) for column in zip(*samples, strict=True))
 
 
-def train_by_hand(model, create_optimizer, dataset, clip=None, create_scheduler=None):
+def train_by_hand(model, create_optimizer, dataset, has_more):
     optimizer = create_optimizer(model)
-    scheduler = create_scheduler(optimizer) if create_scheduler else None
+    scheduler = create_scheduler(optimizer) if has_more else None
     loss_func = nn.CrossEntropyLoss()
     torch.manual_seed(SEED)
     losses = []
@@ -39,10 +42,10 @@ def train_by_hand(model, create_optimizer, dataset, clip=None, create_scheduler=
         for inputs, targets in batches_of(dataset, epoch):
             loss = loss_func(model(inputs), targets)
             loss.backward()
-            if clip is not None:
-                clip(model.parameters())
+            if has_more:
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
-            if scheduler is not None:
+            if has_more:
                 scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
@@ -83,102 +86,26 @@ def assert_same_bits(actual, expected):
 
 @pytest.mark.parametrize("create_optimizer", [sgd, adamw])
 @pytest.mark.parametrize("fetching", ["whole batches", "sample by sample"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("has_more", [False, True])
 def test_weights_losses_and_optimizer_are_those_of_the_loop_by_hand(
-    noise, create_classifier, one_by_one, create_optimizer, fetching, dropout
+    noise, create_classifier, one_by_one, create_optimizer, fetching, has_more
 ):
+    """With dropout; more are clipping, a schedule, and evaluations between epochs."""
     dataset = noise(NUM_SAMPLES)
     if fetching == "sample by sample":
         dataset = one_by_one(dataset)
-
-    assert_same_bits(
-        train_with_trainer(create_classifier(dropout), create_optimizer, dataset),
-        train_by_hand(create_classifier(dropout), create_optimizer, dataset),
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "clip"),
-    [
-        (
-            {"gradient_clip_value": 0.02},
-            partial(nn.utils.clip_grad_value_, clip_value=0.02),
-        ),
-        ({"gradient_clip_norm": 0.1}, partial(nn.utils.clip_grad_norm_, max_norm=0.1)),
-    ],
-)
-def test_clipped_training_is_the_same_as_by_hand(
-    noise, create_classifier, arguments, clip
-):
-    dataset = noise(NUM_SAMPLES)
-    clipped = train_by_hand(create_classifier(), sgd, dataset, clip)
-    unclipped = train_by_hand(create_classifier(), sgd, dataset)
-
-    assert_same_bits(
-        train_with_trainer(create_classifier(), sgd, dataset, **arguments), clipped
-    )
-    assert not torch.equal(clipped[0][0].weight, unclipped[0][0].weight)
-
-
-def test_training_with_a_scheduler_of_torch_is_the_same_as_by_hand(
-    noise, create_classifier
-):
-    dataset = noise(NUM_SAMPLES)  # 6 batches in an epoch
-    placeholders = partial(
-        OneCycleLR,
-        max_lr=0.2,
-        epochs=TrainerPlaceholderValues.NUM_EPOCHS,
-        steps_per_epoch=TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
-    )
-    numbers = partial(OneCycleLR, max_lr=0.2, epochs=NUM_EPOCHS, steps_per_epoch=6)
+    more = {
+        "gradient_clip_norm": MAX_NORM,
+        "create_scheduler_fn": create_scheduler,
+        "eval_dataset": noise(10),
+    }
 
     assert_same_bits(
         train_with_trainer(
-            create_classifier(), sgd, dataset, create_scheduler_fn=placeholders
+            create_classifier(0.5),
+            create_optimizer,
+            dataset,
+            **more if has_more else {},
         ),
-        train_by_hand(create_classifier(), sgd, dataset, create_scheduler=numbers),
+        train_by_hand(create_classifier(0.5), create_optimizer, dataset, has_more),
     )
-
-
-def test_an_evaluation_between_epochs_does_not_change_the_training(
-    noise, create_classifier
-):
-    dataset = noise(NUM_SAMPLES)
-
-    assert_same_bits(
-        train_with_trainer(
-            create_classifier(0.5), sgd, dataset, eval_dataset=noise(10)
-        ),
-        train_by_hand(create_classifier(0.5), sgd, dataset),
-    )
-
-
-def test_without_a_seed_a_run_can_be_repeated_from_the_global_generator(
-    noise, create_classifier
-):
-    def train():
-        torch.manual_seed(3)
-        model = create_classifier(0.5)
-        trainer = Trainer(model, nn.CrossEntropyLoss(), sgd(model), callbacks=())
-        trainer.train(noise(NUM_SAMPLES), num_epochs=1)
-        return model[0].weight
-
-    assert torch.equal(train(), train())
-
-
-def test_the_recorded_data_seed_gives_the_order_of_a_run_without_a_seed(
-    noise, create_classifier
-):
-    seen = []
-
-    class KeepsBatches(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            seen.append(batch[0])
-            return super().calculate_train_batch_loss(batch)
-
-    model, dataset = create_classifier(), noise(NUM_SAMPLES)
-    trainer = KeepsBatches(model, nn.CrossEntropyLoss(), sgd(model), callbacks=())
-    trainer.train(dataset, num_epochs=1)
-
-    order = epoch_order(NUM_SAMPLES, trainer.run_config.data_seed, 1)
-    assert torch.equal(torch.cat(seen), dataset.tensors[0][order])

@@ -410,23 +410,3 @@ def test_an_override_of_an_event_need_not_call_ours(session, cls, event):
     runs.run()
     if event not in ESSENTIAL.get(cls, ()):
         assert JOBS[cls](runs)
-
-
-def test_the_published_way_to_log_to_mlflow_works(create_trainer, samples):
-    """Found 110: AttributeError after the first epoch."""
-
-    class LogToMLflow(LogMetricsCallback):
-        def __init__(self, run_name):
-            self.run_name = run_name
-
-        def on_training_run_start(self, trainer, **kwargs):
-            self.logged = []
-
-        def log_metrics(self, trainer, metrics):
-            self.logged.append((self.run_name, metrics))
-
-    log = LogToMLflow("first")
-    trainer = create_trainer([log])
-    for _ in range(2):
-        trainer.train(samples(1), num_epochs=1)
-        assert [name for name, _ in log.logged] == ["first"]

@@ -50,19 +50,6 @@ class MilestoneLrScheduler(StatefulSchedulerBase):
         return [value * self.gamma**passed for value in self.base_lr_values]
 
 
-def test_a_scheduler_that_defines_only_its_values_works():
-    """Defect 35: two methods of its own made it abstract."""
-    optimizer = create_optimizer(0.8)
-    scheduler = MilestoneLrScheduler(optimizer)
-
-    used = []
-    for _ in range(6):
-        scheduler.step()
-        used += get_lrs(optimizer)
-
-    assert used == [0.8, 0.8, 0.4, 0.4, 0.2, 0.2]
-
-
 def test_the_default_state_continues_the_schedule():
     original = MilestoneLrScheduler(create_optimizer(0.8))
     for _ in range(3):
