@@ -46,9 +46,16 @@ class Means:
                 self.scalars[name].update(value, num_items)
 
     def totals(self) -> dict[str, tuple[float, float]]:
-        """Return the sum over the items and their number for each name."""
+        """Return the sum over the items and their number for each name.
+
+        Waits for the device once.
+        """
         trackers = {"loss": self.loss, **self.scalars}
-        return {name: tracker.totals() for name, tracker in trackers.items()}
+        sums = [each.total_loss for each in trackers.values()]
+        sums += [each.running_count for each in trackers.values()]
+        read = _read(sums)
+        both = zip(read[: len(trackers)], read[len(trackers) :], strict=True)
+        return dict(zip(trackers, both, strict=True))
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return the sums as plain numbers."""
@@ -155,10 +162,8 @@ class LossTracker:
         Add both over the processes of a distributed run, in float64, and divide them
         for the mean of the whole run. Waits for the device once.
         """
-        total, count = self.total_loss, self.running_count
-        if isinstance(total, torch.Tensor) and isinstance(count, torch.Tensor):
-            total, count = torch.stack((total, count.to(total.device))).tolist()
-        return float(total), float(count)
+        total, count = _read([self.total_loss, self.running_count])
+        return total, count
 
     def state_dict(self) -> dict[str, float]:
         """Return the two sums as plain numbers, from which tracking goes on exactly."""
@@ -191,6 +196,17 @@ class LossTracker:
         if not isinstance(total, torch.Tensor) or total.device != device:
             total = self.total_loss = _scalar_on(device, total)
         return total
+
+
+def _read(values: list[float | torch.Tensor]) -> list[float]:
+    """Return the values as numbers, after waiting for the device once."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
+    read = iter(torch.stack(on_one_device).tolist() if tensors else ())
+    return [
+        next(read) if isinstance(value, torch.Tensor) else float(value)
+        for value in values
+    ]
 
 
 def _without_dimensions(loss: torch.Tensor) -> torch.Tensor:

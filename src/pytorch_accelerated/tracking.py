@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
+import io
 import json
+import math
 import os
 import re
 import threading
@@ -23,6 +26,7 @@ from pytorch_accelerated.means import LossTracker as LossTracker
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 INTERMEDIATE_PREFIX = "intermediate_"
 EVALUATION_PREFIX = "evaluation_"
@@ -344,20 +348,26 @@ class InMemoryRunHistory(RunHistory):
         self._current_epoch = 1
         self.current_step = 0
 
-    def records(self, name: str | None = None) -> list[MetricRecord]:
+    def records(
+        self, name: str | None = None, *, skip: Mapping[str, int] | None = None
+    ) -> list[MetricRecord]:
         """Return the values with the epoch, step and time of each.
 
         Args:
             name: The metric to return, oldest value first. By default all metrics, one
                 after the other in the order of their names.
+            skip: How many values of a metric to leave out, the oldest ones.
         """
+        skip = skip or {}
         with _LOCK:
             return [
                 MetricRecord(metric, value, *origin)
                 for metric in self._names()
                 if name in (None, metric)
                 for value, origin in zip(
-                    self._metrics[metric], self._origins_of(metric), strict=True
+                    self._metrics[metric][skip.get(metric, 0) :],
+                    self._origins_of(metric)[skip.get(metric, 0) :],
+                    strict=True,
                 )
             ]
 
@@ -419,15 +429,7 @@ class InMemoryRunHistory(RunHistory):
         new one is whole. What it holds of values that are no numbers is as in
         :meth:`to_dict`.
         """
-        file = Path(os.path.realpath(path))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(record._asdict()) for record in self._plain_records()]
-        temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-        try:
-            temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_records(self.records(), path)
 
     @classmethod
     def load_jsonl(cls, path: str | os.PathLike[str]) -> InMemoryRunHistory:
@@ -454,9 +456,44 @@ class InMemoryRunHistory(RunHistory):
         """
         import pandas as pd
 
-        numbers = [record for record in self.records() if is_number(record.value)]
-        table: pd.DataFrame = pd.DataFrame(numbers, columns=list(MetricRecord._fields))
+        table: pd.DataFrame = pd.DataFrame(
+            numbers_of(self), columns=list(MetricRecord._fields)
+        )
         return table
+
+    def plot(self, *metrics: str) -> Figure:
+        """Draw the values that are numbers.
+
+        Those of training and evaluation share axes: ``train_loss_epoch``,
+        ``eval_loss_epoch`` and ``intermediate_eval_loss`` are three lines under "loss".
+
+        Args:
+            *metrics: What to draw: names of metrics, or of axes such as "loss". By
+                default everything.
+
+        Returns:
+            The figure: ``history.plot().savefig("run.png")``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is nothing to draw, or no metric of a given name.
+        """
+        return compare_histories({"": self}, metrics=metrics)
+
+    def summary(self) -> HistorySummary:
+        """Return the last and the best value of each metric, by its name.
+
+        ``print(history.summary())`` shows a table;
+        ``history.summary()["eval_loss_epoch"].best.epoch`` is the best epoch.
+        """
+        summary = HistorySummary()
+        for record in numbers_of(self):
+            last, best = record, summary.get(record.name, (None, None))[1]
+            greater = is_greater_better(record.name)
+            if greater is not None and math.isfinite(record.value):
+                best = (max if greater else min)(best or last, last, key=_value_of)
+            summary[record.name] = MetricSummary(last, best)
+        return summary
 
     def _names(self) -> list[str]:
         return [name for name, values in self._metrics.items() if values]
@@ -470,20 +507,8 @@ class InMemoryRunHistory(RunHistory):
         known = ", ".join(self._names()) or "nothing"
         return f"No metric named {name!r} in the run history; recorded so far: {known}."
 
-    def _plain_records(self, name: str | None = None) -> list[MetricRecord]:
-        """Return the records that can be written, with what they hold in plain values.
-
-        Args:
-            name: The metric, by default all.
-        """
-        return [
-            record._replace(value=plain)
-            for record in self.records(name)
-            if _is_plain(plain := _plain(record.value))
-        ]
-
     def _columns(self, name: str) -> dict[str, list[Any]]:
-        records = self._plain_records(name)
+        records = _plain_records(self.records(name))
         return {
             column: [getattr(record, column) for record in records]
             for column in MetricRecord._fields[1:]
@@ -501,6 +526,132 @@ class InMemoryRunHistory(RunHistory):
         origins = self._origins_of(name)
         self._metrics[name].append(value)
         origins.append(origin)
+
+
+class MetricSummary(NamedTuple):
+    """What became of a metric.
+
+    Attributes:
+        last: Its newest value.
+        best: Its best one; None if its name does not say whether greater is better, see
+            :func:`is_greater_better`, and if no value is finite.
+    """
+
+    last: MetricRecord
+    best: MetricRecord | None
+
+
+class HistorySummary(dict[str, MetricSummary]):
+    """The :class:`MetricSummary` of each metric, by its name; printed as a table."""
+
+    def __str__(self) -> str:
+        """Return a table of the metrics."""
+        rows = [["metric", "last", "best", "epoch", "update"]]
+        for name, (last, best) in self.items():
+            row = [name, f"{last.value:.6g}"]
+            if best is not None:
+                row += [f"{best.value:.6g}", str(best.epoch or ""), str(best.step)]
+            rows.append(row + [""] * (len(rows[0]) - len(row)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+        )
+
+
+def compare_histories(
+    histories: Mapping[str, Any] | Iterable[Any],
+    names: Iterable[str] | None = None,
+    *,
+    metrics: Iterable[str] = (),
+) -> Figure:
+    """Draw the metrics of several runs over each other.
+
+    Args:
+        histories: Histories, or paths of files of JSON lines; a list of them, or a
+            dictionary by the names of the runs.
+        names: The names of the runs in a list; by default those of the files, or
+            numbers from 1.
+        metrics: What to draw, as for :meth:`InMemoryRunHistory.plot`.
+
+    Returns:
+        The figure, with a colour for each run.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is nothing to draw, or no metric of a given name.
+    """
+    from pytorch_accelerated.plotting import draw
+
+    if not isinstance(histories, Mapping):
+        runs = list(histories)
+        names = names or [str(run) if _is_path(run) else "" for run in runs]
+        numbered = zip(names, runs, strict=True)
+        histories = {
+            name or f"run {n}": run for n, (name, run) in enumerate(numbered, 1)
+        }
+    load = InMemoryRunHistory.load_jsonl
+    read = {
+        name: load(run) if _is_path(run) else run for name, run in histories.items()
+    }
+    return draw({name: numbers_of(run) for name, run in read.items()}, list(metrics))
+
+
+def _is_path(run: Any) -> bool:
+    return isinstance(run, str | os.PathLike)
+
+
+def _value_of(record: MetricRecord) -> Any:
+    return record.value
+
+
+def numbers_of(history: InMemoryRunHistory) -> list[MetricRecord]:
+    """Return the records whose values are numbers."""
+    return [record for record in history.records() if is_number(record.value)]
+
+
+def write_records(
+    records: Iterable[MetricRecord],
+    path: str | os.PathLike[str],
+    *,
+    append: bool = False,
+) -> None:
+    """Write records to a file, as CSV if its name ends in ``.csv``, else as JSON lines.
+
+    Args:
+        records: Those whose values cannot be written are left out.
+        path: The file; missing folders are made. One that is there already is replaced
+            once the new one is whole.
+        append: Whether to write to the end of the file instead.
+    """
+    file, lines = Path(os.path.realpath(path)), io.StringIO()
+    table = csv.DictWriter(lines, MetricRecord._fields, lineterminator="\n")
+    if file.suffix == ".csv" and not append:
+        table.writeheader()
+    for record in _plain_records(records):
+        if file.suffix == ".csv":
+            table.writerow(record._asdict())
+        else:
+            lines.write(json.dumps(record._asdict()) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if append:
+        with open(file, "a", encoding="utf-8") as end:
+            end.write(lines.getvalue())
+        return
+    temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(lines.getvalue(), encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain_records(records: Iterable[MetricRecord]) -> list[MetricRecord]:
+    """Return the records that can be written, with what they hold in plain values."""
+    return [
+        record._replace(value=plain)
+        for record in records
+        if _is_plain(plain := _plain(record.value))
+    ]
 
 
 class _Float(float):

@@ -5,6 +5,8 @@ tensor but the order of the samples (whole numbers in one dimension), which neve
 the host.
 """
 
+import math
+
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
@@ -12,7 +14,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytorch_accelerated.callbacks import TrackerCallback, TrainerCallback
+from pytorch_accelerated.callbacks import (
+    RecordHistoryCallback,
+    TrackerCallback,
+    TrainerCallback,
+)
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
 
 # item(), float(), bool() and the like end in an operation that is counted by itself.
@@ -151,6 +157,16 @@ def test_a_tracker_costs_one_read_in_an_interval(create_classifier, noise):
     reads = count_reads(
         create_classifier(), noise(40), [callback], gradient_clip_norm=1.0
     )
+    assert reads == 20 / 5
+
+
+def test_the_history_is_read_once_in_n_updates(create_classifier, noise):
+    callbacks = [RecordHistoryCallback(every_n_updates=5)]
+
+    reads = count_reads(
+        create_classifier(), noise(40), callbacks, gradient_clip_norm=math.inf
+    )
+
     assert reads == 20 / 5
 
 

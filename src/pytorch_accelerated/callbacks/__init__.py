@@ -20,6 +20,7 @@ from pytorch_accelerated.callbacks.evaluation import (
     LimitEvalStepsCallback,
     StepBasedEvaluationCallback,
 )
+from pytorch_accelerated.callbacks.history import RecordHistoryCallback
 from pytorch_accelerated.callbacks.logging import LogMetricsCallback
 from pytorch_accelerated.callbacks.modules import (
     ConvertSyncBatchNormCallback,
@@ -62,6 +63,7 @@ __all__ = [
     "PrintProgressCallback",
     "ProfilerCallback",
     "ProgressBarCallback",
+    "RecordHistoryCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",

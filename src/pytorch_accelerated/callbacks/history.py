@@ -1,0 +1,190 @@
+"""Recording more of a run, and keeping it in a file as the run goes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
+from pytorch_accelerated.distributed import sum_over_processes
+from pytorch_accelerated.errors import warn
+from pytorch_accelerated.tracking import (
+    InMemoryRunHistory,
+    count_values,
+    write_records,
+)
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+
+class RecordHistoryCallback(TrainerCallback):
+    """Records learning rates, gradient norms and times, and writes all to a file.
+
+    Each epoch it records ``learning_rate``, that of the last update (of further
+    parameter groups ``learning_rate_1`` and so on); the mean of the gradient norms as
+    ``train_gradient_norm_epoch``, in runs that know them; ``train_seconds_epoch``, and
+    with the evaluation ``seconds_epoch``, since the process started or took up the
+    epoch. With ``train(gradient_clip_norm=math.inf)`` norms are measured and nothing is
+    clipped.
+
+    With ``every_n_updates``, it also records the learning rate, and the means since the
+    last time, as ``train_loss``, ``train_gradient_norm`` and so on, after every n
+    updates of the run and at the end of each epoch. That waits for the device once.
+
+    With ``path``, everything in the run history is written there, by one process and as
+    soon as a callback that is listed last hears of it: a crash loses nothing of it. A
+    resumed run first writes what the run had recorded up to its place; one that starts
+    afresh replaces the file. If writing fails, a warning says so, the run goes on, and
+    the next time everything is written again. A trainer that only evaluates writes
+    nothing.
+
+    Args:
+        path: The file: CSV if its name ends in ``.csv``, JSON lines if in ``.jsonl``,
+            to be read with
+            :meth:`~pytorch_accelerated.tracking.InMemoryRunHistory.load_jsonl`.
+        every_n_updates: Updates between two records of the loss, at least 1.
+    """
+
+    may_stop_alone = False
+    # A state that is saved in these events is to have what is recorded in them.
+    called_first = ("on_train_step_end", "on_training_run_epoch_end")
+    called_last = ("on_training_run_end", "on_evaluation_run_end")
+
+    path: Path | None = None
+    every_n_updates: int | None = None
+    # The sums of the epoch, and the updates of the run, up to the last record.
+    _sums: Mapping[str, Any] = MappingProxyType({})
+    _num_recorded: int = 0
+    _num_updates: int = 0
+    _start: float = 0.0
+    _num_written: Mapping[str, int] | None = None
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        every_n_updates: int | None = None,
+    ) -> None:
+        if every_n_updates is not None and every_n_updates < 1:
+            raise ValueError(
+                f"every_n_updates must be at least 1, got {every_n_updates}. To record "
+                "at the end of epochs only, leave it out."
+            )
+        # Absolute, since a script may change its directory.
+        self.path = None if path is None else Path(path).expanduser().absolute()
+        if self.path is not None and self.path.suffix not in (".csv", ".jsonl"):
+            raise ValueError(
+                f"path must end in .jsonl (JSON lines) or .csv, got {str(path)!r}."
+            )
+        self.every_n_updates = every_n_updates
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self._num_recorded, self._num_written = 0, None
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Start the clock.
+
+        Raises:
+            TypeError: If the run history cannot be written to a file.
+        """
+        history = trainer.run_history
+        if self.path is not None and not isinstance(history, InMemoryRunHistory):
+            raise TypeError(
+                "RecordHistoryCallback(path=...) writes an InMemoryRunHistory, and the "
+                f"trainer has a {type(history).__name__}. Leave path out, or subclass "
+                "InMemoryRunHistory."
+            )
+        self._start = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Start the clock and the sums of the epoch."""
+        progress, self._start = trainer._run.progress, time.perf_counter()
+        self._num_updates = progress.num_updates
+        if not progress.is_amid_epoch:
+            self._sums = {}
+
+    @event_with_data
+    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Add the gradient norm of an update, and record if it is time to."""
+        run = trainer._run
+        if run.progress.num_updates == self._num_updates:
+            return
+        self._num_updates = run.progress.num_updates
+        if run.gradient_norm is not None:
+            run.means.add_scalars({"gradient_norm": run.gradient_norm}, 1)
+        if self.every_n_updates and self._num_updates % self.every_n_updates == 0:
+            self._record_means(trainer)
+            self._record_rates(trainer)
+            self._write(trainer)
+
+    def _record_means(self, trainer: Trainer) -> None:
+        """Record the means of what has come since the last time. Collective."""
+        before, sums = self._sums, sum_over_processes(trainer._run.means.totals())
+        for name, (total, count) in sums.items():
+            total_before, count_before = before.get(name, (0.0, 0.0))
+            if count > count_before:
+                mean = (total - total_before) / (count - count_before)
+                trainer.run_history.update_metric(f"train_{name}", mean)
+        self._sums, self._num_recorded = sums, self._num_updates
+
+    def _record_rates(self, trainer: Trainer) -> None:
+        for group, rate in enumerate(trainer.last_lr or ()):
+            name = f"learning_rate_{group}" if group else "learning_rate"
+            trainer.run_history.update_metric(name, rate)
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Record what has not been recorded yet, and the time."""
+        if self.every_n_updates is None:
+            self._record_rates(trainer)
+        elif self._num_recorded < self._num_updates:
+            self._record_means(trainer)
+            self._record_rates(trainer)
+        seconds = time.perf_counter() - self._start
+        trainer.run_history.update_metric("train_seconds_epoch", seconds)
+        self._write(trainer)
+
+    @event_with_data
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Write what has been recorded."""
+        self._write(trainer)
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Record the time of the whole epoch."""
+        seconds = time.perf_counter() - self._start
+        trainer.run_history.update_metric("seconds_epoch", seconds)
+        self._write(trainer)
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Write what has been recorded since."""
+        self._write(trainer)
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Write what has been recorded since."""
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        """Write what is new, or everything if the file is not ours yet."""
+        if self.path is None or not trainer._accelerator.is_main_process:
+            return
+        history: Any = trainer.run_history
+        is_of_training = trainer._run.training.is_training
+        new = history.records(skip=self._num_written) if is_of_training else ()
+        try:
+            if new:
+                write_records(new, self.path, append=self._num_written is not None)
+                self._num_written = count_values(history)
+        except OSError as error:
+            self._num_written = None
+            warn(f"The run history could not be written to {self.path}: {error}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next record goes on from."""
+        return {"sums": self._sums, "num_recorded": self._num_recorded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._sums, self._num_recorded = state["sums"], state["num_recorded"]
