@@ -32,9 +32,10 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 # The types below are documented elsewhere, and a build without a network cannot look
-# them up: it has no inventory of Python, torch, numpy, pandas and accelerate.
+# them up: it has no inventory of Python, torch, numpy and the like.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|optim|np|numpy|pd|pandas|accelerate|Accelerator)\b.*"),
+    (r"py:.*", r"(matplotlib|Figure)\b.*"),
     (r"py:.*", r".*\.(Result)$"),  # type variables
     (
         r"py:.*",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pytorch_accelerated.tracking import (
     InMemoryRunHistory,
     MetricRecord,
+    compare_histories,
     is_greater_better,
 )
 
@@ -479,3 +480,127 @@ def test_pandas_gets_a_row_for_each_record(two_epoch_history):
 )
 def test_whether_greater_is_better_is_known_by_the_words_of_a_name(name, expected):
     assert is_greater_better(name) is expected
+
+
+# --- what is left out of the records, plots and summaries
+
+
+@pytest.fixture
+def run_history(history):
+    """Two epochs of 10 updates, with evaluations amid them and one afterwards."""
+    for epoch in (1, 2):
+        for step in (5, 10):
+            history.current_step = 10 * (epoch - 1) + step
+            history.update_metric("intermediate_eval_loss", 1 / history.current_step)
+        history.update_metric("train_loss_epoch", 2 / epoch)
+        history.update_metric("eval_loss_epoch", 3 / epoch)
+        history.update_metric("eval_accuracy_epoch", 0.5)
+        history.update_metric("eval_confusion_epoch", torch.eye(2))
+        history._increment_epoch()
+    with history._evaluation():
+        history.update_metric("loss", 0.25)
+    return history
+
+
+def points_of(figure):
+    return {
+        axes.get_title(): {
+            line.get_label(): [*zip(*line.get_data(), strict=True)]
+            for line in axes.get_lines()
+        }
+        for axes in figure.axes
+    }
+
+
+def test_records_can_be_had_without_those_that_are_known(two_epoch_history):
+    new = two_epoch_history.records(skip={"train_loss_epoch": 1})
+
+    assert [(each.name, each.value) for each in new] == [
+        ("train_loss_epoch", 0.375),
+        ("accuracy", 0.25),
+    ]
+
+
+def test_a_plot_has_training_and_evaluation_of_a_metric_in_the_same_axes(run_history):
+    assert points_of(run_history.plot()) == {
+        "loss": {
+            "intermediate_eval_loss": [(5, 0.2), (10, 0.1), (15, 1 / 15), (20, 0.05)],
+            "train_loss_epoch": [(10, 2), (20, 1)],
+            "eval_loss_epoch": [(10, 3), (20, 1.5)],
+            "evaluation_loss": [(20, 0.25)],
+        },
+        "accuracy": {"eval_accuracy_epoch": [(1, 0.5), (2, 0.5)]},
+    }
+
+
+def test_a_plot_of_chosen_metrics_has_no_others(run_history):
+    figure = run_history.plot("accuracy", "train_loss_epoch")
+
+    assert {title: [*lines] for title, lines in points_of(figure).items()} == {
+        "loss": ["train_loss_epoch"],
+        "accuracy": ["eval_accuracy_epoch"],
+    }
+    assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "epoch"]
+
+
+def test_values_recorded_by_a_script_are_plotted_by_their_number(history):
+    for value in (3.0, math.nan, math.inf, 1.0):
+        history.update_metric("mine", value)
+    figure = history.plot()
+
+    assert [x for x, _ in points_of(figure)["mine"]["mine"]] == [1, 2, 3, 4]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_nothing_says_what_there_is(history, run_history):
+    with pytest.raises(ValueError, match=r"'?lr'? has not been recorded.*: .*accuracy"):
+        run_history.plot("loss", "lr")
+    with pytest.raises(ValueError, match="recorded so far: nothing"):
+        InMemoryRunHistory().plot()
+
+
+def test_runs_are_drawn_over_each_other(run_history, two_epoch_history, tmp_path):
+    file = tmp_path / "first.jsonl"
+    run_history.save_jsonl(file)
+    metrics = ["train_loss_epoch"]
+
+    by_name = compare_histories({"a": file, "b": two_epoch_history}, metrics=metrics)
+    listed = compare_histories([str(file), two_epoch_history], metrics=metrics)
+    named = compare_histories([file, file], names=["x", "y"], metrics=metrics)
+
+    lines = by_name.axes[0].get_lines()
+    assert [each.get_label() for each in lines] == [
+        "a train_loss_epoch",
+        "b train_loss_epoch",
+    ]
+    assert lines[0].get_color() != lines[1].get_color()
+    assert [*points_of(listed)["loss"]] == [
+        f"{file} train_loss_epoch",
+        "run 2 train_loss_epoch",
+    ]
+    assert [*points_of(named)["loss"]] == ["x train_loss_epoch", "y train_loss_epoch"]
+
+
+def test_without_matplotlib_a_plot_says_what_to_install(run_history, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    with pytest.raises(ImportError, match=r"pytorch-accelerated\[plot\]"):
+        run_history.plot()
+
+
+def test_a_summary_has_the_last_and_the_first_best_value_of_each_metric(run_history):
+    run_history.update_metric("eval_accuracy_epoch", math.inf)
+    run_history.update_metric("eval_loss_epoch", 1.75)
+    run_history.update_metric("lr", 0.1)
+    summary = run_history.summary()
+
+    last, best = summary["eval_loss_epoch"]
+    assert (last.value, best.value, best.epoch, best.step) == (1.75, 1.5, 2, 20)
+    last, best = summary["eval_accuracy_epoch"]
+    assert (last.value, best.value, best.epoch) == (math.inf, 0.5, 1)
+    assert summary["lr"].best is None
+    assert "eval_confusion_epoch" not in summary
+    text = str(summary).splitlines()
+    assert text[0].split() == ["metric", "last", "best", "epoch", "update"]
+    assert ["eval_loss_epoch", "1.75", "1.5", "2", "20"] in map(str.split, text)
+    assert ["lr", "0.1"] in map(str.split, text)

@@ -472,7 +472,7 @@ class InMemoryRunHistory(RunHistory):
                 default everything.
 
         Returns:
-            The figure: ``history.plot().savefig("run.png")``.
+            The figure, to be saved with ``savefig("run.png")``.
 
         Raises:
             ImportError: If matplotlib is not installed.
