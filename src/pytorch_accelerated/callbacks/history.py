@@ -52,15 +52,14 @@ class RecordHistoryCallback(TrainerCallback):
 
     may_stop_alone = False
     # A state that is saved in these events is to have what is recorded in them.
-    called_first = ("on_train_step_end", "on_training_run_epoch_end")
-    called_last = ("on_training_run_end", "on_evaluation_run_end")
+    called_first: tuple[str, ...] = ("on_train_update_end", "on_training_run_epoch_end")
+    called_last: tuple[str, ...] = ("on_training_run_end", "on_evaluation_run_end")
 
     path: Path | None = None
     every_n_updates: int | None = None
     # The sums of the epoch, and the updates of the run, up to the last record.
     _sums: Mapping[str, Any] = MappingProxyType({})
     _num_recorded: int = 0
-    _num_updates: int = 0
     _start: float = 0.0
     _num_written: Mapping[str, int] | None = None
 
@@ -102,21 +101,19 @@ class RecordHistoryCallback(TrainerCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Start the clock and the sums of the epoch."""
-        progress, self._start = trainer._run.progress, time.perf_counter()
-        self._num_updates = progress.num_updates
-        if not progress.is_amid_epoch:
+        self._start = time.perf_counter()
+        if not trainer._run.progress.is_amid_epoch:
             self._sums = {}
 
     @event_with_data
-    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Add the gradient norm of an update, and record if it is time to."""
+    def on_train_update_end(
+        self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
+    ) -> None:
+        """Add the gradient norm, and record the means if it is time to."""
         run = trainer._run
-        if run.progress.num_updates == self._num_updates:
-            return
-        self._num_updates = run.progress.num_updates
         if run.gradient_norm is not None:
             run.means.add_scalars({"gradient_norm": run.gradient_norm}, 1)
-        if self.every_n_updates and self._num_updates % self.every_n_updates == 0:
+        if self.every_n_updates and num_updates % self.every_n_updates == 0:
             self._record_means(trainer)
             self._record_rates(trainer)
             self._write(trainer)
@@ -129,7 +126,7 @@ class RecordHistoryCallback(TrainerCallback):
             if count > count_before:
                 mean = (total - total_before) / (count - count_before)
                 trainer.run_history.update_metric(f"train_{name}", mean)
-        self._sums, self._num_recorded = sums, self._num_updates
+        self._sums, self._num_recorded = sums, trainer._run.progress.num_updates
 
     def _record_rates(self, trainer: Trainer) -> None:
         for group, rate in enumerate(trainer.last_lr or ()):
@@ -140,7 +137,7 @@ class RecordHistoryCallback(TrainerCallback):
         """Record what has not been recorded yet, and the time."""
         if self.every_n_updates is None:
             self._record_rates(trainer)
-        elif self._num_recorded < self._num_updates:
+        elif self._num_recorded < trainer._run.progress.num_updates:
             self._record_means(trainer)
             self._record_rates(trainer)
         seconds = time.perf_counter() - self._start
