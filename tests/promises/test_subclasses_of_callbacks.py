@@ -30,6 +30,7 @@ from pytorch_accelerated.callbacks import (
     PrintProgressCallback,
     ProfilerCallback,
     ProgressBarCallback,
+    RecordHistoryCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
@@ -45,6 +46,7 @@ from pytorch_accelerated.callbacks import (
 from pytorch_accelerated.errors import NonFiniteLossError
 from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.schedulers import WSDLrScheduler
+from pytorch_accelerated.tracking import InMemoryRunHistory
 
 
 class Trial:
@@ -116,6 +118,10 @@ PUBLISHED = {
     PrintProgressCallback: {},
     ProfilerCallback: {},  # was not there
     ProgressBarCallback: {},
+    RecordHistoryCallback: {  # was not there
+        "path": Path("history.jsonl"),
+        "every_n_updates": 2,
+    },
     SaveBestModelCallback: _SAVE_BEST,
     SaveTrainingStateCallback: {
         "save_dir": "states",
@@ -283,6 +289,10 @@ JOBS = {
     ),
     ProgressBarCallback: lambda session: "4/4 [" in session.output.err,
     ProfilerCallback: lambda session: len(os.listdir("profile")) == 2,
+    RecordHistoryCallback: lambda session: (
+        {"train_loss", "learning_rate"}
+        <= InMemoryRunHistory.load_jsonl("history.jsonl").get_metric_names()
+    ),
     SaveBestModelCallback: lambda session: (
         session.callback.best_metric
         == session.trainer.run_history.get_latest_metric("eval_loss_epoch")
