@@ -372,14 +372,16 @@ class SaveTrainingStateCallback(TrainerCallback):
 
         Of a run that was interrupted, it is a ``step_<n>`` to resume from.
         """
-        if trainer.has_failed is not True:
-            self._finish_all(trainer)
-            if trainer.interrupted is True:
-                self._save_state(trainer, f"step_{self._global_step}")
-                self._delete_old_ones(trainer)
-            elif self.save_at_end:
-                self._save_state(trainer, "final")
-        self._release_lock()
+        try:
+            if trainer.has_failed is not True:
+                self._finish_all(trainer)
+                if trainer.interrupted is True:
+                    self._save_state(trainer, f"step_{self._global_step}")
+                    self._delete_old_ones(trainer)
+                elif self.save_at_end:
+                    self._save_state(trainer, "final")
+        finally:
+            self._release_lock()
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
