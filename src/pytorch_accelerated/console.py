@@ -25,7 +25,6 @@ BEST_MARK = "*"
 _AROUND = {"epoch": 5, "lr": 9, "samples/s": 9, "time": 5, "ETA": 5}
 _WIDTH_OF_NUMBER = 9  # -0.1234, 1.234e-05
 _LONGEST_LABEL = 24
-_NUM_BEFORE_LR = 4  # metrics that are rather seen than the learning rate
 
 _BOLD, _BEST, _PLAIN = "\033[1m", "\033[1;32m", "\033[0m"
 
@@ -33,7 +32,7 @@ _BOLD, _BEST, _PLAIN = "\033[1m", "\033[1;32m", "\033[0m"
 class Table:
     """Rows of metrics in columns, the epoch first, the times last.
 
-    The best value of a metric so far is marked with a star. Columns that do not fit,
+    The best value of a metric so far is marked with a star. Metrics that do not fit,
     names that are long and values that are no numbers follow below their row, as
     ``name=value``. When columns come or grow, the header is written again.
 
@@ -82,11 +81,13 @@ class Table:
         texts = []
         for name in columns:
             text, is_best = cells.get(name, ("", False))
-            text = text.rjust(self._widths[name])
-            texts.append(f"{green}{text}{BEST_MARK}{plain}" if is_best else f"{text} ")
+            space = " " * (self._widths[name] - len(text))
+            text = f"{green}{text}{BEST_MARK}{plain}" if is_best else f"{text} "
+            texts.append(space + text)
         lines.append(" ".join(texts).rstrip())
-        rest = {name: cell for name, cell in cells.items() if name not in columns}
-        lines += [f"    {line}" for line in _names_and_values(rest, width - 4)]
+        rest = {n: cell for n, cell in cells.items() if cell[0] and n not in columns}
+        if rest.keys() - _AROUND.keys():  # the learning rate alone is not worth a line
+            lines += [f"    {line}" for line in _names_and_values(rest, width - 4)]
         return lines
 
     def to_html(self) -> str:
@@ -112,9 +113,9 @@ class Table:
     def _columns(self, width: int) -> list[str]:
         """Return those that fit, by their importance, in the order of the table."""
         metrics = [name for name in self._widths if name not in _AROUND]
-        first, others = metrics[:_NUM_BEFORE_LR], metrics[_NUM_BEFORE_LR:]
+        ranked = [*metrics[:2], "time", "ETA", *metrics[2:4], "lr", "samples/s"]
         chosen, left = {"epoch"}, width - self._widths["epoch"]
-        for name in ("time", "ETA", *first, "lr", "samples/s", *others):
+        for name in (*ranked, *metrics[4:]):
             if left > self._widths[name] + 1:
                 chosen.add(name)
                 left -= self._widths[name] + 2

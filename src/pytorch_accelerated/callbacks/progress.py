@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_READS = 1.0
 _SECONDS_BETWEEN_LOG_LINES = 60.0
+_ROOM_FOR_KEYS = 3  # "^C", which the terminal shows, would begin another line
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
 _BAR_WITHOUT_TOTAL = "{desc} {n_fmt} [{elapsed}"
@@ -135,7 +136,7 @@ class ProgressBarCallback(TrainerCallback):
             miniters=1,  # else a thread of tqdm, by the wall clock, sees to it
             bar_format=(_BAR_WITHOUT_TOTAL if total is None else _BAR) + "{postfix}]",
             file=self._output,
-            ncols=width_of(sys.stderr) - 1,
+            ncols=width_of(sys.stderr) - _ROOM_FOR_KEYS,
             nrows=20,
         )
         # When the wall clock, which tqdm reads, is set back by an hour, a bar would
@@ -154,7 +155,7 @@ class ProgressBarCallback(TrainerCallback):
                 print_line(trainer, f"{bar.desc}, {done}, {self._state(trainer)}")
             return
         if is_due:
-            bar.ncols = width_of(sys.stderr) - 1  # windows are resized
+            bar.ncols = width_of(sys.stderr) - _ROOM_FOR_KEYS  # windows are resized
             bar.set_postfix_str(self._state(trainer), refresh=False)
         bar.update(num_steps)
 
