@@ -156,6 +156,8 @@ def test_a_table_of_html_has_all_that_was_added_and_no_markup_of_others():
     table.add({"epoch": "1/2", "train_loss": 0.5, "<b>": 1}, {"train_loss"})
     table.add({"epoch": "2/2", "late": 0.5})
     html = table.to_html()
-    assert "<th>epoch</th><th>train_loss</th><th>&lt;b&gt;</th><th>late</th>" in html
-    assert "<td>1/2</td><td><b>0.5000*</b></td><td>1</td><td></td>" in html
-    assert "<td>2/2</td><td></td><td></td><td>0.5000</td>" in html
+    assert re.findall(r"<t[hd]>(.*?)</t[hd]>", html.replace("&nbsp;", "")) == [
+        *("epoch", "train_loss", "&lt;b&gt;", "late"),
+        *("1/2", "<b>0.5000*</b>", "1", ""),
+        *("2/2", "", "", "0.5000"),
+    ]

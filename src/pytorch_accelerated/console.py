@@ -92,16 +92,18 @@ class Table:
 
     def to_html(self) -> str:
         """Return all rows as a table of HTML, with all columns that have an entry."""
-        used = {name: "" for row in self._rows for name in row}
-        names = [name for name in self._in_order(used) if name in used]
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+        used = {n: text for row in self._rows for n, (text, _) in row.items() if text}
+        names = [
+            name for name in self._in_order({**self._widths, **used}) if name in used
+        ]
+        head = "".join(f"<th>{escape(name)}&nbsp;</th>" for name in names)
         rows = []
         for row in self._rows:
             cells = [_html_of(*row.get(name, ("", False))) for name in names]
             rows.append(f"<tr>{''.join(cells)}</tr>")
         return (
             '<div style="overflow-x: auto"><table style="text-align: right; '
-            'font-variant-numeric: tabular-nums"><thead><tr>'
+            'font-family: monospace"><thead><tr>'
             f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
 
@@ -256,4 +258,4 @@ def _names_and_values(
 
 def _html_of(text: str, is_best: bool) -> str:
     text = escape(text)
-    return f"<td><b>{text}{BEST_MARK}</b></td>" if is_best else f"<td>{text}</td>"
+    return f"<td>{f'<b>{text}{BEST_MARK}</b>' if is_best else f'{text}&nbsp;'}</td>"

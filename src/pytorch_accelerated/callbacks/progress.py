@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_READS = 1.0
 _SECONDS_BETWEEN_LOG_LINES = 60.0
-_ROOM_FOR_KEYS = 3  # "^C", which the terminal shows, would begin another line
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
 _BAR_WITHOUT_TOTAL = "{desc} {n_fmt} [{elapsed}"
@@ -136,7 +135,7 @@ class ProgressBarCallback(TrainerCallback):
             miniters=1,  # else a thread of tqdm, by the wall clock, sees to it
             bar_format=(_BAR_WITHOUT_TOTAL if total is None else _BAR) + "{postfix}]",
             file=self._output,
-            ncols=width_of(sys.stderr) - _ROOM_FOR_KEYS,
+            ncols=_bar_width(),
             nrows=20,
         )
         # When the wall clock, which tqdm reads, is set back by an hour, a bar would
@@ -155,7 +154,7 @@ class ProgressBarCallback(TrainerCallback):
                 print_line(trainer, f"{bar.desc}, {done}, {self._state(trainer)}")
             return
         if is_due:
-            bar.ncols = width_of(sys.stderr) - _ROOM_FOR_KEYS  # windows are resized
+            bar.ncols = _bar_width()  # windows are resized
             bar.set_postfix_str(self._state(trainer), refresh=False)
         bar.update(num_steps)
 
@@ -277,6 +276,7 @@ def show_html(html: str, handle: Any = None) -> Any:
 class _NotebookOutput(io.StringIO):
     """Shows the last line that tqdm writes, and leaves no trace in what is saved."""
 
+    encoding = "utf-8"
     _handle: Any = None
 
     def write(self, text: str) -> int:
@@ -289,6 +289,11 @@ class _NotebookOutput(io.StringIO):
 def _is_live() -> bool:
     """Say whether a bar that is drawn anew replaces the old one, as in a terminal."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _bar_width() -> int:
+    # "^C", which a terminal shows, would begin another line behind a wider bar.
+    return 90 if is_notebook() else width_of(sys.stderr) - 3
 
 
 def _num_steps(trainer: Trainer) -> int | None:
