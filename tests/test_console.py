@@ -8,7 +8,6 @@ from pytorch_accelerated.console import (
     brief,
     duration,
     in_lines,
-    is_best,
     labels_of,
 )
 
@@ -45,25 +44,6 @@ def test_a_value_is_brief(value, text):
 )
 def test_a_time_is_brief(seconds, text):
     assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "expected"),
-    [
-        ("eval_loss", [2.0], True),
-        ("eval_loss", [2.0, 1.0], True),
-        ("eval_loss", [1.0, 1.0], False),
-        ("eval_loss", [1.0, 2.0], False),
-        ("eval_loss", [1.0, float("nan")], False),
-        ("eval_loss", [float("-inf"), 1.0], True),
-        ("accuracy", [0.5, "broken", 0.6], True),
-        ("accuracy", [0.6, 0.5], False),
-        ("something", [2.0, 1.0], False),
-        ("eval_loss", [], False),
-    ],
-)
-def test_the_best_value_is_better_than_all_before_it(name, values, expected):
-    assert is_best(name, values) is expected
 
 
 def test_columns_stay_where_they_are_until_there_are_others():

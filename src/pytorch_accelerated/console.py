@@ -5,7 +5,6 @@ Nothing here knows of trainers: a :class:`Table` is given rows and returns text.
 
 from __future__ import annotations
 
-import math
 import textwrap
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +14,6 @@ from typing import Any
 from pytorch_accelerated.tracking import (
     EVALUATION_PREFIX,
     INTERMEDIATE_PREFIX,
-    is_greater_better,
     is_number,
 )
 
@@ -221,20 +219,6 @@ def in_lines(title: str, values: Mapping[str, Any], width: int) -> str:
     margin = " " * (len(title) + 2)
     lines = _names_and_values(cells, width - len(margin), is_aligned=False)
     return f"{title}  " + f"\n{margin}".join(lines)
-
-
-def is_best(name: str, values: Iterable[Any]) -> bool:
-    """Say whether the last value of a metric is better than all before it.
-
-    It is not where the name does not tell whether great or small is better, see
-    :func:`~pytorch_accelerated.tracking.is_greater_better`.
-    """
-    greater = is_greater_better(name)
-    numbers = [float(value) for value in values if is_number(value)]
-    if greater is None or not numbers or not math.isfinite(numbers[-1]):
-        return False
-    *earlier, last = (number if greater else -number for number in numbers)
-    return all(last > number for number in earlier if math.isfinite(number))
 
 
 def _names_and_values(

@@ -138,6 +138,34 @@ def test_a_resumed_run_goes_on_in_its_epoch_and_knows_what_was_best(
     ]
 
 
+def test_a_star_marks_what_is_better_than_all_before_it(
+    train_with_scores, create_trainer, samples, capsys
+):
+    class Scores(Trainer):
+        def train_epoch_end(self):
+            epoch = self.run_history.current_epoch - 1
+            for name, values in scores.items():
+                self.run_history.update_metric(name, values[epoch])
+
+    scores = {
+        "my_error": [2.0, float("nan"), 3.0, 2.0, 1.0],
+        "accuracy": [0.5, "broken", 0.75, 0.5, 1],
+        "whatever": [2.0, 1.0, 3.0, 0.0, 4.0],
+    }
+    create_trainer([LogMetricsCallback], trainer_class=Scores).train(samples(1), 5)
+    rows = [line.split() for line in table_of(capsys)]
+    assert rows[0][2:5] == list(scores)
+    assert [
+        [cell[-1] == "*" for cell in row[2:5]] for row in rows if "/5" in row[0]
+    ] == [
+        [True, True, False],
+        [False, False, False],
+        [False, True, False],
+        [False, False, False],
+        [True, True, False],
+    ]
+
+
 def test_without_a_known_length_the_epochs_tell_what_is_left(
     create_trainer, capsys, monkeypatch
 ):
@@ -177,15 +205,18 @@ def test_a_row_is_printed_above_the_bars_and_late_ones_are_not_lost(
     assert output.err.split("\r")[-1].strip() == ""
 
 
-def test_an_override_that_calls_ours_has_its_row_too(create_trainer, samples, capsys):
+def test_an_override_that_calls_ours_has_its_row_too(
+    create_trainer, samples, capsys, own_history
+):
     class Log(LogMetricsCallback):
         def log_metrics(self, trainer, metrics):
             super().log_metrics(trainer, {f"my_{n}": v for n, v in metrics.items()})
 
-    create_trainer([Log]).train(samples(1), 1, eval_dataset=samples(1))
+    trainer = create_trainer([Log], run_history=own_history())
+    trainer.train(samples(1), 1, eval_dataset=samples(1))
     header, row = table_of(capsys)
     assert "eval_loss my_train_loss my_eval_loss lr" in header
-    assert row.startswith("1/1 1.000 0.2500 ")
+    assert row.startswith("1/1 1.000* 0.2500* ")
 
 
 def test_a_value_is_logged_once(create_trainer, samples):

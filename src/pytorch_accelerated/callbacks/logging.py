@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
+from pytorch_accelerated.callbacks.best import BestSoFar
 from pytorch_accelerated.callbacks.progress import (
     epoch_of,
     is_notebook,
@@ -24,10 +25,9 @@ from pytorch_accelerated.console import (
     Table,
     duration,
     in_lines,
-    is_best,
     labels_of,
 )
-from pytorch_accelerated.tracking import count_values
+from pytorch_accelerated.tracking import count_values, is_greater_better, is_number
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -66,6 +66,7 @@ class LogMetricsCallback(TrainerCallback):
     _row: Mapping[str, Any] = MappingProxyType({})
     _epoch: str = ""
     _evaluated: Mapping[str, Any] = MappingProxyType({})
+    _best: Mapping[str, BestSoFar] = MappingProxyType({})
     _table: Table | None = None
     _pace: Pace | None = None
     _start: tuple[float, int, int] | None = None
@@ -80,7 +81,7 @@ class LogMetricsCallback(TrainerCallback):
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._num_logged = count_values(trainer.run_history)
-        self._row = {}
+        self._row, self._best = {}, {}
         self._table = self._pace = self._start = self._shown = None
 
     def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -162,7 +163,7 @@ class LogMetricsCallback(TrainerCallback):
         metrics, self._row = self._row, {}
         if not metrics:
             return
-        run, history, labels = trainer._run, trainer.run_history, labels_of(metrics)
+        run, labels = trainer._run, labels_of(metrics)
         if self._table is None:
             width = len(f"@{trainer.run_config.max_num_train_steps}")
             expected = ["train_loss", "eval_loss"][: 1 + bool(trainer.eval_dataset)]
@@ -177,11 +178,10 @@ class LogMetricsCallback(TrainerCallback):
             row["samples/s"] = self._pace.samples_per_second(seen)
             row["time"] = duration(time.monotonic() - self._pace.started)
             row["ETA"] = self._time_left(trainer, amid_epoch=amid_epoch)
-        known = history.get_metric_names()
         best = {
             label
             for name, label in labels.items()
-            if name in known and is_best(name, history.get_metric_values(name))
+            if self._is_best(trainer, name, metrics[name])
         }
         self._table.add(row, best)
         if not is_notebook():
@@ -189,6 +189,20 @@ class LogMetricsCallback(TrainerCallback):
             print_line(trainer, "\n".join(lines))
         elif time.monotonic() >= self._next_show:
             self._show(trainer)
+
+    def _is_best(self, trainer: Trainer, name: str, value: Any) -> bool:
+        """Say whether a value that has just been recorded is the best so far."""
+        greater_is_better = is_greater_better(name)
+        if greater_is_better is None or not is_number(value):
+            return False
+        if name not in self._best:
+            best, history = BestSoFar(greater_is_better=greater_is_better), []
+            if name in trainer.run_history.get_metric_names():
+                history = list(trainer.run_history.get_metric_values(name))
+            for earlier in filter(is_number, history[:-1]):  # of a resumed run
+                best.update(earlier)
+            self._best = {**self._best, name: best}
+        return self._best[name].update(value)
 
     def _show(self, trainer: Trainer) -> None:
         """Show all rows in a notebook, which is not done for each of fast epochs."""
