@@ -69,6 +69,7 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.callbacks.progress import above_bars
 from pytorch_accelerated.callbacks.tracker import follow_log_with
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.loop_shown import loop_of
@@ -1328,9 +1329,10 @@ class Trainer:
         return None if rates is None else [float(rate) for rate in rates]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print, once on each machine."""
+        """Print, once on each machine, above the progress bars."""
         if self._accelerator.is_local_main_process:
-            print(*args, **kwargs)  # noqa: T201 (this is what it is for)
+            with above_bars():
+                print(*args, **kwargs)  # noqa: T201 (this is what it is for)
 
     def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
         """Concatenate a tensor over all processes along its first dimension.

@@ -94,7 +94,7 @@ def test_evaluations_amid_an_epoch_are_rows_and_leave_the_pace_of_training_alone
         def on_train_epoch_end(self, trainer, **kwargs):
             trainer.evaluate(samples(1))
 
-    callbacks = [StepBasedEvaluationCallback(2), LogMetricsCallback, EvaluatesApart]
+    callbacks = [StepBasedEvaluationCallback(2), EvaluatesApart, LogMetricsCallback]
     trainer = create_trainer([*callbacks, Clock(monkeypatch)], lr=0)
     trainer.train(
         samples(6), 9, samples(3), per_device_batch_size=1, max_num_train_steps=4
@@ -193,7 +193,7 @@ def test_a_row_is_printed_above_the_bars_and_late_ones_are_not_lost(
         def on_training_run_epoch_end(self, trainer, **kwargs):
             pass
 
-    monkeypatch.setattr(progress, "_is_live", lambda: True)
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
     trainer = create_trainer([Careless, ProgressBarCallback])
     trainer.train(samples(1), 2, eval_dataset=samples(1))
     output = capsys.readouterr()

@@ -34,7 +34,7 @@ def bars(monkeypatch):
             super().close()
 
     monkeypatch.setattr(progress, "tqdm", NotedBar)
-    monkeypatch.setattr(progress, "_is_live", lambda: True)
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
     return opened
 
 

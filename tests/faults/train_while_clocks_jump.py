@@ -53,7 +53,7 @@ class Jump(TrainerCallback):
 
 
 def main(folder: Path) -> None:
-    progress._is_live = lambda: True  # as in a terminal
+    progress.is_terminal = lambda stream: True  # as in a terminal
     for when, settings in SAVED_WHEN.items():
         settings = {"save_every_n_steps": None, "save_at_end": False, **settings}
         scenario = Scenario(

@@ -377,7 +377,9 @@ def with_event_overridden(cls, event):
 @pytest.fixture
 def session(create_trainer, samples, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(progress, "_is_live", lambda: True)  # as in a terminal
+    monkeypatch.setattr(
+        progress, "is_terminal", lambda stream: True
+    )  # as in a terminal
     handlers = {
         number: signal.signal(number, signal.SIG_IGN)
         for number in (signal.SIGUSR1, signal.SIGTERM)

@@ -16,7 +16,7 @@ from pytorch_accelerated.callbacks.best import BestSoFar
 from pytorch_accelerated.callbacks.progress import (
     epoch_of,
     is_notebook,
-    print_line,
+    is_terminal,
     show_html,
     width_of,
 )
@@ -63,6 +63,8 @@ class LogMetricsCallback(TrainerCallback):
     """
 
     _num_logged: Mapping[str, int] = MappingProxyType({})
+    _around: Mapping[str, int] = MappingProxyType({})
+    _before: Mapping[str, int] = MappingProxyType({})
     _row: Mapping[str, Any] = MappingProxyType({})
     _epoch: str = ""
     _evaluated: Mapping[str, Any] = MappingProxyType({})
@@ -110,8 +112,9 @@ class LogMetricsCallback(TrainerCallback):
             self._start = (self._pace.started, *done)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Leave out what earlier runs have recorded."""
-        self._num_logged = count_values(trainer.run_history)
+        """Leave out what has been recorded before."""
+        self._around = self._num_logged
+        self._num_logged = self._before = count_values(trainer.run_history)
         self._evaluated, self._evaluation_start = {}, time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -152,12 +155,16 @@ class LogMetricsCallback(TrainerCallback):
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log what has been recorded since, and print it all in a line."""
         self._log_latest_metrics(trainer, self._new_names(trainer))
+        # What the epoch around it has recorded is still to be logged.
+        own = self._num_logged.items() - self._before.items()
+        self._num_logged = {**self._around, **dict(own)}
         metrics, self._evaluated = self._evaluated, {}
         if metrics:
             row = {label: metrics[name] for name, label in labels_of(metrics).items()}
             if self._evaluation_start is not None:
                 row["time"] = duration(time.monotonic() - self._evaluation_start)
-            print_line(trainer, in_lines("evaluation", row, width_of(sys.stdout)))
+            text = in_lines("evaluation", row, width_of(sys.stdout))
+            trainer.print(text, flush=True)
 
     def _print_row(self, trainer: Trainer, *, amid_epoch: bool = False) -> None:
         metrics, self._row = self._row, {}
@@ -186,7 +193,7 @@ class LogMetricsCallback(TrainerCallback):
         self._table.add(row, best)
         if not is_notebook():
             lines = self._table.lines(width_of(sys.stdout), is_styled=_is_styled())
-            print_line(trainer, "\n".join(lines))
+            trainer.print("\n".join(lines), flush=True)
         elif time.monotonic() >= self._next_show:
             self._show(trainer)
 
@@ -248,14 +255,9 @@ class LogMetricsCallback(TrainerCallback):
 
 
 def _is_styled() -> bool:
-    """Say whether what is printed goes to a terminal that shows colours."""
-    return (
-        sys.stdout is not None
-        and sys.stdout.isatty()
-        and os.name != "nt"
-        and os.environ.get("TERM") != "dumb"
-        and not os.environ.get("NO_COLOR")
-    )
+    """Say whether what is printed may have colours."""
+    has_codes = is_terminal(sys.stdout) and os.name != "nt"
+    return has_codes and not os.environ.get("NO_COLOR")
 
 
 def _is_train_metric(name: str) -> bool:

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ class ProgressBarCallback(TrainerCallback):
     ) -> Any:
         """Create a bar, or what counts the steps where none is shown."""
         is_shown = trainer._accelerator.is_local_main_process
-        is_live = is_notebook() or _is_live()
+        is_live = is_notebook() or is_terminal(sys.stderr)
         self._is_plain = is_shown and not is_live
         if is_shown and is_notebook():
             self._output = self._output or _NotebookOutput()
@@ -151,7 +152,8 @@ class ProgressBarCallback(TrainerCallback):
             bar.n += num_steps  # which tqdm does for what it shows
             if is_due:
                 done = f"{bar.n / bar.total:.0%}" if bar.total else f"{bar.n:,} steps"
-                print_line(trainer, f"{bar.desc}, {done}, {self._state(trainer)}")
+                text = f"{bar.desc}, {done}, {self._state(trainer)}"
+                trainer.print(text, flush=True)
             return
         if is_due:
             bar.ncols = _bar_width()  # windows are resized
@@ -211,7 +213,7 @@ class PrintProgressCallback(TrainerCallback):
             text += f", {config.num_processes} processes"
         if config.mixed_precision != "no":
             text += f", {config.mixed_precision}"
-        print_line(trainer, f"{text}, on {trainer.device}")
+        trainer.print(f"{text}, on {trainer.device}", flush=True)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print where the run ended, unless an error follows that says so."""
@@ -220,7 +222,7 @@ class PrintProgressCallback(TrainerCallback):
             text = f"Training ended: epoch {epoch_of(trainer).strip()}, {updates}"
             if self._start is not None:
                 text += f", {duration(time.monotonic() - self._start)}"
-            print_line(trainer, text)
+            trainer.print(text, flush=True)
 
 
 def epoch_of(trainer: Trainer) -> str:
@@ -236,15 +238,22 @@ def epoch_of(trainer: Trainer) -> str:
     return f"{min(epoch, last):>{len(str(last))}}/{last}"
 
 
-def print_line(trainer: Trainer, text: str) -> None:
-    """Print at once, above the bars."""
-    with tqdm.external_write_mode():
-        trainer.print(text, flush=True)
+def above_bars() -> AbstractContextManager[Any]:
+    """Put what is printed in a ``with`` block above the bars that are shown."""
+    is_needed = getattr(tqdm, "_instances", None)
+    return tqdm.external_write_mode() if is_needed else nullcontext()
+
+
+def is_terminal(stream: Any) -> bool:
+    """Say whether people see a stream, and it can draw a bar anew in its place."""
+    is_log = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    is_dumb = os.environ.get("TERM") == "dumb"
+    return stream is not None and stream.isatty() and not (is_log or is_dumb)
 
 
 def width_of(stream: Any) -> int:
     """Return the columns of a terminal; of a file, what is well read."""
-    if stream is None or not stream.isatty():
+    if not is_terminal(stream):
         return 120
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
@@ -284,11 +293,6 @@ class _NotebookOutput(io.StringIO):
             html = f"<pre>{escape(text.strip())}</pre>" if text.strip() else ""
             self._handle = show_html(html, self._handle)
         return len(text)
-
-
-def _is_live() -> bool:
-    """Say whether a bar that is drawn anew replaces the old one, as in a terminal."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _bar_width() -> int:
