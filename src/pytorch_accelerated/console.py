@@ -157,7 +157,7 @@ class Pace:
             self._since = time.monotonic()
 
     def samples_per_second(self, num_samples: int) -> str:
-        """Return the pace as text, "" before anything is done.
+        """Return the pace as text.
 
         Args:
             num_samples: Samples that have been seen by now.
@@ -165,9 +165,7 @@ class Pace:
         seconds = self._seconds
         if self._since is not None:
             seconds += time.monotonic() - self._since
-        rate = (num_samples - self._num_samples) / seconds if seconds > 0 else 0.0
-        if rate <= 0:
-            return ""
+        rate = (num_samples - self._num_samples) / max(seconds, 1e-9)
         return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 

@@ -1,3 +1,4 @@
+import sys
 import time
 from types import SimpleNamespace
 
@@ -186,15 +187,11 @@ def test_without_a_known_length_the_epochs_tell_what_is_left(
     ]
 
 
-def test_a_row_is_printed_above_the_bars_and_late_ones_are_not_lost(
+def test_a_row_is_printed_where_the_bars_were(
     create_trainer, samples, capsys, monkeypatch
 ):
-    class Careless(LogMetricsCallback):
-        def on_training_run_epoch_end(self, trainer, **kwargs):
-            pass
-
-    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
-    trainer = create_trainer([Careless, ProgressBarCallback])
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: stream is sys.stderr)
+    trainer = create_trainer([LogMetricsCallback, ProgressBarCallback])
     trainer.train(samples(1), 2, eval_dataset=samples(1))
     output = capsys.readouterr()
     assert [line.split()[:3] for line in output.out.splitlines()] == [

@@ -197,7 +197,7 @@ def test_a_bar_stays_where_no_row_takes_its_place_and_where_a_run_broke(
     assert train(LogMetricsCallback, stop) == [True]
 
 
-def test_a_run_says_what_it_is_to_do_and_where_it_ended(
+def test_a_run_says_where_it_starts_and_where_it_ends(
     create_trainer, samples, capsys, tmp_path
 ):
     def train(**kwargs):
@@ -207,25 +207,25 @@ def test_a_run_says_what_it_is_to_do_and_where_it_ended(
         return re.sub(r"\d+\.\d+s", "?s", capsys.readouterr().out).splitlines()
 
     trainer = create_trainer([PrintProgressCallback])
-    start = "Training: 12 epochs, 24 updates, on cpu"
-    assert train() == [start, "Training ended: epoch 12/12, 24 updates, ?s"]
+    start = "Training starts: epoch 1/12, update 0/24, cpu"
+    assert train() == [start, "Training ends: epoch 12/12, update 24/24, ?s"]
     trainer.evaluate(samples(1))
     assert capsys.readouterr().out == ""
     assert train(max_num_train_steps=3)[::2] == [
-        "Training: 2 epochs, 3 updates, on cpu",
-        "Training ended: epoch 2/2, 3 updates, ?s",
+        "Training starts: epoch 1/2, update 0/3, cpu",
+        "Training ends: epoch 2/2, update 3/3, ?s",
     ]
     save = SaveTrainingStateCallback(tmp_path)
     stop = RaiseAt("on_training_run_epoch_end", StopTrainingError("x"))
     trainer = create_trainer([PrintProgressCallback, save, stop])
-    assert train()[::2] == [start, "Training ended: epoch 1/12, 2 updates, ?s"]
+    assert train()[::2] == [start, "Training ends: epoch 1/12, update 2/24, ?s"]
     trainer = create_trainer([PrintProgressCallback])
     assert train(resume_from=tmp_path / "final")[1:] == [
-        "Training: epoch 2/12, after 2 of 24 updates, on cpu",
-        "Training ended: epoch 12/12, 24 updates, ?s",
+        "Training starts: epoch 2/12, update 2/24, cpu",
+        "Training ends: epoch 12/12, update 24/24, ?s",
     ]
     with pytest.raises(RuntimeError):
         create_trainer(
             [PrintProgressCallback, RaiseAt("on_train_step_end", RuntimeError())]
         ).train(samples(1), 1)
-    assert capsys.readouterr().out == "Training: 1 epoch, 1 update, on cpu\n"
+    assert capsys.readouterr().out == "Training starts: epoch 1/1, update 0/1, cpu\n"

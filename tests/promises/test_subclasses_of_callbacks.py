@@ -285,7 +285,7 @@ JOBS = {
     OptunaPruningCallback: lambda session: session.callback.trial.steps[-1] == 0,
     PreemptionCallback: _heeds_a_signal,
     PrintProgressCallback: lambda session: (
-        "Training: 1 epoch, 4 updates" in session.output.out
+        "Training starts: epoch 1/1, update 0/4" in session.output.out
     ),
     ProgressBarCallback: lambda session: "4/4 [" in session.output.err,
     ProfilerCallback: lambda session: len(os.listdir("profile")) == 2,

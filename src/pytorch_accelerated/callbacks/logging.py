@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -11,15 +10,9 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated.callbacks import progress
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.callbacks.best import BestSoFar
-from pytorch_accelerated.callbacks.progress import (
-    epoch_of,
-    is_notebook,
-    is_terminal,
-    show_html,
-    width_of,
-)
 from pytorch_accelerated.console import (
     Pace,
     Table,
@@ -63,17 +56,14 @@ class LogMetricsCallback(TrainerCallback):
     """
 
     _num_logged: Mapping[str, int] = MappingProxyType({})
-    _around: Mapping[str, int] = MappingProxyType({})
-    _before: Mapping[str, int] = MappingProxyType({})
     _row: Mapping[str, Any] = MappingProxyType({})
-    _epoch: str = ""
-    _evaluated: Mapping[str, Any] = MappingProxyType({})
     _best: Mapping[str, BestSoFar] = MappingProxyType({})
     _table: Table | None = None
     _pace: Pace | None = None
     _start: tuple[float, int, int] | None = None
-    _evaluation_start: float | None = None
-    _shown: Any = None
+    # What is put aside during an evaluation, which may be amid a run of training.
+    _around: tuple[Any, ...] | None = None
+    _place: progress.NotebookPlace | None = None
     _next_show: float = 0.0
 
     @property
@@ -84,7 +74,7 @@ class LogMetricsCallback(TrainerCallback):
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._num_logged = count_values(trainer.run_history)
         self._row, self._best = {}, {}
-        self._table = self._pace = self._start = self._shown = None
+        self._table = self._pace = self._start = self._place = None
 
     def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Add metrics to the row that is printed next; the method to override.
@@ -96,26 +86,20 @@ class LogMetricsCallback(TrainerCallback):
             metrics: Names and values, at least one. A value is what was recorded: a
                 number, or whatever else was given to ``update_metric``.
         """
-        if trainer._run.is_training:
-            self._row = {**self._row, **metrics}
-            self._epoch = epoch_of(trainer)
-        else:
-            self._evaluated = {**self._evaluated, **metrics}
+        self._row = {**self._row, **metrics}
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Start to measure the time."""
-        self._print_row(trainer)
-        progress = trainer._run.progress
-        self._pace = Pace(progress.num_samples_seen)
+        done = trainer._run.progress
+        self._pace = Pace(done.num_samples_seen)
         if self._start is None:
-            done = progress.num_updates, progress.epochs_done
-            self._start = (self._pace.started, *done)
+            self._start = self._pace.started, done.num_updates, done.epochs_done
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave out what has been recorded before."""
-        self._around = self._num_logged
-        self._num_logged = self._before = count_values(trainer.run_history)
-        self._evaluated, self._evaluation_start = {}, time.monotonic()
+        counts = count_values(trainer.run_history)
+        self._around = self._num_logged, counts, self._row, time.monotonic()
+        self._num_logged, self._row = counts, {}
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
@@ -155,44 +139,42 @@ class LogMetricsCallback(TrainerCallback):
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log what has been recorded since, and print it all in a line."""
         self._log_latest_metrics(trainer, self._new_names(trainer))
-        # What the epoch around it has recorded is still to be logged.
-        own = self._num_logged.items() - self._before.items()
-        self._num_logged = {**self._around, **dict(own)}
-        metrics, self._evaluated = self._evaluated, {}
+        metrics, self._row = self._row, {}
+        row = {label: metrics[name] for name, label in labels_of(metrics).items()}
+        if self._around is not None:
+            num_logged, counts, self._row, start = self._around
+            row["time"] = duration(time.monotonic() - start)
+            # What the epoch around it has recorded is still to be logged.
+            own = self._num_logged.items() - counts.items()
+            self._num_logged = {**num_logged, **dict(own)}
         if metrics:
-            row = {label: metrics[name] for name, label in labels_of(metrics).items()}
-            if self._evaluation_start is not None:
-                row["time"] = duration(time.monotonic() - self._evaluation_start)
-            text = in_lines("evaluation", row, width_of(sys.stdout))
+            text = in_lines("evaluation", row, progress.width_of(sys.stdout))
             trainer.print(text, flush=True)
 
     def _print_row(self, trainer: Trainer, *, amid_epoch: bool = False) -> None:
         metrics, self._row = self._row, {}
         if not metrics:
             return
-        run, labels = trainer._run, labels_of(metrics)
+        done, epoch = trainer._run.progress, progress.epoch_of(trainer)
         if self._table is None:
-            width = len(f"@{trainer.run_config.max_num_train_steps}")
+            total = trainer.run_config.max_num_train_steps
+            width = max(len(epoch), len(f"@{total}"))
             expected = ["train_loss", "eval_loss"][: 1 + bool(trainer.eval_dataset)]
-            self._table = Table(expected, max(width, len(self._epoch)))
+            self._table = Table(expected, width)
+        labels = labels_of(metrics)
         row = {label: metrics[name] for name, label in labels.items()}
-        row["epoch"] = f"@{run.progress.num_updates}" if amid_epoch else self._epoch
-        rates = trainer.last_lr
-        if rates and math.isfinite(rates[0]):
-            row["lr"] = f"{rates[0]:.4g}"
+        row["epoch"] = f"@{done.num_updates}" if amid_epoch else epoch
+        if trainer.last_lr:
+            row["lr"] = f"{trainer.last_lr[0]:.4g}"
         if self._pace is not None:
-            seen = run.progress.num_samples_seen
-            row["samples/s"] = self._pace.samples_per_second(seen)
+            row["samples/s"] = self._pace.samples_per_second(done.num_samples_seen)
             row["time"] = duration(time.monotonic() - self._pace.started)
             row["ETA"] = self._time_left(trainer, amid_epoch=amid_epoch)
-        best = {
-            label
-            for name, label in labels.items()
-            if self._is_best(trainer, name, metrics[name])
-        }
-        self._table.add(row, best)
-        if not is_notebook():
-            lines = self._table.lines(width_of(sys.stdout), is_styled=_is_styled())
+        best = [n for n, value in metrics.items() if self._is_best(trainer, n, value)]
+        self._table.add(row, [labels[name] for name in best])
+        if not progress.is_notebook():
+            width = progress.width_of(sys.stdout)
+            lines = self._table.lines(width, is_styled=_is_styled())
             trainer.print("\n".join(lines), flush=True)
         elif time.monotonic() >= self._next_show:
             self._show(trainer)
@@ -214,8 +196,9 @@ class LogMetricsCallback(TrainerCallback):
     def _show(self, trainer: Trainer) -> None:
         """Show all rows in a notebook, which is not done for each of fast epochs."""
         is_shown = trainer._accelerator.is_local_main_process
-        if self._table is not None and is_shown and is_notebook():
-            self._shown = show_html(self._table.to_html(), self._shown)
+        if self._table is not None and is_shown and progress.is_notebook():
+            self._place = self._place or progress.NotebookPlace()
+            self._place.show(self._table.to_html())
             self._next_show = time.monotonic() + _SECONDS_BETWEEN_TABLES
 
     def _time_left(self, trainer: Trainer, *, amid_epoch: bool) -> str:
@@ -223,11 +206,11 @@ class LogMetricsCallback(TrainerCallback):
         if self._start is None:
             return ""
         started, before, epochs_before = self._start
-        config, progress = trainer.run_config, trainer._run.progress
-        total, done = config.max_num_train_steps, progress.num_updates
+        config, run = trainer.run_config, trainer._run.progress
+        total, done = config.max_num_train_steps, run.num_updates
         if total is None:
             total, before = config.num_epochs, epochs_before
-            done = progress.epochs_done + (not amid_epoch)
+            done = run.epochs_done + (not amid_epoch)
         if not before < done < total:
             return ""
         elapsed = time.monotonic() - started
@@ -256,7 +239,7 @@ class LogMetricsCallback(TrainerCallback):
 
 def _is_styled() -> bool:
     """Say whether what is printed may have colours."""
-    has_codes = is_terminal(sys.stdout) and os.name != "nt"
+    has_codes = progress.is_terminal(sys.stdout) and os.name != "nt"
     return has_codes and not os.environ.get("NO_COLOR")
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_READS = 1.0
 _SECONDS_BETWEEN_LOG_LINES = 60.0
 
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}"
-_BAR_WITHOUT_TOTAL = "{desc} {n_fmt} [{elapsed}"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
+_LINE = "{desc}, {percentage:.0f}%{postfix}"
+_WITHOUT_TOTAL = "{desc}, {n:,} steps{postfix}"
 
 
 class ProgressBarCallback(TrainerCallback):
@@ -32,8 +33,8 @@ class ProgressBarCallback(TrainerCallback):
     In a terminal and in a notebook a bar gives way to the row that
     :class:`LogMetricsCallback` prints, and stays where there is none. In a file there
     are no bars: what takes longer than a minute is reported once a minute, in a plain
-    line. The loss is that of this process. It is read from the device when it is shown,
-    at most once a second, and not at each step.
+    line. The loss is that of this process. It is read from the device once a second,
+    and not at each step.
 
     Attributes:
         pbar: The bar of the training epoch under way, else None.
@@ -44,26 +45,23 @@ class ProgressBarCallback(TrainerCallback):
 
     pbar: Any = None
     eval_pbar: Any = None
-    _is_plain: bool = False
     _next_read: float = 0.0
     _pace: Pace | None = None
-    _output: _NotebookOutput | None = None
+    _place: NotebookPlace | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of a training epoch."""
         self._close()
-        progress = trainer._run.progress
+        progress, name = trainer._run.progress, f"epoch {epoch_of(trainer)}"
         self._pace = Pace(progress.num_samples_seen)
-        self.pbar = self._open_bar(
-            trainer, f"epoch {epoch_of(trainer)}", _num_steps(trainer), progress.step
-        )
+        self.pbar = self._open_bar(trainer, name, _num_steps(trainer), progress.step)
 
     @event_with_data
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
         """Move the bar to the number of steps done."""
-        if self.pbar is not None and (self._is_plain or not self.pbar.disable):
+        if self.pbar is not None and not self.pbar.disable:
             step = kwargs.get("step", self.pbar.n)
             self._advance(self.pbar, step + 1 - self.pbar.n, trainer)
 
@@ -89,9 +87,8 @@ class ProgressBarCallback(TrainerCallback):
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
         """Move the bar on by one step."""
-        bar = self.eval_pbar
-        if bar is not None and (self._is_plain or not bar.disable):
-            self._advance(bar, 1, trainer)
+        if self.eval_pbar is not None and not self.eval_pbar.disable:
+            self._advance(self.eval_pbar, 1, trainer)
 
     @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -100,84 +97,69 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bars; one that is open shows where the run was stopped."""
-        self._close(leave=True)
-        self._output = None
+        self._close(stays=True)
+        self._place = None
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bar of the evaluation, which may be amid a training epoch."""
         self._close_eval_bar()
         if self.pbar is None:
-            self._output = None
+            self._place = None
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bars; that of the epoch shows where the error was."""
-        self._close(leave=True)
+        self._close(stays=True)
 
     def _open_bar(
         self, trainer: Trainer, name: str, total: int | None, initial: int = 0
     ) -> Any:
-        """Create a bar, or what counts the steps where none is shown."""
-        is_shown = trainer._accelerator.is_local_main_process
-        is_live = is_notebook() or is_terminal(sys.stderr)
-        self._is_plain = is_shown and not is_live
-        if is_shown and is_notebook():
-            self._output = self._output or _NotebookOutput()
+        """Create a bar, or what writes a line now and then where none can be drawn."""
+        output: io.StringIO | None = None
+        seconds, form = _SECONDS_BETWEEN_READS / 2, _BAR
+        rows = [
+            getattr(each, "prints_rows", False) for each in trainer.callback_handler
+        ]
+        if is_notebook():
+            output = self._place = self._place or NotebookPlace()
+        elif not is_terminal(sys.stderr):
+            output, seconds, form = _Lines(trainer), _SECONDS_BETWEEN_LOG_LINES, _LINE
         bar: Any = tqdm(
-            desc=name,
             total=total,
             initial=initial,
-            disable=not (is_shown and is_live),
-            leave=not any(
-                getattr(callback, "prints_rows", False)
-                for callback in trainer.callback_handler
-            ),
-            mininterval=_SECONDS_BETWEEN_READS / 2,
+            disable=not trainer._accelerator.is_local_main_process,
+            leave=form == _BAR and not any(rows),
+            mininterval=seconds,
+            delay=seconds if form == _LINE else 0,
             miniters=1,  # else a thread of tqdm, by the wall clock, sees to it
-            bar_format=(_BAR_WITHOUT_TOTAL if total is None else _BAR) + "{postfix}]",
-            file=self._output,
+            desc=name,
+            bar_format=_WITHOUT_TOTAL if total is None else form,
+            file=output,
             ncols=_bar_width(),
             nrows=20,
         )
         # When the wall clock, which tqdm reads, is set back by an hour, a bar would
         # stand still for an hour and then show a negative time.
-        bar.desc, bar._time = name, time.monotonic
+        bar._time = time.monotonic
         bar.start_t = bar.last_print_t = time.monotonic()
-        self._read_later()
+        self._next_read = time.monotonic() + _SECONDS_BETWEEN_READS
         return bar
 
     def _advance(self, bar: Any, num_steps: int, trainer: Trainer) -> None:
-        is_due = time.monotonic() >= self._next_read
-        if self._is_plain:
-            bar.n += num_steps  # which tqdm does for what it shows
-            if is_due:
-                done = f"{bar.n / bar.total:.0%}" if bar.total else f"{bar.n:,} steps"
-                text = f"{bar.desc}, {done}, {self._state(trainer)}"
-                trainer.print(text, flush=True)
-            return
-        if is_due:
+        if time.monotonic() >= self._next_read:
+            self._next_read = time.monotonic() + _SECONDS_BETWEEN_READS
+            state = f"loss {brief(trainer._loss_tracker.average)}"
+            if bar is self.pbar and self._pace is not None:
+                seen = trainer._run.progress.num_samples_seen
+                state += f", {self._pace.samples_per_second(seen)} samples/s"
+            bar.set_postfix_str(state, refresh=False)
             bar.ncols = _bar_width()  # windows are resized
-            bar.set_postfix_str(self._state(trainer), refresh=False)
         bar.update(num_steps)
 
-    def _state(self, trainer: Trainer) -> str:
-        self._read_later()
-        state = f"loss {brief(trainer._loss_tracker.average)}"
-        if self.eval_pbar is None and self._pace is not None:
-            pace = self._pace.samples_per_second(trainer._run.progress.num_samples_seen)
-            state += f", {pace} samples/s" if pace else ""
-        return state
-
-    def _read_later(self) -> None:
-        seconds = (
-            _SECONDS_BETWEEN_LOG_LINES if self._is_plain else _SECONDS_BETWEEN_READS
-        )
-        self._next_read = time.monotonic() + seconds
-
-    def _close(self, *, leave: bool = False) -> None:
+    def _close(self, *, stays: bool = False) -> None:
         self._close_eval_bar()
         if self.pbar is not None:
-            self.pbar.leave = self.pbar.leave or leave
+            self.pbar.leave = self.pbar.leave or stays
             self.pbar.close()
             self.pbar = None
 
@@ -190,7 +172,7 @@ class ProgressBarCallback(TrainerCallback):
 
 
 class PrintProgressCallback(TrainerCallback):
-    """Prints what a run of training is to do when it starts, and where it ended.
+    """Prints where a run of training starts and where it ends.
 
     What happens between, and an evaluation, is said by :class:`LogMetricsCallback`.
     """
@@ -198,31 +180,28 @@ class PrintProgressCallback(TrainerCallback):
     _start: float | None = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Print what the run is to do, and from where a resumed run goes on."""
+        """Print where the run starts, which a resumed one does not at update 0."""
         self._start = time.monotonic()
-        config, done = trainer.run_config, trainer._run.progress.num_updates
-        total = config.max_num_train_steps
-        text = f"Training: {_count(config.num_epochs, 'epoch')}"
-        if trainer.is_resumed:
-            of_total = "" if total is None else f" of {total:,}"
-            text = f"Training: epoch {epoch_of(trainer).strip()}, after {done:,}"
-            text += f"{of_total} updates"
-        elif total is not None:
-            text += f", {_count(total, 'update')}"
+        config, device = trainer.run_config, str(trainer.device)
         if config.num_processes > 1:
-            text += f", {config.num_processes} processes"
+            device = f"{config.num_processes} processes, {device}"
         if config.mixed_precision != "no":
-            text += f", {config.mixed_precision}"
-        trainer.print(f"{text}, on {trainer.device}", flush=True)
+            device += f", {config.mixed_precision}"
+        trainer.print(f"Training starts: {_standing(trainer)}, {device}", flush=True)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Print where the run ended, unless an error follows that says so."""
+        """Print where the run ends, unless an error follows that says so."""
         if not trainer.has_failed:
-            updates = _count(trainer._run.progress.num_updates, "update")
-            text = f"Training ended: epoch {epoch_of(trainer).strip()}, {updates}"
+            text = f"Training ends: {_standing(trainer)}"
             if self._start is not None:
                 text += f", {duration(time.monotonic() - self._start)}"
             trainer.print(text, flush=True)
+
+
+def _standing(trainer: Trainer) -> str:
+    total, done = trainer.run_config.max_num_train_steps, trainer._run.progress
+    of_total = "" if total is None else f"/{total:,}"
+    return f"epoch {epoch_of(trainer).strip()}, update {done.num_updates:,}{of_total}"
 
 
 def epoch_of(trainer: Trainer) -> str:
@@ -267,31 +246,41 @@ def is_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def show_html(html: str, handle: Any = None) -> Any:
-    """Show HTML in a notebook, in the place of what was shown before.
+class NotebookPlace(io.StringIO):
+    """A place in the output of a notebook, where one thing is shown after another.
 
-    Args:
-        html: What to show.
-        handle: What this function returned before; by default it is a new place.
+    A bar that draws itself here leaves no trace in the notebook that is saved.
     """
-    from IPython.display import HTML, display
-
-    if handle is None:
-        return display(HTML(html), display_id=True)
-    handle.update(HTML(html))
-    return handle
-
-
-class _NotebookOutput(io.StringIO):
-    """Shows the last line that tqdm writes, and leaves no trace in what is saved."""
 
     encoding = "utf-8"
     _handle: Any = None
 
+    def show(self, html: str) -> None:
+        """Show HTML instead of what was there before."""
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(html), display_id=True)
+        else:
+            self._handle.update(HTML(html))
+
     def write(self, text: str) -> int:
-        if len(text) > 1 and text.startswith("\r"):
-            html = f"<pre>{escape(text.strip())}</pre>" if text.strip() else ""
-            self._handle = show_html(html, self._handle)
+        """Show what tqdm draws."""
+        if text.startswith("\r") and len(text) > 1:
+            self.show(f"<pre>{escape(text.strip())}</pre>" if text.strip() else "")
+        return len(text)
+
+
+class _Lines(io.StringIO):
+    """Prints what tqdm draws, as lines below each other."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self._print = trainer.print
+
+    def write(self, text: str) -> int:
+        if text.startswith("\r") and text.strip():
+            self._print(text.strip(), flush=True)
         return len(text)
 
 
@@ -309,7 +298,3 @@ def _num_steps(trainer: Trainer) -> int | None:
     accumulation = run.accumulation.num_steps
     limit = (run.progress.step // accumulation + left) * accumulation
     return limit if length is None else min(length, limit)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
