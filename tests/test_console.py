@@ -127,7 +127,7 @@ def test_an_evaluation_is_a_line_and_more_where_it_needs_them():
         "evaluation  loss=0.5000  f1=0.2500"
     )
     assert in_lines("evaluation", {"loss": 0.5, "f1": 0.25}, 24) == (
-        "evaluation  loss=0.5000\n            f1=0.2500"
+        "evaluation  loss=0.5000\n    f1=0.2500"
     )
 
 

@@ -5,6 +5,7 @@ Nothing here knows of trainers: a :class:`Table` is given rows and returns text.
 
 from __future__ import annotations
 
+import re
 import textwrap
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -17,14 +18,12 @@ from pytorch_accelerated.tracking import (
     is_number,
 )
 
-BEST_MARK = "*"
-
 # Columns that are not metrics, and their least widths.
 _AROUND = {"epoch": 5, "lr": 9, "samples/s": 9, "time": 5, "ETA": 5}
-_WIDTH_OF_NUMBER = 9  # -0.1234, 1.234e-05
+_WIDTH_OF_NUMBER = 9  # 0.0001234, 1.234e-05
 _LONGEST_LABEL = 24
 
-_BOLD, _BEST, _PLAIN = "\033[1m", "\033[1;32m", "\033[0m"
+_BOLD, _GREEN, _PLAIN = "\033[1m", "\033[1;32m", "\033[0m"
 
 
 class Table:
@@ -41,10 +40,9 @@ class Table:
     """
 
     def __init__(self, expected: Iterable[str] = (), epoch_width: int = 0) -> None:
-        self._widths = {name: max(len(name), _AROUND[name]) for name in _AROUND}
-        self._widths["epoch"] = max(self._widths["epoch"], epoch_width)
-        self._rows: list[dict[str, tuple[str, bool]]] = []
-        self._header: list[str] = []
+        self._widths = {**_AROUND, "epoch": max(_AROUND["epoch"], epoch_width)}
+        self._rows: list[dict[str, str]] = []
+        self._header = ""
         for name in expected:
             self._make_room(name)
 
@@ -56,11 +54,10 @@ class Table:
                 ``samples/s``, ``time`` and ``ETA``, each of which may be missing.
             best: The labels of those that are the best so far.
         """
-        cells = {name: (brief(value), name in best) for name, value in row.items()}
-        for name, (text, _) in cells.items():
-            if name in _AROUND or is_number(row[name]):
-                self._make_room(name, text)
-        self._rows.append(cells)
+        for name, value in row.items():
+            if name in _AROUND or is_number(value):
+                self._make_room(name, brief(value))
+        self._rows.append({n: brief(row[n]) + "*" * (n in best) for n in row})
 
     def lines(self, width: int, *, is_styled: bool = False) -> list[str]:
         """Return the last row, and the header before it if it has changed.
@@ -69,40 +66,38 @@ class Table:
             width: Characters of a line.
             is_styled: Whether the header is bold and the best values are green.
         """
-        cells, columns = self._rows[-1], self._columns(width)
-        bold, green, plain = (_BOLD, _BEST, _PLAIN) if is_styled else ("", "", "")
-        header = [name.rjust(self._widths[name]) for name in columns]
-        lines = []
+        row, widths = self._rows[-1], self._widths
+        columns = self._columns(width)
+        header = "  ".join(name.rjust(widths[name]) for name in columns)
+        cells = [(widths[name], row.get(name, "")) for name in columns]
+        # The star of one column has its place before the next one.
+        texts = [t.rjust(w + t.endswith("*")).ljust(w + 1) for w, t in cells]
+        lines = [" ".join(texts).rstrip()]
+        rest = {n: text for n, text in row.items() if text and n not in columns}
+        if rest.keys() - _AROUND.keys():  # the learning rate alone is not worth a line
+            lines += _grid([f"{n}={text}" for n, text in rest.items()], width)
+        if is_styled:
+            lines = [
+                re.sub(r"\S+\*", rf"{_GREEN}\g<0>{_PLAIN}", line) for line in lines
+            ]
         if header != self._header:
             self._header = header
-            lines.append(f"{bold}{'  '.join(header)}{plain}")
-        texts = []
-        for name in columns:
-            text, is_best = cells.get(name, ("", False))
-            space = " " * (self._widths[name] - len(text))
-            text = f"{green}{text}{BEST_MARK}{plain}" if is_best else f"{text} "
-            texts.append(space + text)
-        lines.append(" ".join(texts).rstrip())
-        rest = {n: cell for n, cell in cells.items() if cell[0] and n not in columns}
-        if rest.keys() - _AROUND.keys():  # the learning rate alone is not worth a line
-            lines += [f"    {line}" for line in _names_and_values(rest, width - 4)]
+            lines.insert(0, f"{_BOLD}{header}{_PLAIN}" if is_styled else header)
         return lines
 
     def to_html(self) -> str:
         """Return all rows as a table of HTML, with all columns that have an entry."""
-        used = {n: text for row in self._rows for n, (text, _) in row.items() if text}
-        names = [
-            name for name in self._in_order({**self._widths, **used}) if name in used
-        ]
-        head = "".join(f"<th>{escape(name)}&nbsp;</th>" for name in names)
-        rows = []
+        used = {name: "" for row in self._rows for name in row if row[name]}
+        names = [n for n in self._in_order({**self._widths, **used}) if n in used]
+        lines = ["".join(f"<th>{escape(name)}&nbsp;</th>" for name in names)]
         for row in self._rows:
-            cells = [_html_of(*row.get(name, ("", False))) for name in names]
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+            cells = [escape(row.get(name, "")) for name in names]
+            bold = [f"<b>{c}</b>" if c.endswith("*") else f"{c}&nbsp;" for c in cells]
+            lines.append("".join(f"<td>{cell}</td>" for cell in bold))
+        style = "text-align: right; font-family: monospace"
+        rows = "".join(f"<tr>{line}</tr>" for line in lines)
         return (
-            '<div style="overflow-x: auto"><table style="text-align: right; '
-            'font-family: monospace"><thead><tr>'
-            f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+            f'<div style="overflow-x: auto"><table style="{style}">{rows}</table></div>'
         )
 
     def _make_room(self, name: str, text: str = "") -> None:
@@ -142,19 +137,16 @@ class Pace:
         self._num_samples = num_samples
         self._seconds = 0.0
         self._since: float | None = self.started
-        self._is_over = False
 
-    def pause(self, *, for_good: bool = False) -> None:
+    def pause(self) -> None:
         """Stop to count the time as that of training."""
-        self._is_over = self._is_over or for_good
         if self._since is not None:
             self._seconds += time.monotonic() - self._since
             self._since = None
 
     def go_on(self) -> None:
-        """Count it again, unless the training of the epoch is over."""
-        if self._since is None and not self._is_over:
-            self._since = time.monotonic()
+        """Count it again."""
+        self._since = time.monotonic()
 
     def samples_per_second(self, num_samples: int) -> str:
         """Return the pace as text.
@@ -213,31 +205,20 @@ def duration(seconds: float) -> str:
 
 def in_lines(title: str, values: Mapping[str, Any], width: int) -> str:
     """Return names and values behind a title, in as many lines as they need."""
-    cells = {name: (brief(value), False) for name, value in values.items()}
-    margin = " " * (len(title) + 2)
-    lines = _names_and_values(cells, width - len(margin), is_aligned=False)
-    return f"{title}  " + f"\n{margin}".join(lines)
+    text = "  ".join([title, *(f"{n}={brief(value)}" for n, value in values.items())])
+    return textwrap.fill(
+        text,
+        max(width, 20),
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
-def _names_and_values(
-    cells: Mapping[str, tuple[str, bool]], width: int, *, is_aligned: bool = True
-) -> list[str]:
-    """Return lines of ``name=value``, one below the other if they are aligned."""
-    texts = [
-        f"{name}={text}{BEST_MARK if is_best else ' '}"
-        for name, (text, is_best) in cells.items()
-    ]
-    longest = max(map(len, texts), default=0) if is_aligned else 0
-    lines: list[str] = []
-    for text in texts:
-        text = text.ljust(longest)
-        if lines and len(lines[-1]) + 1 + len(text.rstrip()) <= width:
-            lines[-1] += f" {text}"
-        else:
-            lines.append(text)
-    return [line.rstrip() for line in lines]
-
-
-def _html_of(text: str, is_best: bool) -> str:
-    text = escape(text)
-    return f"<td>{f'<b>{text}{BEST_MARK}</b>' if is_best else f'{text}&nbsp;'}</td>"
+def _grid(texts: list[str], width: int) -> list[str]:
+    """Return lines of texts, each below one of the line before."""
+    longest = max(len(text.rstrip("*")) for text in texts) + 2
+    num = max(1, (width - 3) // longest)
+    starts = range(0, len(texts), num)
+    rows = ["".join(t.ljust(longest) for t in texts[i : i + num]) for i in starts]
+    return [f"    {row}".rstrip() for row in rows]

@@ -92,6 +92,10 @@ def test_evaluations_amid_an_epoch_are_rows_and_leave_the_pace_of_training_alone
     create_trainer, samples, capsys, monkeypatch
 ):
     class EvaluatesApart(TrainerCallback):
+        def on_train_step_end(self, trainer, step, **kwargs):
+            if step == 0:
+                trainer.evaluate(samples(1))
+
         def on_train_epoch_end(self, trainer, **kwargs):
             trainer.evaluate(samples(1))
 
@@ -101,11 +105,12 @@ def test_evaluations_amid_an_epoch_are_rows_and_leave_the_pace_of_training_alone
         samples(6), 9, samples(3), per_device_batch_size=1, max_num_train_steps=4
     )
     assert table_of(capsys) == [
-        "epoch train_loss eval_loss lr samples/s time ETA",
-        "@2 1.000* 0 0.5 7.0s 7.0s",
-        "@4 1.000 0 0.5 14.0s",
         "evaluation loss=1.000 time=1.0s",
-        "1/1 1.000* 1.000* 0 0.5 18.0s",
+        "epoch train_loss eval_loss lr samples/s time ETA",
+        "@2 1.000* 0 0.5 8.0s 8.0s",
+        "@4 1.000 0 0.5 15.0s",
+        "evaluation loss=1.000 time=1.0s",
+        "1/1 1.000* 1.000* 0 0.5 19.0s",
         "Stopping after 4 updates, as max_num_train_steps asks",
     ]
 

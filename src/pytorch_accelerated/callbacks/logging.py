@@ -20,6 +20,7 @@ from pytorch_accelerated.console import (
     in_lines,
     labels_of,
 )
+from pytorch_accelerated.state import Stage
 from pytorch_accelerated.tracking import count_values, is_greater_better, is_number
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class LogMetricsCallback(TrainerCallback):
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
         if self._pace is not None:
-            self._pace.pause(for_good=True)
+            self._pace.pause()
         names = [name for name in self._new_names(trainer) if _is_train_metric(name)]
         self._log_latest_metrics(trainer, names)
 
@@ -123,7 +124,7 @@ class LogMetricsCallback(TrainerCallback):
         )
         if kwargs.get("is_intermediate", False):
             self._print_row(trainer, amid_epoch=True)
-        if self._pace is not None:
+        if self._pace and trainer._run.training.progress.stage is Stage.TRAINING:
             self._pace.go_on()
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
