@@ -74,7 +74,7 @@ class LogMetricsCallback(TrainerCallback):
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._num_logged = count_values(trainer.run_history)
-        self._row, self._best = {}, {}
+        self._row, self._best, self._next_show = {}, {}, 0.0
         self._table = self._pace = self._start = self._place = None
 
     def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

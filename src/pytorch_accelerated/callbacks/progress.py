@@ -177,6 +177,8 @@ class PrintProgressCallback(TrainerCallback):
     What happens between, and an evaluation, is said by :class:`LogMetricsCallback`.
     """
 
+    called_last = ("on_training_run_end",)  # after rows, and what others say
+
     _start: float | None = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
