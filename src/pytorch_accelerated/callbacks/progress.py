@@ -177,7 +177,8 @@ class PrintProgressCallback(TrainerCallback):
     What happens between, and an evaluation, is said by :class:`LogMetricsCallback`.
     """
 
-    called_last = ("on_training_run_end",)  # after rows, and what others say
+    # After the last row, and what others say.
+    called_last: tuple[str, ...] = ("on_training_run_end",)
 
     _start: float | None = None
 
