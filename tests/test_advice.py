@@ -79,7 +79,9 @@ def test_where_it_was_measured_the_verdict_comes_with_its_evidence(
     trainer = create(fused=True)
     kwargs = {"num_workers": num_workers}
     trainer.train(samples(2), 1, train_dataloader_kwargs=kwargs)
+    trainer.evaluate(samples(2))  # the training run is what is spoken of
     trainer.run_history.update_metric("train_data_wait_share", share)
+    trainer.run_history.update_metric("train_step_seconds_p50", 0.1)
     monkeypatch.setattr("pytorch_accelerated.advice.usable_cores", lambda: cores)
 
     (advice,) = trainer.advise()
@@ -97,8 +99,10 @@ def test_a_throughput_callback_is_what_measures_it(samples):
     loader = [tuple(batch[None] for batch in samples(1)[0])]
     trainer.train(SlowBatches(loader), 1)
     assert "let your loader fetch ahead" in trainer.advise()[0]
-    trainer.run_history.update_metric("train_data_wait_share", 0.02)
-    assert trainer.advise() == []
+    for share, step in ((0.02, 1.0), (0.5, 0.001)):
+        trainer.run_history.update_metric("train_data_wait_share", share)
+        trainer.run_history.update_metric("train_step_seconds_p50", step)
+        assert trainer.advise() == []
 
 
 class SlowBatches:

@@ -46,33 +46,30 @@ def advice_for(trainer: Trainer) -> list[str]:
     """
     found = list(_on_the_optimizer(trainer.optimizer))
     if trainer.run_config is not None:
-        share, loader = _wait_share(trainer), trainer._train_dataloader
-        found += _on_the_loader(loader) if share is None else _on_waiting(loader, share)
+        is_measured = "train_data_wait_share" in trainer.run_history.get_metric_names()
+        found += (_on_waiting if is_measured else _on_the_loader)(trainer)
         if trainer.device.type == "cuda":
             found += _on_the_gpu(trainer)
     return found
 
 
-def _wait_share(trainer: Trainer) -> float | None:
-    """Return what a ``ThroughputCallback`` has recorded last, if there was one."""
-    name, history = "train_data_wait_share", trainer.run_history
-    known = name in history.get_metric_names()
-    return float(history.get_latest_metric(name)) if known else None
-
-
 def closing_of(trainer: Trainer) -> str:
     """Say what the advice on loading the data goes by."""
-    share = _wait_share(trainer)
-    if share is not None:
+    history, name = trainer.run_history, "train_data_wait_share"
+    if name in history.get_metric_names():
+        share = history.get_latest_metric(name)
         return f"The loop waited for data {share:.0%} of the time of its last epoch."
     return "A ThroughputCallback would tell how long a run waits for data."
 
 
-def _on_waiting(loader: Any, share: float) -> Iterator[str]:
-    """Say what to do about the share of the time that the loop waited for data."""
-    if share < _SMALL_SHARE:
+def _on_waiting(trainer: Trainer) -> Iterator[str]:
+    """Say what to do about the time that a ThroughputCallback saw lost on data."""
+    latest = trainer.run_history.get_latest_metric
+    share, step = latest("train_data_wait_share"), latest("train_step_seconds_p50")
+    # A worker would take as long to hand a batch over.
+    if share < _SMALL_SHARE or share * step < HAND_OVER_SECONDS:
         return
-    workers = getattr(loader, "num_workers", None)
+    workers = getattr(trainer._run.training.train_dataloader, "num_workers", None)
     cores = max(1, usable_cores() // distributed.num_local_processes())
     # As many as load a batch in the time in which the model works on one.
     needed = min(cores, math.ceil((workers or share) / max(1 - share, 0.01)))
@@ -102,7 +99,8 @@ def _on_the_optimizer(optimizer: Any) -> Iterator[str]:
         )
 
 
-def _on_the_loader(loader: Any) -> Iterator[str]:
+def _on_the_loader(trainer: Trainer) -> Iterator[str]:
+    loader = trainer._run.training.train_dataloader
     if not isinstance(loader, PlannedLoader):
         return
     num_workers = loader.num_workers

@@ -1133,7 +1133,8 @@ class Trainer:
             path: The file. With ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` at its end it
                 is a state dict for ``torch.load``, else it is in the format of
                 safetensors, and ``.safetensors`` is added if that is not its end.
-            ema: Whether to save the average of the :class:`ModelEmaCallback` instead.
+            ema: Whether to save the average of the
+                :class:`~pytorch_accelerated.callbacks.ModelEmaCallback` instead.
 
         Returns:
             The path of the file.
@@ -1290,8 +1291,9 @@ class Trainer:
         """Print and return what would make runs like the last one faster.
 
         Nothing is changed. It speaks of the optimizer and, after a run, of loading the
-        data and of the use of the GPU. With a :class:`ThroughputCallback` the run has
-        measured how long it waited for data; else only loading a batch is measured.
+        data and of the use of the GPU. With a
+        :class:`~pytorch_accelerated.callbacks.ThroughputCallback` the run has measured
+        how long it waited for data; else only loading a batch is measured.
         """
         found = advice_for(self)
         for advice in found or ["Nothing to suggest."]:

@@ -138,7 +138,7 @@ PUBLISHED = {
         "freezer": ModelFreezer(nn.Linear(1, 1)),
         "from_index": {1: 0},
     },
-    ThroughputCallback: {},  # was not there
+    ThroughputCallback: {"peak_flops": 1e9},  # was not there
     WSDCheckpointCallback: {
         "save_dir": Path("wsd"),
         "save_optimizer": True,

@@ -72,6 +72,7 @@ class ThroughputCallback(TrainerCallback):
     peak_flops: float | None = None
     _epoch: _Epoch | None = None
     _counter: Any = None
+    _has_counted: bool = False
     _flops_per_sample: float | None = None
     _counting: ExitStack = ExitStack()
 
@@ -80,6 +81,7 @@ class ThroughputCallback(TrainerCallback):
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._epoch = self._counter = self._flops_per_sample = None
+        self._has_counted = False
         self._counting = ExitStack()
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -88,13 +90,14 @@ class ThroughputCallback(TrainerCallback):
 
     def on_train_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Note how long the batch was waited for."""
+        self._counting.close()
         epoch = self._epoch
         if epoch is not None:
             epoch.waited += time.perf_counter() - epoch.accounted_to
-        if self.peak_flops is not None and self._flops_per_sample is None:
+        if self.peak_flops is not None and not self._has_counted:
             from torch.utils.flop_counter import FlopCounterMode
 
-            self._counting.close()
+            self._has_counted = True
             self._counter = FlopCounterMode(display=False)
             # Modules need not be told apart, and torch.compile would see the hooks.
             self._counter.mod_tracker = nullcontext()
@@ -172,7 +175,10 @@ class ThroughputCallback(TrainerCallback):
             metrics["mfu"] = num_flops / (self.peak_flops * len(all_own))
         for name, value in metrics.items():
             trainer.run_history.update_metric(f"train_{name}", value)
-        words = (f"{name} {value:.3g}" for name, value in metrics.items())
+        words = (
+            f"{name} {value:{',.0f' if value >= 100 else '.3g'}}"
+            for name, value in metrics.items()
+        )
         trainer.print(", ".join(words).replace("_", " "))
 
     @event_with_data
