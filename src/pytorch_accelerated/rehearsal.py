@@ -19,6 +19,7 @@ from pytorch_accelerated.callbacks import (
     MoveModulesToDeviceCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.run import Run, UnderWay
 from pytorch_accelerated.tracking import InMemoryRunHistory
 
 if TYPE_CHECKING:
@@ -63,20 +64,30 @@ class Rehearsal:
         checks.warn_of_misspelt_names(trainer)  # while its callbacks are there
         torch.empty(0, device=trainer.device)  # an unused one would have no states
         self._random_states = checkpoint.get_random_states()
-        self._copy(vars(trainer))
-        if trainer._accelerator.scaler is not None:
-            self._copy(vars(trainer._accelerator.scaler))
         self._copy_data(self._data)
+        self._undo.append(partial(_refill, vars(trainer), dict(vars(trainer))))
         movers = [c for c in handler if isinstance(c, MoveModulesToDeviceCallback)]
         trainer.callback_handler = CallbackHandler([*movers, *self._listeners])
         trainer.run_history = InMemoryRunHistory()
         vars(trainer)["print"] = lambda *args, **kwargs: None
+        if not trainer._engine.computes_alone:
+            self._shard_weights()
+        self._copy(vars(trainer))
+        if trainer._accelerator.scaler is not None:
+            self._copy(vars(trainer._accelerator.scaler))
 
     def __exit__(self, *error: object) -> None:
         """Put everything back."""
-        for undo in self._undo:
+        for undo in reversed(self._undo):
             undo()
         checkpoint.set_random_states(self._random_states)
+
+    def _shard_weights(self) -> None:
+        """Let FSDP replace the weights by parts of them, as any run does for good."""
+        checks.check_optimizer(self._trainer.model, self._trainer.optimizer)
+        run = Run(is_training=True)
+        with UnderWay(self._trainer, run):
+            run.prepare_model_and_optimizer(self._trainer)
 
     def _copy(self, value: Any) -> None:
         """Copy a value and all that is in it.
@@ -88,6 +99,7 @@ class Rehearsal:
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self._undo.append(_undo_of_tensor(value))
+            self._copy(value.grad if value.is_leaf else None)
         elif isinstance(value, nn.Module | Optimizer):
             self._copy(vars(value))
         elif type(value) in _PLAIN_CONTAINERS or isinstance(value, tuple):

@@ -19,6 +19,7 @@ ON_TWO = (
     "resumed_from_whole_state",
     "averaged",
     "average_resumed",
+    "rehearsed",
     "low_precision",
     "refused",
 )
@@ -71,6 +72,16 @@ def test_the_model_was_sharded_and_its_losses_are_those_of_one_process(result):
     assert_close(sharded["losses"], plain["losses"])
     assert_close(sharded["eval_losses"], plain["eval_losses"])
     assert result("sharded", process=1)["losses"] == sharded["losses"]
+
+
+def test_what_finders_do_with_sharded_weights_is_undone(result):
+    rehearsed, sharded = result("rehearsed"), result("sharded")
+    assert_close(rehearsed["weights"], sharded["weights"], atol=0)
+    assert rehearsed["losses"] == sharded["losses"]
+    summary, other = rehearsed["found"], result("rehearsed", process=1)["found"]
+    assert summary == other
+    assert summary["parameters"] == 6 * 8 + 8 + 8 * 7 + 7 + 7 + 1
+    assert len(summary["curve"]) > 5
 
 
 def test_the_gradient_norm_is_that_of_all_parts(result):

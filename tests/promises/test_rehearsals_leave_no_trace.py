@@ -85,6 +85,16 @@ class Counting(Trainer):
         self.losses = []
         self.second_optimizer = torch.optim.Adam(self.metric.parameters(), lr=0.1)
 
+    def training_run_start(self):
+        super().training_run_start()
+        if self._accelerator.num_processes == 1:  # DDP needs to know beforehand
+            self.get_model().first.bias.requires_grad_(False)
+
+    def training_run_end(self):
+        super().training_run_end()
+        if self.run_history.get_metric_names():  # not that of a rehearsal
+            self.model.first.bias.requires_grad_(True)
+
     def calculate_train_batch_loss(self, batch):
         if len(batch[0]) > getattr(self, "most", math.inf):
             raise torch.OutOfMemoryError
@@ -116,8 +126,6 @@ def summarize(trainer, data):
 
 def find_batch_size(trainer, data):
     """Memory runs out on one of several processes alone."""
-    if isinstance(data, DataLoader | IterableDataset):
-        return None
     trainer.most = 10 if trainer._accelerator.is_main_process else 5
     found = trainer.find_batch_size(data, 24, per_device_batch_size=2)
     del trainer.most
@@ -137,6 +145,15 @@ REHEARSALS = {
     "summary": summarize,
     "one that fails": fail_amid_updates,
 }
+
+
+def handles(model):
+    """Return what a user may hold: weights, their gradients, and buffers."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.full_like(parameter, 2)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return [*model.parameters(), *gradients, *model.buffers()]
 
 
 def run(folder, rehearse=None, data=None, seed=None, compiled=False):
@@ -164,11 +181,12 @@ def run(folder, rehearse=None, data=None, seed=None, compiled=False):
     ends = []
     for _ in range(2):
         if rehearse is not None:
-            parameters = list(model.parameters())
+            before = handles(model)
             rehearse(trainer, data)
-            assert all(
-                a is b for a, b in zip(parameters, model.parameters(), strict=True)
-            )
+            after = handles(model)
+            assert all(a is b for a, b in zip(after, before, strict=True))
+            assert all(p.grad.eq(2).all() for p in model.parameters())
+            assert sum(p.requires_grad for p in model.parameters()) == 6
         trainer.train(
             data,
             num_epochs=2,
@@ -221,10 +239,14 @@ def assert_same(one, other):
 DATA = {"dataset": Drawing, "loader": shuffled, "stream": DrawingStream}
 
 
-@pytest.mark.parametrize("name", REHEARSALS)
 @pytest.mark.parametrize(
-    ("data", "seed"),
-    [("dataset", None), ("dataset", 1), ("loader", None), ("stream", None)],
+    ("name", "data", "seed"),
+    [
+        *((name, "dataset", None) for name in REHEARSALS),
+        ("find_learning_rate", "dataset", 1),
+        ("find_learning_rate", "loader", None),
+        ("summary", "stream", None),
+    ],
 )
 def test_a_run_after_a_rehearsal_is_the_run_without_it(
     name, data, seed, tmp_path, capsys
@@ -238,6 +260,20 @@ def test_a_run_after_a_rehearsal_is_the_run_without_it(
     printed_now = capsys.readouterr().out
     if name != "summary":
         assert printed_now.count("\n") == printed.count("\n")
+
+
+def test_the_scale_of_half_precision_is_put_back(noise, create_classifier):
+    model = create_classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks=())
+    scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+    trainer._accelerator.scaler = scaler
+
+    assert len(trainer.find_learning_rate(noise(64), 1e-4, 0.1, 10).losses) == 10
+    assert scaler.get_scale() == 65536
+
+    trainer.train(noise(64), num_epochs=1)
+    assert scaler.get_scale() == 65536 * 2**4
 
 
 def test_two_processes_rehearse_together(on_processes, tmp_path):

@@ -79,9 +79,19 @@ class WithoutDropout(Trainer):
                 module.eval()
 
 
-def result_of(folder=None, **kwargs):
+def find(trainer):
+    """Try what a run could be made with, in between."""
+    summary = trainer.summary(create_data(), per_device_batch_size=batch_size())
+    curve = trainer.find_learning_rate(
+        create_data(), num_updates=12, per_device_batch_size=batch_size()
+    )
+    return {"parameters": summary.num_parameters, "curve": curve.losses}
+
+
+def result_of(folder=None, prepare=lambda _: None, **kwargs):
     arguments = kwargs.pop("arguments", {})
     trainer = create_trainer(trainer_class=WithoutDropout, **kwargs)
+    found = prepare(trainer)
     history = train(trainer, **arguments)
     return {
         "weights": weights(trainer),
@@ -89,6 +99,7 @@ def result_of(folder=None, **kwargs):
         "eval_losses": list(history.get_metric_values("eval_loss_epoch")),
         "is_sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "norm": trainer.gradient_norm,
+        "found": found,
     }
 
 
@@ -99,6 +110,7 @@ plain = partial(result_of, fsdp=False)
 plain_clipped = partial(plain, arguments=CLIPPED)
 plain_accumulated = partial(plain, arguments=ACCUMULATED)
 sharded = result_of
+rehearsed = partial(result_of, prepare=find)
 clipped = partial(result_of, arguments=CLIPPED)
 accumulated = partial(result_of, arguments=ACCUMULATED)
 
