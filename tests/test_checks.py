@@ -120,44 +120,27 @@ def test_a_second_optimizer_may_hold_the_rest(train, network, keep, is_callback)
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("bases", "name", "meant"),
     [
-        ("on_train_epoch_finish", "on_train_epoch_end"),
-        ("on_training_step_end", "on_train_step_end"),
-        ("on_train_batch_end", "on_train_step_end"),
-        ("on_epoch_end", "on_training_run_epoch_end"),
+        ((TrainerCallback,), "on_train_epoch_finish", "on_train_epoch_end"),
+        ((TrainerCallback,), "on_training_step_end", "on_train_step_end"),
+        ((TrainerCallback,), "on_train_batch_end", "on_train_step_end"),
+        # In what only looks like a callback.
+        ((), "on_epoch_end", "on_training_run_epoch_end"),
+        ((Trainer,), "training_step", "calculate_train_batch_loss"),
+        ((Trainer,), "calculate_train_loss", "calculate_train_batch_loss"),
+        ((Trainer,), "validation_step", "calculate_eval_batch_loss"),
+        ((Trainer,), "train_epoch_starts", "train_epoch_start"),
+        ((Trainer,), "on_train_epoch_end", "train_epoch_end"),
     ],
 )
-@pytest.mark.parametrize("bases", [(TrainerCallback,), ()])
-def test_a_misspelt_event_found_102(create_trainer, samples, name, meant, bases):
-    """In a callback, or in what only looks like one."""
-    misspelt = type("Mine", bases, {name: lambda self, trainer, **kwargs: None})
-    trainer = create_trainer([misspelt])
-
-    with pytest.warns(
-        TrainingWarning, match=rf"Mine\.{name} is not what.*mean {meant}\?"
-    ) as caught:
-        trainer.train(samples(2), 1)
-    trainer.train(samples(2), 1)  # said once
-
-    assert [warning.filename for warning in caught] == [__file__]
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("training_step", "calculate_train_batch_loss"),
-        ("calculate_train_loss", "calculate_train_batch_loss"),
-        ("validation_step", "calculate_eval_batch_loss"),
-        ("train_epoch_starts", "train_epoch_start"),
-        ("on_train_epoch_end", "train_epoch_end"),
-    ],
-)
-def test_a_misspelt_method_of_the_trainer_found_102(
-    create_trainer, samples, name, meant
+def test_a_misspelt_event_or_method_is_warned_of_once_found_102(
+    create_trainer, samples, bases, name, meant
 ):
-    misspelt = type("Mine", (Trainer,), {name: lambda self, batch=None: None})
-    trainer = create_trainer(trainer_class=misspelt)
+    misspelt = type("Mine", bases, {name: lambda self, *args, **kwargs: None})
+    is_trainer = Trainer in bases
+    arguments = {"trainer_class": misspelt} if is_trainer else {"callbacks": [misspelt]}
+    trainer = create_trainer(**arguments)
 
     with pytest.warns(
         TrainingWarning, match=rf"Mine\.{name} is not what.*mean {meant}\?"
@@ -165,7 +148,7 @@ def test_a_misspelt_method_of_the_trainer_found_102(
         trainer.train(samples(2), 1)
     trainer.train(samples(2), 1)
 
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_names_that_are_meant_are_no_oversight(create_trainer, samples):

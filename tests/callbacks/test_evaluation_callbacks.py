@@ -10,7 +10,6 @@ from pytorch_accelerated.callbacks import (
     StopTrainingError,
     TrainerCallback,
 )
-from pytorch_accelerated.trainer import Trainer
 
 
 class EvalLog(TrainerCallback):
@@ -76,23 +75,6 @@ def test_intermediate_evaluations_are_kept_with_their_update_and_logged(
     assert [value for name, value in logged if name == "intermediate_eval_loss"] == [
         record.value for record in records
     ]
-
-
-def test_metrics_of_intermediate_evaluations_do_not_mix_with_those_of_epochs(
-    create_trainer, samples
-):
-    """Defect 12: four values in one epoch."""
-
-    class Metrics(Trainer):
-        def eval_epoch_end(self):
-            self.run_history.update_metric("accuracy", self.num_steps)
-
-    trainer = create_trainer([StepBasedEvaluationCallback(1)], trainer_class=Metrics)
-    history = trainer.train(
-        samples(3), num_epochs=1, eval_dataset=samples(1), per_device_batch_size=1
-    )
-    assert history.get_metric_values("accuracy") == [3]
-    assert history.get_metric_values("intermediate_accuracy") == [1, 2, 3]
 
 
 def test_no_eval_dataset_is_an_error_before_training(

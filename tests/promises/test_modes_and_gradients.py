@@ -1,5 +1,7 @@
 """R6 and R9: modes, left-over gradients, and clipping once per update."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -199,14 +201,8 @@ def test_a_backbone_that_arrives_in_evaluation_mode_is_warned_of_found_61():
     assert not model.body["backbone"].training
 
 
-def freeze_all_but_the_head(model):
-    freezer = ModelFreezer(model)
-    freezer.freeze(set_modules_as_eval=True)
-
-
-def freeze_all_but_the_head_and_norms_too(model):
-    freezer = ModelFreezer(model, freeze_batch_norms=True)
-    freezer.freeze(set_modules_as_eval=True)
+def freeze(model, **kwargs):
+    ModelFreezer(model, **kwargs).freeze(set_modules_as_eval=True)
 
 
 def set_norms_to_evaluation(model):
@@ -215,27 +211,19 @@ def set_norms_to_evaluation(model):
             module.eval()
 
 
-def freeze_by_hand(model):
-    model.body.requires_grad_(False).eval()
-
-
 def set_what_knows_no_modes_to_evaluation(model):
     model.head = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.0)).eval()
-
-
-def set_all_to_evaluation(model):
-    model.eval()
 
 
 @pytest.mark.parametrize(
     "prepare",
     [
-        freeze_all_but_the_head,
-        freeze_all_but_the_head_and_norms_too,
+        freeze,
+        partial(freeze, freeze_batch_norms=True),
         set_norms_to_evaluation,
-        freeze_by_hand,
+        lambda model: model.body.requires_grad_(False).eval(),
         set_what_knows_no_modes_to_evaluation,
-        set_all_to_evaluation,
+        nn.Module.eval,
     ],
 )
 def test_what_was_put_into_evaluation_mode_on_purpose_is_not_warned_of_found_61(

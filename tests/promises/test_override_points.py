@@ -5,9 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from pytorch_accelerated.callbacks import (
     ProgressBarCallback,
@@ -241,23 +240,6 @@ def test_overrides_of_the_modes_of_the_model(create_trainer, samples):
     assert modes == [False, True]
 
 
-def test_own_loaders_are_used(create_trainer, samples):
-    class Own(Trainer):
-        def create_train_dataloader(self, batch_size, train_dl_kwargs=None):
-            return DataLoader(self.train_dataset, batch_size=2 * batch_size)
-
-        def create_eval_dataloader(self, batch_size, eval_dl_kwargs=None):
-            return DataLoader(self.eval_dataset, batch_size=1)
-
-    trainer = create_trainer(trainer_class=Own)
-    trainer.train(samples(6), 1, eval_dataset=samples(6), per_device_batch_size=3)
-
-    assert len(trainer._train_dataloader) == 1
-    assert len(trainer._eval_dataloader) == 6
-    assert trainer.run_config.train_per_device_batch_size == 6
-    assert trainer.run_config.eval_per_device_batch_size == 1
-
-
 def test_the_run_config_may_be_made_from_the_arguments_of_the_published_version(
     create_trainer, samples
 ):
@@ -288,26 +270,6 @@ def test_the_run_config_may_be_made_from_the_arguments_of_the_published_version(
     trainer.train(samples(1), 1)
 
     assert trainer.model.weight.item() == 0.25
-
-
-@pytest.mark.parametrize("is_set_before", [True, False])
-def test_an_accelerator_of_the_user_is_used(create_trainer, samples, is_set_before):
-    own = Accelerator()
-
-    class Own(Trainer):
-        def __init__(self, *args, **kwargs):
-            if is_set_before:
-                self._accelerator = own
-            super().__init__(*args, **kwargs)
-
-        def _create_accelerator(self):
-            return self._accelerator if is_set_before else own
-
-    trainer = create_trainer(trainer_class=Own)
-    trainer.train(samples(1), 1)
-
-    assert trainer._accelerator is own
-    assert trainer.model.weight.item() == 0.5
 
 
 def test_an_epoch_of_the_user_s_own(create_trainer, samples):

@@ -224,40 +224,19 @@ def test_hooks_and_a_forward_of_the_user_stay(create_trainer, samples):
 
 def test_each_trainer_computes_in_the_precision_it_was_given(samples):
     """Defect 57: after a trainer with bf16, all later ones computed in bf16."""
-    dtypes = {}
+    model, dtypes = nn.Sequential(nn.Linear(1, 1)), []
+    model[0].register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainers = [
+        Trainer(model, nn.MSELoss(), optimizer, (), accelerator_kwargs=kwargs)
+        for kwargs in ({"mixed_precision": "bf16"}, {"mixed_precision": "no"}, {})
+    ]
+    for trainer in trainers * 2:
+        trainer.train(samples(2), num_epochs=1)
 
-    class Remembers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(1, 1)
-
-        def forward(self, inputs):
-            outputs = self.linear(inputs)
-            self.dtype = outputs.dtype
-            return outputs
-
-    def create(model, precision):
-        kwargs = {} if precision is None else {"mixed_precision": precision}
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return Trainer(
-            model, nn.MSELoss(), optimizer, callbacks=(), accelerator_kwargs=kwargs
-        )
-
-    model = Remembers()
-    trainers = {
-        precision: create(model, precision) for precision in ("bf16", "no", None)
-    }
-    for _ in range(2):
-        for precision, trainer in trainers.items():
-            trainer.train(samples(2), num_epochs=1)
-            dtypes.setdefault(precision, []).append(model.dtype)
-            assert trainer.run_config.mixed_precision == (precision or "no")
-
-    assert dtypes == {
-        "bf16": [torch.bfloat16] * 2,
-        "no": [torch.float32] * 2,
-        None: [torch.float32] * 2,
-    }
+    assert dtypes == [torch.bfloat16, torch.float32, torch.float32] * 2
+    precisions = [trainer.run_config.mixed_precision for trainer in trainers]
+    assert precisions == ["bf16", "no", "no"]
 
 
 def test_the_model_is_not_kept_alive_by_a_trainer_that_is_gone(samples):
