@@ -98,3 +98,10 @@ def test_an_accelerator_keeps_what_it_has_prepared():
     compat.remember_prepared(accelerator, model, optimizer)
     assert (accelerator._models, accelerator._optimizers) == ([model], [optimizer])
     compat.forget_prepared(accelerator)
+
+
+def test_an_accelerator_can_be_told_whether_gradients_are_synchronised():
+    accelerator = Accelerator()
+    for syncs in (False, True):
+        compat.set_sync_gradients(accelerator, syncs=syncs)
+        assert accelerator.sync_gradients is syncs

@@ -45,6 +45,7 @@ def test_k_decay_raises_the_progress_to_its_power():
 
 
 def test_ratios_are_taken_of_the_learning_rate_of_each_group():
+    """Defect 19: a warm-up that was a ratio rose above the peak."""
     scheduler = CosineLrScheduler(
         create_optimizer(0.1, 0.02),
         4,
