@@ -4,6 +4,7 @@ import contextlib
 import io
 import time
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from unittest import mock
 
@@ -113,28 +114,30 @@ def check_failed(runs, updates, message, failing=1, error="ValueError"):
 # ---------------------------------------------------------------- stops in a callback
 
 
+class AllStop(Trainer):
+    def calculate_train_batch_loss(self, batch):
+        if self.num_steps == 4:
+            raise StopTrainingError("all of us")
+        return super().calculate_train_batch_loss(batch)
+
+
 def test_a_stop_after_an_update_stops_both_at_that_update(on_processes):
-    """Defect 40."""
+    """Defect 40. Amid a window, it stops them when the window ends."""
 
     def run():
-        stop = StopTrainingError("enough")
+        one_stops = partial(RaisesOnOneProcess, error=StopTrainingError("enough"))
+        amid_window = one_stops("on_train_step_end", calls=4)
         return [
-            train([RaisesOnOneProcess(event, stop, calls=3)])
-            for event in ("on_train_step_end", "on_train_update_end")
+            train([one_stops("on_train_step_end", calls=3)]),
+            train([one_stops("on_train_update_end", calls=3)]),
+            train([amid_window], gradient_accumulation_steps=3),
+            train([], AllStop),
         ]
 
-    for runs in zip(*on_processes(2, run), strict=True):
-        check_stopped(runs, 3, "Process 1 raised StopTrainingError('enough')")
-
-
-def test_a_stop_amid_a_window_stops_both_when_the_window_ends(on_processes):
-    def run():
-        stop = RaisesOnOneProcess(
-            "on_train_step_end", StopTrainingError("enough"), calls=4
-        )
-        return train([stop], gradient_accumulation_steps=3)
-
-    check_stopped(on_processes(2, run), 2, "enough")
+    runs = zip(*on_processes(2, run), strict=True)
+    for of_both, updates in zip(runs, (3, 3, 2, 4), strict=True):
+        of_one = "Process 1 raised StopTrainingError('enough')"
+        check_stopped(of_both, updates, "all of us" if updates == 4 else of_one)
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -319,16 +322,6 @@ def test_the_limit_of_updates_ends_both_at_once(on_processes):
         assert result["updates"] == 13
         assert result["ends"] == ["end"]
         assert result["epoch"] == 3
-
-
-def test_a_stop_that_all_processes_raise_in_a_step_ends_the_run_in_order(on_processes):
-    class Stops(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            if self.num_steps == 4:
-                raise StopTrainingError("all of us")
-            return super().calculate_train_batch_loss(batch)
-
-    check_stopped(on_processes(2, lambda: train([], Stops)), 4, "all of us")
 
 
 def test_what_cannot_work_is_refused_on_both_with_the_reason(on_processes, tmp_path):

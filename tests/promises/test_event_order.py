@@ -177,34 +177,6 @@ def test_calls_of_an_evaluation_run(evaluate):
     ]
 
 
-def test_data_that_comes_with_the_events(create_trainer, samples):
-    received = {}
-
-    def event(name):
-        def method(self, trainer, **kwargs):
-            received.setdefault(name, []).append(kwargs)
-
-        return method
-
-    keeps = type("Keeps", (TrainerCallback,), {name: event(name) for name in EVENTS})
-    trainer = create_trainer([keeps])
-    trainer.train(
-        samples(4), num_epochs=1, eval_dataset=samples(2), per_device_batch_size=2
-    )
-    trainer.evaluate(samples(2))
-
-    keys = {name: [set(each) for each in kwargs] for name, kwargs in received.items()}
-    assert keys.pop("on_train_step_end") == [{"batch", "batch_output", "step"}] * 2
-    assert keys.pop("on_eval_step_end") == [{"batch", "batch_output"}] * 2
-    assert keys.pop("on_eval_epoch_start") == [{"is_intermediate"}] * 2
-    assert keys.pop("on_eval_epoch_end") == [{"is_intermediate"}] * 2
-    assert keys.pop("on_train_update_end") == [{"num_updates"}] * 2
-    assert all(each == set() for sets in keys.values() for each in sets)
-    assert [kwargs["step"] for kwargs in received["on_train_step_end"]] == [0, 1]
-    updates = [kwargs["num_updates"] for kwargs in received["on_train_update_end"]]
-    assert updates == [1, 2]
-
-
 IN_AN_EPOCH = [*train_epoch(step()), *eval_epoch(1), *EPOCH_END]
 
 
