@@ -22,54 +22,52 @@ def names_in(folder):
 
 @pytest.fixture
 def run(create_trainer, samples, tmp_path):
-    """Train, with an update an epoch, and save a state after each."""
+    """Train, with an update for each sample, and save a state after each epoch."""
 
-    def run(num_epochs, resume_from=None, folder=tmp_path, others=(), **kwargs):
+    def run(num_epochs, resume_from=None, *, num_samples=1, **kwargs):
+        folder, others = kwargs.pop("folder", tmp_path), kwargs.pop("others", ())
+        accumulation = kwargs.pop("accumulation", 1)
         saving = SaveTrainingStateCallback(
             folder, **{"save_every_n_epochs": 1, **kwargs}
         )
         trainer = create_trainer([saving, *others])
-        trainer.train(samples(1), num_epochs, resume_from=resume_from)
+        trainer.train(
+            samples(num_samples),
+            num_epochs,
+            eval_dataset=samples(1),
+            per_device_batch_size=1,
+            gradient_accumulation_steps=accumulation,
+            resume_from=resume_from,
+        )
         return trainer
 
     return run
 
 
-class EventLog(TrainerCallback):
-    """Writes down the events, and which training states exist at them."""
+class NamesAtEvaluation(TrainerCallback):
+    """Writes down which training states exist at the end of each evaluation."""
 
     def __init__(self, folder):
-        self.folder, self.seen = folder, {}
-
-    def on_train_step_start(self, trainer, **kwargs):
-        self.seen["step", trainer.num_steps] = names_in(self.folder)
+        self.folder, self.seen = folder, []
 
     def on_eval_epoch_end(self, trainer, **kwargs):
-        self.seen["eval", trainer.run_history.current_epoch] = names_in(self.folder)
+        self.seen.append(names_in(self.folder))
 
 
-def test_an_epoch_is_saved_after_its_evaluation(create_trainer, samples, tmp_path):
+def test_an_epoch_is_saved_after_its_evaluation(run, tmp_path):
     """Defect 47: it was saved before."""
-    log = EventLog(tmp_path)
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
-    trainer = create_trainer([saving, log])
-    trainer.train(samples(1), num_epochs=2, eval_dataset=samples(1))
-    assert log.seen["eval", 1] == []
-    assert log.seen["eval", 2] == ["epoch_1"]
+    log = NamesAtEvaluation(tmp_path)
+    run(2, others=[log])
+    assert log.seen == [[], ["epoch_1"]]
     metrics = Checkpoint(tmp_path / "epoch_2").metrics
     assert metrics["eval_loss_epoch"] == 0.25**2
 
 
-def test_states_are_saved_every_n_updates_of_the_whole_run(
-    create_trainer, samples, weight_of, tmp_path
-):
-    saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_epochs=2, save_every_n_steps=2
-    )
-    assert names_in(tmp_path) == []
-    create_trainer([saving]).train(samples(3), num_epochs=2, per_device_batch_size=1)
+def test_states_are_saved_every_n_updates_of_the_whole_run(run, tmp_path):
+    trainer = run(2, num_samples=3, save_every_n_epochs=2, save_every_n_steps=2)
     saved = ["epoch_2", "final", "step_2", "step_4", "step_6"]
     assert names_in(tmp_path) == saved
+    (saving,) = trainer.callback_handler
     assert {path.name for path in saving._saved_checkpoints} == {*saved} - {"final"}
     assert saving.save_dir == tmp_path
     # Saved after the update: two of them have halved the weight twice.
@@ -77,23 +75,14 @@ def test_states_are_saved_every_n_updates_of_the_whole_run(
     assert weights["weight"].item() == 0.5**2
 
 
-def test_steps_are_updates_and_not_batches(create_trainer, samples, tmp_path):
-    saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_steps=1, save_at_end=False
-    )
-    create_trainer([saving]).train(
-        samples(5),
-        num_epochs=1,
-        per_device_batch_size=1,
-        gradient_accumulation_steps=2,
-    )
-    assert names_in(tmp_path) == ["step_1", "step_2", "step_3"]
+def test_steps_are_updates_and_not_batches(run, tmp_path):
+    trainer = run(1, num_samples=5, accumulation=2, save_every_n_steps=1)
+    assert names_in(tmp_path) == ["epoch_1", "final", "step_1", "step_2", "step_3"]
+    (saving,) = trainer.callback_handler
     assert saving._global_step == 3
 
 
-def test_states_are_saved_every_n_minutes(
-    create_trainer, samples, tmp_path, monkeypatch
-):
+def test_states_are_saved_every_n_minutes(run, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(
         "pytorch_accelerated.callbacks.checkpointing.time.monotonic", lambda: now[0]
@@ -103,39 +92,25 @@ def test_states_are_saved_every_n_minutes(
         def on_train_step_start(self, trainer, **kwargs):
             now[0] += 40
 
-    saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_minutes=1, save_at_end=False
-    )
-    create_trainer([saving, Slow()]).train(
-        samples(5), num_epochs=1, per_device_batch_size=1
-    )
-    assert names_in(tmp_path) == ["step_2", "step_4"]
+    run(1, num_samples=5, others=[Slow()], save_every_n_minutes=1)
+    assert names_in(tmp_path) == ["epoch_1", "final", "step_2", "step_4"]
 
 
-def test_a_resumed_run_goes_on_with_the_numbers(create_trainer, samples, tmp_path):
+def test_a_resumed_run_goes_on_with_the_numbers(run, tmp_path):
     """Defect 8: they started again at 0, and overwrote older directories."""
-    create_trainer([SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)]).train(
-        samples(3), num_epochs=1, per_device_batch_size=1
-    )
-    saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_steps=2, save_at_end=False
-    )
-    trainer = create_trainer([saving])
-    trainer.train(
-        samples(3),
-        num_epochs=2,
-        per_device_batch_size=1,
-        resume_from=tmp_path / "epoch_1",
+    run(1, num_samples=3)
+    trainer = run(
+        *(2, tmp_path / "epoch_1"),
+        num_samples=3,
+        save_every_n_epochs=None,
+        save_every_n_steps=2,
     )
     assert names_in(tmp_path) == ["epoch_1", "final", "step_4", "step_6"]
     assert trainer.load_training_state(tmp_path / "step_6")["global_step"] == 6
 
 
-def test_only_the_newest_are_kept(create_trainer, samples, tmp_path):
-    saving = SaveTrainingStateCallback(
-        tmp_path, save_every_n_epochs=1, save_every_n_steps=3, max_checkpoints=2
-    )
-    create_trainer([saving]).train(samples(2), num_epochs=3, per_device_batch_size=1)
+def test_only_the_newest_are_kept(run, tmp_path):
+    run(3, num_samples=2, save_every_n_steps=3, max_checkpoints=2)
     assert names_in(tmp_path) == ["epoch_3", "final", "step_6"]
 
 
@@ -318,15 +293,16 @@ def test_a_run_that_may_overwrite_deletes_nothing_of_another_found_83(run, tmp_p
 
 
 def test_a_resumed_run_is_the_one_that_it_goes_on_from_found_83(run, samples, tmp_path):
-    """So are further runs of its trainer."""
+    """So are further runs of its trainer; a state of another name is the user's."""
     states = tmp_path / "states"
     run(2, folder=states, max_checkpoints=2)
     shutil.copytree(states / "final", tmp_path / "backup")
+    (states / "epoch_1").rename(states / "kept")
     # of this very run: nothing to refuse
     trainer = run(3, tmp_path / "backup", folder=states, max_checkpoints=2)
-    assert names_in(states) == ["epoch_2", "epoch_3", "final"]
+    assert names_in(states) == ["epoch_2", "epoch_3", "final", "kept"]
     trainer.train(samples(1), num_epochs=1)
-    assert names_in(states) == ["epoch_1", "epoch_3", "final"]
+    assert names_in(states) == ["epoch_1", "epoch_3", "final", "kept"]
     (saving,) = trainer.callback_handler
     assert saving._saved_checkpoints == [states / "epoch_3", states / "epoch_1"]
 
@@ -469,31 +445,23 @@ class Odd(TrainerCallback):
         self.state = state
 
 
-class NumUpdates(TrainerCallback):
-    def __init__(self):
-        self.count = 0
-
-    def on_train_update_end(self, trainer, **kwargs):
-        self.count += 1
-
-
 @pytest.mark.parametrize("on_save_error", ["warn", "raise"])
 def test_a_schedule_that_cannot_be_stored_is_refused_at_the_start_found_86(
     create_trainer, samples, tmp_path, on_save_error
 ):
     """found 86: it was, a line per save, and no state could be resumed from."""
     saving = SaveTrainingStateCallback(tmp_path, on_save_error=on_save_error)
-    counting = NumUpdates()
-    trainer = create_trainer([saving, counting])
+    trainer = create_trainer([saving])
     with pytest.raises(
         CheckpointError, match=r"state of the scheduler\['factor'\] is a .*function"
     ):
         trainer.train(samples(1), 1, create_scheduler_fn=Halving)
-    assert counting.count == 0
+    assert trainer.num_updates == 0
     assert names_in(tmp_path) == []
 
-    create_trainer([counting]).train(samples(1), 1, create_scheduler_fn=Halving)
-    assert counting.count == 1
+    trainer = create_trainer()
+    trainer.train(samples(1), 1, create_scheduler_fn=Halving)
+    assert trainer.num_updates == 1
 
 
 @pytest.mark.parametrize(
@@ -506,8 +474,7 @@ def test_a_callback_s_state_that_cannot_be_stored_is_found_early_found_87(
     saving = SaveTrainingStateCallback(
         tmp_path, save_every_n_epochs=1, save_at_end=False
     )
-    counting = NumUpdates()
-    trainer = create_trainer([Odd(since), saving, counting])
+    trainer = create_trainer([Odd(since), saving])
 
     def train():
         trainer.train(samples(2), 2, per_device_batch_size=1)
@@ -519,7 +486,7 @@ def test_a_callback_s_state_that_cannot_be_stored_is_found_early_found_87(
     else:
         with pytest.raises(CheckpointError, match=message):
             train()
-    assert counting.count == num_updates
+    assert trainer.num_updates == num_updates
     assert names_in(tmp_path) == []
 
 
@@ -536,11 +503,10 @@ def test_an_optimizer_s_state_is_looked_at_after_the_first_update_found_87(
     create_trainer, samples, tmp_path
 ):
     saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
-    counting = NumUpdates()
-    trainer = create_trainer([saving, counting])
+    trainer = create_trainer([saving])
     trainer.optimizer = OddSGD(trainer.model.parameters(), lr=0.25)
     with pytest.raises(
         CheckpointError, match=r"state of the optimizer\['state'\]\[0\]\['mine'\]"
     ):
         trainer.train(samples(9), num_epochs=1, per_device_batch_size=1)
-    assert counting.count == 1
+    assert trainer.num_updates == 1

@@ -307,6 +307,10 @@ def folder_link(state):
     sub.symlink_to(target)
 
 
+def sparse_terabyte(state):
+    os.truncate(state / "run.pt", 2**40)
+
+
 def pipe(name):
     def change(state):
         (state / name).unlink()
@@ -339,6 +343,7 @@ FOLDERS = {
     link("manifest.json", "/dev/zero"): "manifest.json.*link",
     link("manifest.json", "run.pt"): "manifest.json.*link",
     folder_link: "sub/run.pt is a link",
+    sparse_terabyte: "run.pt has 1,099,511,627,776 bytes instead of",
     pipe("manifest.json"): "manifest.json.*no plain file",
     pipe("run.pt"): "run.pt.*no plain file",
 }

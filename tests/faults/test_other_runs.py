@@ -211,18 +211,6 @@ def test_a_loader_that_keeps_its_place_is_set_there(tmp_path):
     assert difference(expected, trainer.model.state_dict()) is None
 
 
-def test_a_ready_loader_that_shuffles_by_the_global_generator_goes_on(tmp_path):
-    samples = Augmented(20).inputs[:, :1]
-
-    def loader():
-        return DataLoader(TensorDataset(samples, samples), batch_size=3, shuffle=True)
-
-    expected = train_on(loader(), tmp_path / "whole").model.state_dict()
-    with pytest.warns(UserWarning, match="loader or sampler is yours"):
-        trainer = train_on(loader(), tmp_path / "2", tmp_path / "whole" / "step_6")
-    assert difference(expected, trainer.model.state_dict()) is None
-
-
 def test_the_place_in_a_loader_of_the_users_is_not_guessed(tmp_path):
     samples = Augmented(20).inputs[:, :1]
     data = TensorDataset(samples, samples)
