@@ -45,7 +45,7 @@ def _rows(trainer: Trainer, map_of_run: str) -> Iterator[tuple[str, str]]:
             left, places = indent + re.sub(" {2,}", "  ", part), [""]
             if found := _EVENT_OR_METHOD.search(part):
                 shown.add(found[0])
-                places = list(_places(trainer, found[0])) or ["-"]
+                places = _places(trainer, found[0]) or ["-"]
             for place in places:
                 yield left, place
                 left = ""
@@ -57,10 +57,10 @@ def _rows(trainer: Trainer, map_of_run: str) -> Iterator[tuple[str, str]]:
         yield f"{_INDENT}{name}()", _place(getattr(trainer, name))
 
 
-def _places(trainer: Trainer, name: str) -> Iterator[str]:
-    is_event = name.startswith("on_")
-    listeners = trainer.callback_handler.listeners
-    return map(_place, listeners(name) if is_event else [getattr(trainer, name)])
+def _places(trainer: Trainer, name: str) -> list[str]:
+    if name.startswith("on_"):
+        return list(map(_place, trainer.callback_handler.listeners(name)))
+    return [_place(getattr(trainer, name))]
 
 
 def _place(member: Any) -> str:
