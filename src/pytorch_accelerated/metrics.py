@@ -7,6 +7,7 @@ all predictions and targets, which are gathered from all processes for it.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -178,7 +179,9 @@ class EpochMetrics:
         """
         values: dict[str, Any] = {}
         for name, metric in self._metrics.items():
-            with _named(name, ()):
+            with _named(name, ()), warnings.catch_warnings():
+                # A process may have had its batches before the run was resumed.
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric")
                 values[name] = recursively_apply(Tensor.cpu, metric.compute())
         if self._functions and self._inputs:
             with _named(" and ".join(self._functions), self._inputs[0]):

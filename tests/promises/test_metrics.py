@@ -157,26 +157,31 @@ class StopAt(TrainerCallback):
             raise StopTrainingError("stopped")
 
 
-def test_a_resumed_epoch_has_the_metrics_of_one_never_stopped(
-    create_classifier, noise, tmp_path
-):
-    dataset, names = noise(33), METRICS.keys() - {"quality"}
-
+def train_and_resume(create_classifier, dataset, folder, num_processes):
     def train(callbacks=(), **kwargs):
         model = create_classifier()
         trainer = create_trainer(model, callbacks, 0.1, train_metrics=METRICS)
-        return trainer.train(dataset, 2, **kwargs)
+        batch_size = 8 // num_processes
+        return trainer.train(dataset, 2, per_device_batch_size=batch_size, **kwargs)
 
     expected = train()
-    train([StopAt(9, tmp_path / "state")])
-    resumed = train(resume_from=tmp_path / "state")
+    train([StopAt(9, folder)])
+    resumed = train(resume_from=folder)
 
-    names = expected.get_metric_names()
-    assert resumed.get_metric_names() == names
-    assert "train_quality_f1_epoch" in names
-    for name in names:
+    assert resumed.get_metric_names() == expected.get_metric_names()
+    for name in expected.get_metric_names():
         found, wanted = (each.get_metric_values(name) for each in (resumed, expected))
         np.testing.assert_array_equal(found, wanted, err_msg=name)
+    assert expected.get_metric_values("train_count_epoch") == [33, 33]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_resumed_epoch_has_the_metrics_of_one_never_stopped(
+    num_processes, create_classifier, noise, tmp_path, on_processes
+):
+    arguments = (create_classifier, noise(33), tmp_path / "state", num_processes)
+
+    on_processes(num_processes, train_and_resume, *arguments)
 
 
 def test_a_resumed_epoch_says_which_batches_its_new_metrics_have_seen(
