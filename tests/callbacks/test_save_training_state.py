@@ -1,4 +1,5 @@
 import shutil
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -14,6 +15,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints, newest
 from pytorch_accelerated.errors import CheckpointError, StopTrainingError
+from pytorch_accelerated.state import TrainingState
 
 
 def names_in(folder):
@@ -379,6 +381,26 @@ def test_a_failed_write_in_the_background_is_no_state_of_another_callback(
     assert len(caught) == 1
     assert names_in(tmp_path / "second") == ["step_1", "step_2"]
     assert first._saved_checkpoints == [tmp_path / "first" / "step_2"]
+
+
+def test_what_is_written_in_the_background_is_the_state_of_its_update(
+    run, tmp_path, monkeypatch
+):
+    write, is_over = TrainingState.write, threading.Event()
+
+    def write_late(self, *args):
+        is_over.wait(10)
+        write(self, *args)
+
+    class NextUpdate(TrainerCallback):
+        def on_train_update_end(self, trainer, num_updates, **kwargs):
+            if num_updates == 2:
+                is_over.set()
+
+    monkeypatch.setattr(TrainingState, "write", write_late)
+    run(2, others=[NextUpdate()], asynchronous=True)
+    weights = Checkpoint(tmp_path / "epoch_1").load_weights()
+    assert weights["weight"].item() == 0.5
 
 
 # ------------------------------------------------------------------ saves that fail

@@ -292,8 +292,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             run = trainer._run
             run.number = max([run.number, *(n + 1 for n in numbers)])
         self._list_saved(trainer)
-        if isinstance(trainer.num_updates, int):
-            self._global_step = trainer.num_updates
+        self._global_step = trainer.num_updates or 0
 
     @property
     def identity(self) -> str:
@@ -478,14 +477,6 @@ class SaveTrainingStateCallback(TrainerCallback):
             reverse=self.greater_is_better,
         )
         return checkpoints[-self.max_checkpoints :] + measured[: self.keep_best]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates so far."""
-        return {"global_step": self._global_step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from there."""
-        self._global_step = state["global_step"]
 
 
 def savers_in(callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
