@@ -140,3 +140,105 @@ def test_no_example_shows_a_command_that_cannot_work_found_106():
     texts = [path.read_text(encoding="utf-8") for path in EXAMPLES.rglob("*.py")]
 
     assert not [text for text in texts if "accelerate launch --cpu" in text]
+
+
+# ------------------------------------------------------------------- ten small tasks
+
+
+@pytest.fixture
+def run_task(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "tasks")
+
+    def run(task, *args):
+        return importlib.import_module(task).main(*args)
+
+    return run
+
+
+def test_a_network_of_ones_own_has_its_confusion_matrix(run_task, capsys):
+    metrics = run_task("confusion_matrix", 3)
+
+    assert metrics["evaluation_accuracy"] > 0.8
+    matrix = metrics["evaluation_confusion"]
+    assert matrix.shape == (10, 10)
+    assert matrix.sum() == 360
+    hits = matrix.diag().sum() / 360
+    assert metrics["evaluation_accuracy"] == pytest.approx(hits.item())
+    assert "s pass for " in capsys.readouterr().out
+
+
+def test_two_losses_are_recorded_and_drawn(run_task):
+    history = run_task("several_losses", 6)
+
+    losses = history.get_metric_values("eval_loss_reconstruction_epoch")
+    # The mean of all images in the place of each of them comes to 27.1.
+    assert losses[-1] < 24.5 < losses[0]
+    assert history.get_latest_metric("eval_loss_epoch") == pytest.approx(
+        losses[-1] + history.get_latest_metric("eval_loss_divergence_epoch")
+    )
+    assert Path("losses.png").stat().st_size > 5_000
+
+
+def test_training_stops_early_and_predicts_with_the_best_epoch(run_task):
+    accuracy, num_epochs = run_task("early_stopping")
+
+    assert accuracy > 0.95
+    assert 4 < num_epochs < 40
+    assert Path("best_model.pt").exists()
+
+
+def test_a_learning_rate_is_found_and_trained_with(run_task):
+    accuracy, suggestion = run_task("learning_rate_finder", 2)
+
+    assert 0.01 < suggestion < 1.0
+    assert accuracy > 0.85
+    assert Path("learning_rate.png").stat().st_size > 5_000
+
+
+def test_two_tasks_are_learned_at_once(run_task):
+    metrics = run_task("multi_task", 3)
+
+    assert metrics["evaluation_accuracy_digit"] > 0.8
+    assert metrics["evaluation_accuracy_holes"] > 0.85
+    assert metrics["evaluation_loss"] == pytest.approx(
+        metrics["evaluation_loss_digit"] + 0.5 * metrics["evaluation_loss_holes"],
+        rel=1e-4,
+    )
+
+
+def test_a_student_learns_digits_from_its_teacher_without_labels(run_task):
+    assert run_task("distillation", 4) > 0.8
+
+
+def test_a_gan_makes_digits_that_are_recognised(run_task, capsys):
+    assert run_task("gan", 25) > 0.5  # of ten digits
+    assert "of the digits made are recognised" in capsys.readouterr().out
+
+
+def test_a_network_is_unfrozen_and_learns_other_digits_from_few_samples(
+    run_task, capsys
+):
+    assert run_task("unfreezing", 7) > 0.8
+    said = capsys.readouterr().out
+    assert all(f"Unfreezing the layer groups [{group}]" in said for group in (2, 0))
+
+
+def test_rare_digits_are_found_more_often_when_they_are_drawn_as_often(run_task):
+    as_it_is, balanced = run_task("class_balance", 8)
+
+    assert balanced > as_it_is + 0.02
+    assert balanced > 0.8
+
+
+def test_the_tasks_are_short_and_all_on_the_pages(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    size = importlib.import_module("size")
+    files = sorted((EXAMPLES / "tasks").glob("*.py"))
+    pages = (EXAMPLES / "tasks" / "README.md", ROOT / "docs" / "examples.md")
+
+    assert len(files) == 11
+    for file in files:
+        module = size.Module(file.name, file.read_text(encoding="utf-8"))
+        assert len(module.lines()) <= 60, file.name
+        for page in pages:
+            assert file.name in page.read_text(encoding="utf-8"), (file.name, page)

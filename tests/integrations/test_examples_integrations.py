@@ -102,6 +102,53 @@ def test_the_connections_between_processes_are_closed_before_python_ends(
     assert launched.output.count("Connected: False\n") == 2
 
 
+# ---------------------------------------------------------------------- small tasks
+
+
+def test_the_run_of_a_task_is_in_the_files_of_weights_and_biases(monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.syspath_prepend(EXAMPLES / "tasks")
+
+    assert load("track_with_wandb").main(num_epochs=2) > 0.8
+
+    folders = list(Path("wandb").glob("offline-run-*"))
+    # That of evaluate() goes on with the run, and has its name.
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert all(list(folder.glob("run-*.wandb")) for folder in folders)
+
+
+SCRIPT_OF_TASKS = """
+import importlib
+import os
+
+for name in {names}:
+    importlib.import_module(name).main(2)
+    os.write(1, f"Done: {{name}}\\n".encode())
+"""
+
+
+def test_the_tasks_run_on_two_processes(launch, tmp_path):
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("wandb")
+    names = sorted(path.stem for path in (EXAMPLES / "tasks").glob("*.py"))
+    names.remove("digits")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT_OF_TASKS.format(names=names))
+    path = os.pathsep.join([str(EXAMPLES / "tasks"), str(EXAMPLES.parent / "src")])
+
+    launched = launch(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        PYTHONPATH=os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]),
+    )
+
+    assert [launched.output.count(f"Done: {name}\n") for name in names] == [2] * 10
+
+
 # -------------------------------------------------------------------------- language
 
 
