@@ -46,6 +46,15 @@ def harmonic_decay(t, base=0.1, r=FLOOR):
     return base / (t / r + (1 - t))
 
 
+def period(start, end, decay_steps, pre_decay_step):
+    return {
+        "period_start": start,
+        "period_end": end,
+        "decay_steps": decay_steps,
+        "pre_decay_step": pre_decay_step,
+    }
+
+
 def saved_and_loaded(state):
     file = io.BytesIO()
     torch.save(state, file)
@@ -133,18 +142,7 @@ def test_the_decay_info_tells_where_each_period_starts_decays_and_ends():
     scheduler = WSDLrScheduler(
         create_optimizer(), total_steps=200, num_checkpoints=2, decay_phase_ratio=0.15
     )
-    first = {
-        "period_start": 0,
-        "period_end": 100,
-        "decay_steps": 15,
-        "pre_decay_step": 85,
-    }
-    second = {
-        "period_start": 100,
-        "period_end": 200,
-        "decay_steps": 15,
-        "pre_decay_step": 185,
-    }
+    first, second = period(0, 100, 15, 85), period(100, 200, 15, 185)
     assert scheduler.get_decay_info() == [first, second]
     assert scheduler.checkpoint_decay_info == [first, second]
     assert scheduler.get_phase_info(0) == first
@@ -170,24 +168,16 @@ def test_the_present_position_can_be_read():
     scheduler._get_checkpoint_info.cache_clear()
 
 
-def test_a_decay_that_rounds_to_no_update_is_left_out():
-    """Other WSD: it was a division by zero."""
-    for inverse_sqrt in (True, False):
-        settings = {"use_inverse_sqrt_decay": inverse_sqrt, "num_checkpoints": 2}
-        curve = curve_of(9, total_steps=8, **settings)
-        assert curve == [0.1] * 8 + [0.1 * FLOOR]
+@pytest.mark.parametrize("inverse_sqrt", [True, False])
+def test_a_decay_of_no_update_and_one_to_zero_are_no_divisions_by_zero(inverse_sqrt):
+    """Other WSD: both were."""
+    settings = {"use_inverse_sqrt_decay": inverse_sqrt}
+    curve = curve_of(9, total_steps=8, num_checkpoints=2, **settings)
+    assert curve == [0.1] * 8 + [0.1 * FLOOR]
 
-
-def test_a_harmonic_decay_to_zero_is_no_division_by_zero():
-    """Other WSD: ``lr_min=0`` was."""
-    curve = curve_of(
-        11,
-        total_steps=10,
-        decay_phase_ratio=0.3,
-        lr_min=0,
-        use_inverse_sqrt_decay=False,
-    )
-    assert curve == [0.1] * 8 + [0.0] * 3
+    curve = curve_of(11, total_steps=10, decay_phase_ratio=0.3, lr_min=0, **settings)
+    assert curve[:8] == [0.1] * 8
+    assert curve[10] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -280,10 +270,6 @@ def test_a_saved_schedule_goes_on_as_if_never_interrupted(settings, stop):
 
 def state_of_0_1_61():
     """Return what version 0.1.61 saved for two checkpoints: without the position."""
-    decay_info = [
-        {"period_start": 0, "period_end": 25, "decay_steps": 5, "pre_decay_step": 20},
-        {"period_start": 25, "period_end": 50, "decay_steps": 5, "pre_decay_step": 45},
-    ]
     return {
         "param_group_field": "lr",
         "base_lr_values": [0.1],
@@ -298,7 +284,7 @@ def state_of_0_1_61():
         "num_checkpoints": 2,
         "is_continuation_from_checkpoint": False,
         "checkpoint_steps": [25, 50],
-        "checkpoint_decay_info": decay_info,
+        "checkpoint_decay_info": [period(0, 25, 5, 20), period(25, 50, 5, 45)],
         "previous_checkpoint_step": None,
     }
 
