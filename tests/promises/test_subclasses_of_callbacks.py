@@ -31,6 +31,7 @@ from pytorch_accelerated.callbacks import (
     ProfilerCallback,
     ProgressBarCallback,
     RecordHistoryCallback,
+    ReportCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
@@ -122,6 +123,7 @@ PUBLISHED = {
         "path": Path("history.jsonl"),
         "every_n_updates": 2,
     },
+    ReportCallback: {"path": "report.html"},  # was not there
     SaveBestModelCallback: _SAVE_BEST,
     SaveTrainingStateCallback: {
         "save_dir": "states",
@@ -292,6 +294,9 @@ JOBS = {
     RecordHistoryCallback: lambda session: (
         {"train_loss", "learning_rate"}
         <= InMemoryRunHistory.load_jsonl("history.jsonl").get_metric_names()
+    ),
+    ReportCallback: lambda session: (
+        "eval_loss_epoch" in Path("report_2.html").read_text()
     ),
     SaveBestModelCallback: lambda session: (
         session.callback.best_metric

@@ -33,6 +33,7 @@ from pytorch_accelerated.callbacks.progress import (
     PrintProgressCallback,
     ProgressBarCallback,
 )
+from pytorch_accelerated.callbacks.report import ReportCallback
 from pytorch_accelerated.callbacks.stopping import (
     EarlyStoppingCallback,
     TerminateOnNaNCallback,
@@ -64,6 +65,7 @@ __all__ = [
     "ProfilerCallback",
     "ProgressBarCallback",
     "RecordHistoryCallback",
+    "ReportCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",

@@ -257,7 +257,7 @@ class TrackerCallback(TrainerCallback):
         if name in _GO_ON:
             self._runs = {**self._runs, name: _GO_ON[name](tracker.tracker)}
         if not goes_on or name == "trackio":  # which forgets them when it goes on
-            settings = _flat({**settings_of(trainer), **self.config})
+            settings = flat({**settings_of(trainer), **self.config})
             tracker.store_init_configuration(
                 {_accepted(key, name): value for key, value in settings}
             )
@@ -460,11 +460,11 @@ def _read(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return numbers
 
 
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield names, those of inner settings with slashes, and numbers or short texts."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from ((f"{key}/{name}", inner) for name, inner in _flat(value))
+            yield from ((f"{key}/{name}", inner) for name, inner in flat(value))
         elif value is not None:
             yield str(key), plain(value)
 
