@@ -131,17 +131,17 @@ class ReportCallback(TrainerCallback):
             self._pace.go_on()
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Stop to measure the time of training."""
+        """Note how many samples of training a second had."""
         if self._pace is not None:
-            self._pace.pause(for_good=True)
+            pace = self._pace.samples_per_second(trainer.num_samples_seen or 0)
+            epoch = trainer.run_history.current_epoch
+            self._paces = {**self._paces, epoch: {"samples/s": pace}}
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Write the page, unless that would take too much of the time."""
-        if self._pace is not None:
-            pace = self._pace.samples_per_second(trainer.num_samples_seen or 0)
-            time_taken = duration(time.monotonic() - self._pace.started)
-            row = {"samples/s": pace, "time": time_taken}
-            self._paces = {**self._paces, trainer.run_history.current_epoch: row}
+        row = self._paces.get(trainer.run_history.current_epoch)
+        if self._pace is not None and row is not None:
+            row["time"] = duration(time.monotonic() - self._pace.started)
         if time.monotonic() >= self._next_write:
             self._write(trainer)
 
