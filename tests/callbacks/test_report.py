@@ -101,9 +101,9 @@ def test_a_page_has_all_about_a_run(create_trainer, samples, folder):
     assert page.text["A <run>"].startswith("finished after 20 of 20 updates, with 20")
     assert "eval_loss_epoch 9.095e-13 best 9.095e-13 at 20" in page.text["Curves"]
     assert "evaluation_loss" in page.text["Evaluation"]
-    epochs = page.text["Epochs"]
-    assert epochs.startswith("epoch train_loss <script>alert('&')</script> gaps never")
-    assert re.search(r" 5 7\.731e-11\* 5 5 inf 9\.095e-13\* \S+ \S+$", epochs)
+    columns = {"train_loss", "<script>alert('&')</script>", "gaps", "samples/s", "time"}
+    best = {"7.731e-11*", "9.095e-13*"}
+    assert columns | best <= set(page.text["Epochs"].split())
     assert page.text["Warnings"].startswith("2 x UserWarning: <b>mind</b>")
     assert str(folder / "best.pt") in page.text["Checkpoints"]
     assert "optimizer_arguments/lr 0.25" in page.text["Configuration"]

@@ -244,8 +244,6 @@ class ReportCallback(TrainerCallback):
 
 def environment_of(trainer: Trainer) -> dict[str, Any]:
     """Return where a run takes place: versions, machine, and the commit of the code."""
-    from pytorch_accelerated import __version__  # which needs this module first
-
     device, commit = trainer.device, "unknown"
     with suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(
@@ -258,7 +256,7 @@ def environment_of(trainer: Trainer) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
-        "pytorch-accelerated": __version__,
+        "pytorch-accelerated": sys.modules["pytorch_accelerated"].__version__,
         "system": platform.platform(),
         "processor": f"{platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch",
