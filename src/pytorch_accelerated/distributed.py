@@ -141,11 +141,13 @@ def raise_on_all(error: Exception | None) -> None:
     """
     if not agree(error is not None):
         return
-    raised = gather_object([(_kind_of(error), repr(error))])
+    reaches_caller = getattr(error, "reaches_caller", False)
+    raised = gather_object([(_kind_of(error), repr(error), reaches_caller)])
     if error is None:
-        process = next(p for p, (kind, _) in enumerate(raised) if kind is not None)
-        kind, text = raised[process]
+        process = next(p for p, (kind, *_) in enumerate(raised) if kind is not None)
+        kind, text, reaches_caller = raised[process]
         error = kind(f"Process {process} raised {text}")
+        set_attribute(error, "reaches_caller", reaches_caller)
     set_attribute(error, "_is_on_all_processes", True)
     raise error
 

@@ -140,6 +140,19 @@ def test_a_stop_after_an_update_stops_both_at_that_update(on_processes):
         check_stopped(of_both, updates, "all of us" if updates == 4 else of_one)
 
 
+class Final(StopTrainingError):
+    reaches_caller = True
+
+
+def test_a_stop_that_reaches_the_caller_reaches_that_of_both(on_processes):
+    def run():
+        return train([RaisesOnOneProcess("on_train_epoch_end", Final("enough"))])
+
+    runs = on_processes(2, run)
+    assert [run["error"] for run in runs] == ["StopTrainingError", "Final"]
+    assert [run["ends"] for run in runs] == [["stop", "end"]] * 2
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_an_error_in_a_callback_is_raised_on_both_at_that_update(on_processes, process):
     """Defect 40; the other process says where the error comes from."""
