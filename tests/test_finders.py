@@ -267,8 +267,8 @@ def test_the_memory_of_the_optimizer_is_part_of_it(samples):
 
     trainer = Trains(model, nn.MSELoss(), optimizer, callbacks=())
 
-    # There is one batch of 64 samples in an epoch, and the rest of 36 would fit.
-    assert trainer.find_batch_size(samples(100), 64) == 8
+    # An epoch has one batch of 64 samples, and a rest of 8 that would fit.
+    assert trainer.find_batch_size(samples(72), 64, per_device_batch_size=64) == 8
 
 
 @pytest.mark.parametrize(
