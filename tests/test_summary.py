@@ -17,7 +17,7 @@ class Network(nn.Module):
         self.frozen = nn.Linear(5, 6).requires_grad_(False)
         self.body = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6))
         self.shared = nn.Linear(6, 6, bias=False)
-        self.unused = nn.Linear(6, 1)
+        self.head_unused = nn.Linear(6, 1)
         self.head = nn.Linear(6, 3)
 
     def forward(self, inputs):
@@ -41,7 +41,7 @@ def test_what_a_step_holds_and_costs_by_hand():
 
     layers = {layer.name: layer for layer in summary.layers}
     assert list(layers) == [
-        *("", "frozen", "body", "body.0", "body.1", "shared", "unused", "head")
+        *("", "frozen", "body", "body.0", "body.1", "shared", "head_unused", "head")
     ]
     counted = {n: (x.num_parameters, x.num_trained) for n, x in layers.items()}
     assert counted["frozen"] == (36, 0)
@@ -51,10 +51,10 @@ def test_what_a_step_holds_and_costs_by_hand():
     assert (summary.num_parameters, summary.num_trained) == counted[""]
     assert {n: x.num_calls for n, x in layers.items() if x.num_calls != 1} == {
         "shared": 2,
-        "unused": 0,
+        "head_unused": 0,
     }
     assert layers["body.1"].output_shape == (4, 6)
-    assert layers["unused"].output_shape is None
+    assert layers["head_unused"].output_shape is None
     # A product of 4 x a by a x b takes 4 a b multiplications, and as many additions.
     flops = {n: x.flops for n, x in layers.items() if x.flops}
     products = {"frozen": 30, "body": 36, "body.0": 36, "shared": 2 * 36, "head": 18}
@@ -82,7 +82,10 @@ class TiedOutputs(nn.Module):
         self.last.weight = self.first.weight
 
     def forward(self, inputs):
-        hidden = checkpoint(self.first, inputs.requires_grad_(), use_reentrant=False)
+        def start(inputs):
+            return self.first(inputs).tanh()
+
+        hidden = checkpoint(start, inputs.requires_grad_(), use_reentrant=False)
         outputs, _ = self.lstm(hidden)
         return {"logits": self.last(outputs), "name": "no tensor", "none": None}
 
@@ -130,6 +133,10 @@ def test_the_table_fits_80_columns_and_ends_at_its_depth(capsys):
     assert len(summary.layers) == 32
 
 
+def compiles_never(graph, inputs):
+    raise AssertionError("compiled")
+
+
 @pytest.mark.parametrize(
     "give",
     [
@@ -143,7 +150,7 @@ def test_the_table_fits_80_columns_and_ends_at_its_depth(capsys):
 def test_the_first_batch_of_whatever_is_given_makes_the_step(give, compiled):
     model = Network()
     if compiled:
-        model = torch.compile(model, backend="eager")
+        model = torch.compile(model, backend=compiles_never)
 
     summary = create(model).summary(give(), per_device_batch_size=4)
 
@@ -159,6 +166,16 @@ def test_without_an_optimizer_there_is_no_state_of_it():
     assert trainer.summary(batch_of(4)).optimizer_bytes == 0
     assert trainer.optimizer is None
     assert trainer.summary(batch_of(4)).num_trained == 112
+
+
+def test_what_the_optimizer_does_not_hold_is_not_trained():
+    model = Network()
+    trainer = Trainer(
+        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.head.parameters()), ()
+    )
+
+    with pytest.warns(UserWarning, match="No optimizer holds these parameters"):
+        assert trainer.summary(batch_of(4)).num_trained == 21
 
 
 def test_an_update_that_is_not_applied_leaves_the_state_unknown():
