@@ -2,8 +2,6 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from pytorch_accelerated.ema import ModelEma, ModelMean, Tensors
@@ -58,21 +56,6 @@ def test_the_average_moves_by_one_minus_decay_at_each_update():
     assert model.weight.tolist() == [[5.0, 5.0]]
 
 
-@given(
-    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20),
-    st.floats(0.0, 1.0),
-)
-def test_the_average_follows_its_formula(values, decay):
-    model = create_model().double()
-    ema = ModelEma(model, decay=decay)
-    expected = 0.0
-    for value in values:
-        set_weight(model, value)
-        ema.update(model)
-        expected = decay * expected + (1 - decay) * value
-    assert ema.module.weight[0, 0].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
 def test_the_copy_is_independent_in_eval_mode_and_without_gradients():
     model = create_norm_model()
     ema = ModelEma(model)
@@ -95,16 +78,6 @@ def test_floating_point_buffers_are_averaged_and_integer_buffers_copied():
 
     assert ema.module[1].running_mean.tolist() == [1.0] * 4
     assert ema.module[1].num_batches_tracked.item() == 7
-
-
-@pytest.mark.parametrize("ema_class", [ModelEma, OwnRule])
-def test_a_mask_of_infinities_stays_what_it_is(ema_class):
-    model = create_model()
-    mask = torch.full((2, 2), -torch.inf).triu(1)
-    model.register_buffer("mask", mask.clone())
-    ema = ema_class(model, decay=0.5)
-    ema.update(model)
-    assert torch.equal(ema.module.mask, mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

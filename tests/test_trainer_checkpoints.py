@@ -199,20 +199,6 @@ def test_a_finished_run_on_a_stream_has_nothing_left_to_train(create_trainer, tm
     assert resumed.model.weight.item() == 0.5**3
 
 
-def test_resuming_with_more_epochs_trains_those_that_are_left(
-    create_trainer, samples, tmp_path
-):
-    """Defect 8: train(num_epochs=10, resume_from=...) trained ten more epochs."""
-    create_trainer([SaveTrainingStateCallback(tmp_path)]).train(samples(2), 2)
-
-    resumed = create_trainer()
-    history = resumed.train(samples(2), 5, resume_from=tmp_path / "final")
-
-    assert resumed.model.weight.item() == 0.5**5
-    assert len(history.get_metric_values("train_loss_epoch")) == 5
-    assert history.current_epoch == 6
-
-
 def test_a_state_that_was_saved_before_any_run_starts_one(
     create_trainer, samples, tmp_path
 ):
@@ -224,46 +210,6 @@ def test_a_state_that_was_saved_before_any_run_starts_one(
     resumed.train(samples(2), 2, resume_from=tmp_path / "state")
 
     assert resumed.model.weight.item() == 1.0
-
-
-def test_callbacks_keep_their_states(train, tmp_path):
-    """Defect 47: counters and best values of callbacks were lost on resume."""
-
-    class Counts(TrainerCallback):
-        def __init__(self):
-            self.num_epochs = 0
-
-        def on_train_epoch_end(self, trainer, **kwargs):
-            self.num_epochs += 1
-
-        def state_dict(self):
-            return {"num_epochs": self.num_epochs}
-
-        def load_state_dict(self, state):
-            self.num_epochs = state["num_epochs"]
-
-    with pytest.raises(Killed):
-        train([Counts, StopsAt("on_training_run_epoch_end", tmp_path / "state", 2)])
-
-    counts = Counts()
-    train([counts], resume_from=tmp_path / "state")
-
-    assert counts.num_epochs == 3
-
-
-def test_auto_takes_the_newest_state_or_starts_afresh(
-    create_trainer, samples, tmp_path
-):
-    """Defect 47: there was no way to ask for the newest state."""
-
-    def train(num_epochs):
-        callback = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
-        trainer = create_trainer([callback])
-        trainer.train(samples(2), num_epochs, resume_from="auto")
-        return trainer.model.weight.item(), trainer.run_history.current_epoch
-
-    assert train(2) == (0.5**2, 3)
-    assert train(5) == (0.5**5, 6)
 
 
 def test_auto_reads_no_file_more_often_than_it_has_to_found_94(
@@ -378,13 +324,6 @@ def test_a_limit_on_the_batches_is_not_taken_for_a_longer_run(
 
     train()
     train(resume_from="auto")
-
-
-def test_a_state_that_does_not_exist_is_an_error_that_names_it(
-    create_trainer, samples, tmp_path
-):
-    with pytest.raises(CheckpointError, match="nowhere"):
-        create_trainer().train(samples(2), 1, resume_from=tmp_path / "nowhere")
 
 
 def test_what_is_saved_beside_the_state_comes_back(create_trainer, samples, tmp_path):
@@ -538,19 +477,6 @@ def test_a_file_of_bare_weights_is_explained(create_trainer, tmp_path):
         create_trainer().load_checkpoint(tmp_path / "weights.pt")
 
 
-def test_something_that_could_not_be_loaded_again_is_refused_when_saving(
-    create_trainer, tmp_path
-):
-    """Defect 48: it was noticed only when the file was to be loaded."""
-
-    class Anything:
-        pass
-
-    with pytest.raises(TypeError, match="Anything"):
-        create_trainer().save_checkpoint(tmp_path / "model.pt", {"mine": Anything()})
-    assert not (tmp_path / "model.pt").exists()
-
-
 # --- what the published version wrote
 
 
@@ -621,7 +547,7 @@ def test_the_state_of_a_map_style_dataset_is_no_position_in_it_found_72(
 
     with pytest.raises(Killed):
         run([StopsAt("on_train_step_end", tmp_path / "state", at=4)])
-    with pytest.warns(TrainingWarning, match="loads 4 batches again"):
+    with pytest.warns(TrainingWarning, match="4 batches again.*sampler is yours"):
         run((), resume_from=tmp_path / "state")
 
     assert seen == [7, 6, 5, 4, 3, 2, 1, 0]

@@ -1,21 +1,15 @@
 import copy
-import math
-from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from torch import nn
 
 from pytorch_accelerated.callbacks import (
     ModelEmaCallback,
     SaveBestModelCallback,
-    SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
     StopTrainingError,
     TrainerCallback,
 )
-from pytorch_accelerated.ema import ModelEma
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 
@@ -167,32 +161,6 @@ def test_a_run_that_goes_on_keeps_the_average(create_trainer, samples, path):
     assert ema_weight(ema) == 0.5 * 0.25 + 0.5 * 0.125, "and a new one a new average"
 
 
-def test_a_resumed_run_goes_on_exactly(create_trainer, samples, path, tmp_path):
-    """Defect 47: the average was not part of the training state."""
-
-    def run(num_epochs, **kwargs):
-        ema = ModelEmaCallback(
-            decay=0.9, save_path=path, model_ema=partial(ModelEma, warmup=True)
-        )
-        saving = SaveTrainingStateCallback(tmp_path / "states", save_every_n_steps=1)
-        trainer = create_trainer([saving, ema])
-        trainer.train(
-            samples(2),
-            num_epochs=num_epochs,
-            eval_dataset=samples(1),
-            per_device_batch_size=1,
-            **kwargs,
-        )
-        return ema
-
-    whole = run(3)
-    for step in (1, 2, 3, 4):
-        resumed = run(3, resume_from=tmp_path / "states" / f"step_{step}")
-        assert ema_weight(resumed) == ema_weight(whole)
-        assert resumed.ema_model.num_updates == 6
-        assert resumed.best_metric == whole.best_metric
-
-
 def test_another_kind_of_average_can_be_given(create_trainer, samples, path):
     class Latest:
         def __init__(self, model, decay):
@@ -208,30 +176,6 @@ def test_another_kind_of_average_can_be_given(create_trainer, samples, path):
     create_trainer([ema]).train(samples(1), num_epochs=1, eval_dataset=samples(1))
     assert ema.ema_model.decay == 0.7
     assert ema_weight(ema) == 0.5
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate keeps the precision for the process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_it_works_in_bf16(create_trainer, samples, path):
-    model = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    ema = ModelEmaCallback(decay=0.5, save_path=path)
-    trainer = create_trainer(
-        [ema], model=model, lr=0.01, accelerator_kwargs={"mixed_precision": "bf16"}
-    )
-    history = trainer.train(
-        samples(4), num_epochs=2, eval_dataset=samples(2), per_device_batch_size=2
-    )
-    losses = history.get_metric_values("ema_model_eval_loss_epoch")
-    assert len(losses) == 2
-    assert all(math.isfinite(loss) for loss in losses)
-    assert ema.ema_model.module[1].num_batches_tracked == 4
 
 
 def test_it_holds_no_model_after_a_run(create_trainer, samples, path):

@@ -3,14 +3,11 @@
 import dataclasses
 import os
 import re
-import shutil
 
 import pytest
 from small_checkpoints import (
-    killed_at_every_operation,
     names_in,
     save,
-    value_of,
 )
 
 from pytorch_accelerated import checkpoint as ckpt
@@ -70,27 +67,6 @@ def test_pruning_deletes_only_what_a_saver_saved_and_no_saver_keeps(tmp_path):
     assert names_in(tmp_path) == before
     ckpt.prune(ckpt.list_checkpoints(tmp_path), [Keeper("a", 1), Keeper("b", 1)])
     assert names_in(tmp_path) == ["1", "3", "5", "6"]
-
-
-def test_a_kill_at_any_operation_of_a_save_and_prune_leaves_a_whole_checkpoint(
-    tmp_path,
-):
-    def save_and_prune():
-        save(tmp_path / "step_2", 2, saved_by=["a"])
-        ckpt.prune(ckpt.list_checkpoints(tmp_path), [Keeper("a", 1)])
-
-    save(tmp_path / "step_1", 1, saved_by=["a"])
-    seen = set()
-    for _ in killed_at_every_operation(save_and_prune):
-        newest = ckpt.newest(tmp_path)
-        assert value_of(newest) == newest.num_updates
-        seen.add(newest.num_updates)
-        ckpt.clean_leftovers(tmp_path)
-        assert set(names_in(tmp_path)) <= {"step_1", "step_2"}
-        assert ckpt.newest(tmp_path).num_updates == newest.num_updates
-        save(tmp_path / "step_1", 1, saved_by=["a"])
-        shutil.rmtree(tmp_path / "step_2", ignore_errors=True)
-    assert seen == {1, 2}
 
 
 def test_what_dead_writers_left_goes_when_the_lock_is_taken(tmp_path):

@@ -1,12 +1,7 @@
 """Checkpoint folders are whole or absent, and every damage is found and named."""
 
-import errno
-import json
 import os
 import random
-import re
-import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from small_checkpoints import (
-    killed_at_every_operation,
     names_in,
-    patch_operations,
     save,
     value_of,
 )
@@ -102,150 +95,6 @@ def test_a_relative_path_stays_where_it_was_when_the_directory_changes(
         os.chdir("/")
         writer.commit({})
     assert names_in(tmp_path) == ["c"]
-
-
-def test_every_changed_bit_is_found_and_its_file_named(tmp_path):
-    original = save(tmp_path / "c", 1)
-    chance = random.Random(0)
-    for name in [*original.files, "manifest.json"]:
-        path = original.path / name
-        whole = path.read_bytes()
-        for _ in range(40):
-            broken = bytearray(whole)
-            broken[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-            path.write_bytes(broken)
-            try:
-                Checkpoint(original.path).verify()
-            except CheckpointError as error:
-                assert name in str(error)  # noqa: PT017 (white space may change)
-            else:
-                assert name == "manifest.json"
-                assert json.loads(broken) == json.loads(whole)
-                continue
-            with pytest.warns(UserWarning, match=re.escape(name)):
-                assert ckpt.newest(tmp_path) is None
-        path.write_bytes(whole)
-    Checkpoint(original.path).verify()
-
-
-def test_every_truncated_emptied_or_missing_file_is_named(tmp_path):
-    original = save(tmp_path / "c", 1)
-    chance = random.Random(0)
-    for name in [*original.files, "manifest.json"]:
-        path = original.path / name
-        whole = path.read_bytes()
-        for length in [0, len(whole) - 1, *chance.sample(range(len(whole)), 10)]:
-            path.write_bytes(whole[:length])
-            with pytest.raises(CheckpointError, match=re.escape(name)):
-                Checkpoint(original.path).verify()
-        path.unlink()
-        with pytest.raises(CheckpointError, match=re.escape(name)):
-            Checkpoint(original.path).verify()
-        path.write_bytes(whole)
-
-
-def with_manifest(folder, **changes):
-    """Change a manifest as an attacker would: with a checksum that is right."""
-    manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
-    del manifest["checksum"]
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    manifest["checksum"] = f"crc32:{zlib.crc32(text.encode()):08x}"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Checkpoint(folder)
-
-
-@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/../../x", ""])
-def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path, name):
-    save(tmp_path / "c", 1)
-    found = with_manifest(
-        tmp_path / "c", files={name: {"size": 0, "checksum": "crc32:00000000"}}
-    )
-    with pytest.raises(CheckpointError, match="leads out of the checkpoint"):
-        found.load(name)
-
-
-def test_a_link_in_a_checkpoint_is_refused(tmp_path):
-    found = save(tmp_path / "c", 1)
-    os.rename(found.path / "optimizer.pt", tmp_path / "elsewhere")
-    (found.path / "optimizer.pt").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"optimizer.pt is a link"):
-        found.load("optimizer.pt")
-
-
-def test_newer_and_malformed_manifests_say_so(tmp_path):
-    save(tmp_path / "c", 1)
-    with pytest.raises(CheckpointError, match=r"newer version .format 99.*Update"):
-        with_manifest(tmp_path / "c", format_version=99).verify()
-    with_manifest(tmp_path / "c", format_version=1)
-    for changes in ({"files": [1]}, {"progress": 1}, {"files": {"a": 3}}):
-        save(tmp_path / "c", 1)
-        with pytest.raises(CheckpointError, match="damaged"):
-            with_manifest(tmp_path / "c", **changes).verify()
-    (tmp_path / "c" / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match="damaged"):
-        Checkpoint(tmp_path / "c").verify()
-
-
-def test_a_folder_that_is_no_checkpoint_or_not_there_is_named(tmp_path):
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"no checkpoint folder .*nothing"
-    ):
-        Checkpoint(tmp_path / "nothing").verify()
-    with pytest.raises(CheckpointError, match=r"not a complete checkpoint: it has no"):
-        Checkpoint(tmp_path).verify()
-    (tmp_path / "manifest.json").write_text('{"name": "app"}')
-    with pytest.raises(CheckpointError, match="of another program"):
-        Checkpoint(tmp_path).verify()
-
-
-def test_a_kill_at_any_operation_of_a_replacement_leaves_one_of_the_two(tmp_path):
-    path = tmp_path / "last"
-    save(path, 1)
-    (path / "notes.txt").write_text("mine")
-    seen = set()
-    was_aside = False
-    for _ in killed_at_every_operation(lambda: save(path, 2)):
-        was_aside |= not path.exists()
-        value = value_of(Checkpoint(path))
-        assert value_of(ckpt.newest(tmp_path)) == value
-        seen.add(value)
-        ckpt.clean_leftovers(tmp_path)
-        assert names_in(tmp_path) == ["last"]
-        assert value_of(Checkpoint(path)) == value
-        assert (path / "notes.txt").read_text() == "mine"
-        save(path, 1)
-    assert seen == {1, 2}
-    assert was_aside
-
-
-def test_an_error_at_any_operation_is_raised_and_leaves_a_whole_checkpoint(
-    tmp_path, monkeypatch
-):
-    path = tmp_path / "last"
-    save(path, 1)
-    errors = 0
-    for number in range(1, 1000):
-        left = number
-
-        def fail_when_due():
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise OSError(errno.EIO, "Input/output error")
-
-        with monkeypatch.context() as patch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a part of the old one may stay
-            patch_operations(patch, fail_when_due)
-            try:
-                save(path, 2)
-            except CheckpointError as error:
-                errors += "errno 5" in str(error)
-        assert value_of(Checkpoint(path)) in (1, 2)
-        assert not [name for name in names_in(tmp_path) if ".tmp-" in name]
-        save(path, 1)
-        if left > 0:
-            break
-    assert errors > 12
 
 
 def test_everything_is_on_the_disk_before_the_name_is_given(tmp_path, monkeypatch):

@@ -121,8 +121,3 @@ def test_a_best_model_of_0_1_61_is_loaded():
     assert maker.weights_of(model) == expected_of("0.1.61")["best"]
     assert contents["loss"] == 0.25
     assert contents["scores"].tolist() == [0, 1, 2]
-
-
-def test_the_kept_files_are_small():
-    sizes = [path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()]
-    assert sum(sizes) < 100_000

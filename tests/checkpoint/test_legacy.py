@@ -1,11 +1,7 @@
 """What 0.1.61 wrote is read without running code from it; see also test_golden.py."""
 
-import contextlib
 import datetime
-import os
-import pickle
 import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +10,7 @@ import torch
 from small_checkpoints import save
 
 from pytorch_accelerated import checkpoint as ckpt
-from pytorch_accelerated.checkpoint import CheckpointNotFoundError, CheckpointWriter
+from pytorch_accelerated.checkpoint import CheckpointNotFoundError
 from pytorch_accelerated.errors import CheckpointError
 
 
@@ -40,50 +36,6 @@ def test_a_checkpoint_without_its_manifest_is_not_taken_for_a_legacy_state(tmp_p
     assert not ckpt.is_legacy_training_state(tmp_path / "c")
     with pytest.raises(CheckpointNotFoundError, match=r"neither model.safetensors nor"):
         ckpt.read_legacy_training_state(tmp_path)
-
-
-class Evil:
-    """Pickles into a call that makes a file when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.marker),))
-
-
-def evil_bytes(marker, path):
-    """The attack as torch writes it, and as a bare pickle."""
-    torch.save({"state": Evil(marker)}, path)
-    return path.read_bytes(), pickle.dumps(Evil(marker))
-
-
-def test_no_way_of_loading_runs_code_from_a_file(legacy, tmp_path):
-    marker = tmp_path / "ran"
-    for attack in evil_bytes(marker, tmp_path / "evil"):
-        evil = tmp_path / "evil.pt"
-        evil.write_bytes(attack)
-        with pytest.raises(CheckpointError, match=r"would run code|damaged"):
-            ckpt.load_file(evil)
-
-        with CheckpointWriter(tmp_path / "c") as writer:
-            (writer.folder / "optimizer.pt").write_bytes(attack)
-            (writer.folder / "pytorch_model.bin").write_bytes(attack)
-            found = writer.commit({})
-        found.verify()
-        for load in (lambda c=found: c.load("optimizer.pt"), found.load_weights):
-            with pytest.raises(CheckpointError, match=r"would run code|damaged"):
-                load()
-
-        for path in legacy.iterdir():
-            good = path.read_bytes()
-            path.write_bytes(attack)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with contextlib.suppress(CheckpointError):
-                    ckpt.read_legacy_training_state(legacy)
-            path.write_bytes(good)
-    assert not marker.exists()
 
 
 def test_numpy_values_in_files_of_0_1_61_can_be_read(tmp_path):

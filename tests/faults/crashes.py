@@ -62,12 +62,8 @@ class Log:
                 number = self._find(self._folders, path.relative_to(before).parts)
                 self._contents[number] = path.read_bytes()
         self._live = {number: dict(names) for number, names in self._folders.items()}
-        self._inodes: dict[str, int] = {}
-        self.operations = [
-            operation
-            for line in log.read_text().splitlines()
-            for operation in self._parse(*line.split("\t"))
-        ]
+        lines = log.read_text().splitlines()
+        self.operations = [self._parse(*line.split("\t")) for line in lines]
 
     def _new(self, is_folder: bool) -> int:
         self._number += 1
@@ -87,9 +83,9 @@ class Log:
     def _parts(self, path: str) -> tuple[str, ...]:
         return Path(path).relative_to(self._root).parts
 
-    def _parse(self, kind: str, path: str, *rest: str) -> list[Operation]:
+    def _parse(self, kind: str, path: str, *rest: str) -> Operation:
         if kind == "mark":
-            return [Operation(kind, name=path)]
+            return Operation(kind, name=path)
         parts = self._parts(path)
         folder = self._find(self._live, parts[:-1]) if parts else 0
         name = parts[-1] if parts else ""
@@ -97,41 +93,23 @@ class Log:
         if kind == "rename":
             *where, new_name = self._parts(rest[0])
             assert tuple(where) == parts[:-1], "not atomic: between two folders"
-            return [self._rename(folder, name, new_name)]
+            names[new_name] = names.pop(name)
+            return Operation(kind, folder, name, new_name)
         if kind == "remove":
             del names[name]
-            return [Operation(kind, folder, name)]
+            return Operation(kind, folder, name)
         if kind in ("create", "mkdir"):
             names[name] = child = self._new(kind == "mkdir")
             if kind == "mkdir":
                 self._live[child] = {}
-            else:
-                self._inodes[rest[0]] = child
-            return [Operation("link", folder, name, child=child)]
-        unseen = self._unseen_rename(folder, name, *rest) if kind == "sync" else []
+            return Operation("link", folder, name, child=child)
         node = names[name] if parts else 0
         if kind == "write":
             place, data = int(rest[0]), bytes.fromhex(rest[1])
-            return [Operation(kind, node, place=place, data=data)]
+            return Operation(kind, node, place=place, data=data)
         place = int(rest[0]) if kind == "resize" else 0
         kind = "resize" if kind == "empty" else kind
-        return [*unseen, Operation(kind, node, place=place)]
-
-    def _rename(self, folder: int, name: str, new_name: str) -> Operation:
-        names = self._live[folder]
-        names[new_name] = names.pop(name)
-        return Operation("rename", folder, name, new_name)
-
-    def _unseen_rename(self, folder: int, name: str, inode: str) -> list[Operation]:
-        """Find out that a file has taken the place of another.
-
-        safetensors renames without the C library, where the log does not see it.
-        """
-        child, names = self._inodes.get(inode), self._live[folder]
-        if child is None or names[name] == child:
-            return []
-        (old_name,) = (each for each in names if names[each] == child)
-        return [self._rename(folder, old_name, name)]
+        return Operation(kind, node, place=place)
 
     def is_after(self, mark: str, length: int) -> bool:
         """Say whether a mark is among the first operations."""

@@ -43,13 +43,7 @@ static void note(const char *what, int dir, const char *path) {
     char to[PATH_MAX];
     if (out >= 0 && is_ours(whole(dir, path, to))) dprintf(out, "%s\t%s\n", what, to);
 }
-/* With the number of the file, by which a rename is found out that was not seen. */
-static void note_file(const char *what, int fd) {
-    char to[PATH_MAX];
-    struct stat info;
-    if (out >= 0 && is_ours(whole(fd, "", to)) && fstat(fd, &info) == 0)
-        dprintf(out, "%s\t%s\t%lu\n", what, to, (unsigned long) info.st_ino);
-}
+static void note_file(const char *what, int fd) { note(what, fd, ""); }
 
 static void note_write(int fd, const void *data, ssize_t size, off_t place) {
     char to[PATH_MAX];

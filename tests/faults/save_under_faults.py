@@ -1,5 +1,7 @@
 """Saves a training state again and again, each time with a fault one operation later.
 
+A new one, after which the older one is deleted, and one over the older one.
+
 ``python save_under_faults.py FOLDER MODE``, with file_faults.so preloaded, prints a
 line of JSON for each fault: what went wrong, or null.
 """
@@ -11,6 +13,7 @@ import shutil
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,19 +41,24 @@ def main(folder: Path, mode: str) -> None:
     )
     save_with(saving, trainer, "step_1")
     shutil.copytree(states, folder / "pristine")
-    weights = {"step_1": trainer.model.state_dict()}
-    weights["step_1"] = {k: v.clone() for k, v in weights["step_1"].items()}
+    weights = {1: {k: v.clone() for k, v in trainer.model.state_dict().items()}}
     train_another_epoch(trainer, states / "step_1")
-    weights["step_2"] = trainer.model.state_dict()
+    weights[2] = trainer.model.state_dict()
 
-    for number in range(1, 10_000):
-        code = in_child(lambda at=number: save(shim, MODES[mode], at, saving, trainer))
-        if code == 77:  # it ended before the fault was due
-            break
-        sys.stdout.write(json.dumps(what_is_wrong(states, weights, mode, code)) + "\n")
-        sys.stdout.flush()
-        shutil.rmtree(states)
-        shutil.copytree(folder / "pristine", states)
+    for name in ("step_2", "step_1"):
+        for number in range(1, 10_000):
+            code = in_child(
+                lambda at=number, name=name: save(
+                    shim, MODES[mode], at, partial(save_with, saving, trainer, name)
+                )
+            )
+            if code == 77:  # it ended before the fault was due
+                break
+            wrong = what_is_wrong(states, weights, mode, code)
+            sys.stdout.write(json.dumps(wrong) + "\n")
+            sys.stdout.flush()
+            shutil.rmtree(states)
+            shutil.copytree(folder / "pristine", states)
 
 
 def save_with(saving, trainer, name: str) -> None:
@@ -74,13 +82,13 @@ def in_child(function) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def save(shim, mode: int, number: int, saving, trainer) -> int:
+def save(shim, mode: int, number: int, save_state) -> int:
     shim.fault_arm(mode, ctypes.c_long(number))
     code = NOT_RAISED
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an old folder may stay
-            save_with(saving, trainer, "step_2")
+            save_state()
     except CheckpointError as error:
         expected = "errno 5" if mode == MODES["io error"] else "errno 28"
         code = RAISED if expected in str(error) else 1
@@ -96,10 +104,10 @@ def what_is_wrong(states: Path, weights, mode: str, code: int) -> str | None:
     newest = checkpoint.newest(states)
     if newest is None:
         return "no checkpoint is left"
-    if code == NOT_RAISED and newest.path.name != "step_2":
+    if code == NOT_RAISED and newest.num_updates != 2:
         return "it failed without a word"
     loaded = TrainingState.read(newest).model
-    expected = weights[newest.path.name]
+    expected = weights[newest.num_updates]
     if not all(torch.equal(loaded[name], expected[name]) for name in expected):
         return f"{newest} has other weights"
     if mode != "kill" and any(".tmp-" in path.name for path in states.iterdir()):

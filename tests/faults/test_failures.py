@@ -16,14 +16,12 @@ from types import MethodType
 
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
 from processes import Job
 from runs import finish, result_of, undisturbed
 from scenario import Augmented, Scenario, difference, fingerprint
 
 from pytorch_accelerated import Trainer, checkpoint
 from pytorch_accelerated.callbacks import (
-    LogMetricsCallback,
     PreemptionCallback,
     ProgressBarCallback,
     TrainerCallback,
@@ -385,39 +383,6 @@ def test_an_error_in_the_run_history_leaves_everything_in_order(
     trials.add(None)
 
 
-class BrokenTracker(GeneralTracker):
-    """A tracker of Accelerate whose server is gone."""
-
-    name = "broken"
-    requires_logging_directory = False
-    tracker = None
-
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def log(self, values, step=None, **kwargs):
-        raise self.error
-
-
-class LogToTracker(LogMetricsCallback):
-    def log_metrics(self, trainer, metrics):
-        trainer._accelerator.log(metrics, step=trainer.num_updates)
-
-
-@pytest.mark.fault("a hook, callback or tracker raises")
-def test_an_error_in_a_tracker_leaves_everything_in_order(tmp_path, trials):
-    error = ConnectionError("the tracker's server is gone")
-    run = Observed(tmp_path, LogToTracker)
-    run.trainer._accelerator.trackers = [BrokenTracker(error)]
-    raised = run.raises(error)
-    assert traceback.extract_tb(raised.__traceback__)[-1].name == "log"
-    assert is_noted("LogToTracker in the event on_train_epoch_end", raised)
-    run.trainer._accelerator.trackers = []
-    run.goes_on()
-    trials.add(None)
-
-
 class ExhaustMemory(TrainerCallback):
     def on_train_step_start(self, trainer, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -530,22 +495,3 @@ def test_a_run_that_writes_in_the_background_saves_the_same(tmp_path):
         tmp_path / "again", resume_from=tmp_path / "later" / "states" / "step_12"
     )
     assert difference(expected, fingerprint(resumed)) is None
-
-
-@pytest.mark.fault("kill -9 at a random instant, writing in the background")
-def test_kill_9_while_writing_in_the_background(tmp_path, trials):
-    scenario = Scenario(
-        max_checkpoints=1,
-        save_every_n_steps=1,
-        save_kwargs=(("asynchronous", True),),
-    )
-    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed")
-    for number in range(trials.count(20)):
-        folder = tmp_path / f"trial {number}"
-        job = Job(finish(scenario, folder), folder / "log")
-        time.sleep(random.uniform(0, seconds))
-        job.kill(signal.SIGKILL)
-        job.wait()
-        again = Job(finish(scenario, folder), folder / "log")
-        text = again.wait_or_explain()
-        trials.add(text or difference(expected, result_of(folder)))

@@ -112,6 +112,11 @@ def tar(path):
     inside.unlink()
 
 
+def compressed(path):
+    torch.save({"model_state_dict": {}}, path)
+    change_archive(path, "", bytes, zipfile.ZIP_DEFLATED)
+
+
 def compressed_tensor(path):
     torch.save({"state": torch.zeros(4)}, path)
     change_archive(
@@ -201,14 +206,16 @@ WAYS_TO_LOAD = {
 
 
 @pytest.mark.fault("hostile checkpoint: code, bombs, links, lies")
+@pytest.mark.parametrize("write", [code, compressed])
 @pytest.mark.parametrize("way", WAYS_TO_LOAD)
-def test_no_way_of_loading_unpacks_what_is_compressed(way, tmp_path, trials):
+def test_no_way_of_loading_runs_code_or_unpacks(way, write, tmp_path, trials):
     name, load = WAYS_TO_LOAD[way]
-    torch.save({"model_state_dict": {}}, tmp_path / name)
-    change_archive(tmp_path / name, "", bytes, zipfile.ZIP_DEFLATED)
-    with pytest.raises((CheckpointError, UserWarning), match=rf"{name}.*compressed"):
+    Attack.marker = tmp_path / "code was run"
+    write(tmp_path / name)
+    expected = rf"{name}.*{CONTENTS.get(write, 'compressed')}"
+    with pytest.raises((CheckpointError, UserWarning), match=expected):
         load(tmp_path / name)
-    trials.add(None)
+    trials.add("code was run" if Attack.marker.exists() else None)
 
 
 # ----------------------------------------------------- what may be wrong with a folder
@@ -269,6 +276,14 @@ def naming(name):
     return change
 
 
+def manifest_with(**changes):
+    def change(state):
+        change_manifest(state, lambda manifest: manifest.update(changes))
+
+    change.__name__ = str(changes)
+    return change
+
+
 def link(name, target):
     def change(state):
         path = state / name
@@ -292,6 +307,10 @@ def folder_link(state):
     sub.symlink_to(target)
 
 
+def sparse_terabyte(state):
+    os.truncate(state / "run.pt", 2**40)
+
+
 def pipe(name):
     def change(state):
         (state / name).unlink()
@@ -310,7 +329,12 @@ FOLDERS = {
     versions_that_are_none: "model.safetensors.*versions",
     deep_manifest: "manifest.json.*RecursionError",
     manifest_nearly_too_deep: "manifest.json.*damaged",
+    manifest_with(files=[1]): "manifest.json.*damaged",
+    manifest_with(progress=1): "manifest.json.*damaged",
+    manifest_with(files={"a": 3}): "a.*damaged",
     naming("../run.pt"): "leads out",
+    naming("a/../../run.pt"): "leads out",
+    naming(""): "leads out",
     naming("/etc/passwd"): "leads out",
     naming("a\0b"): "zzz/a.*damaged",
     naming("\ud800"): "zzz.*damaged",
@@ -319,6 +343,7 @@ FOLDERS = {
     link("manifest.json", "/dev/zero"): "manifest.json.*link",
     link("manifest.json", "run.pt"): "manifest.json.*link",
     folder_link: "sub/run.pt is a link",
+    sparse_terabyte: "run.pt has 1,099,511,627,776 bytes instead of",
     pipe("manifest.json"): "manifest.json.*no plain file",
     pipe("run.pt"): "run.pt.*no plain file",
 }

@@ -10,6 +10,7 @@ from runs import finish, result_of, undisturbed
 from scenario import Scenario, difference
 
 SCENARIO = Scenario(num_epochs=3, save_every_n_steps=2, max_checkpoints=2)
+ASYNCHRONOUS = {"save_kwargs": (("asynchronous", True),)}
 
 
 def kill_once(scenario, folder, expected, seconds, num_processes=1):
@@ -29,12 +30,22 @@ def kill_once(scenario, folder, expected, seconds, num_processes=1):
 
 
 @pytest.mark.fault("kill -9 at a random instant, one process")
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_kill_9_at_random_instants(num_workers, tmp_path, trials):
-    scenario = SCENARIO.with_(num_workers=num_workers)
+@pytest.mark.parametrize(
+    ("scenario", "number"),
+    [
+        pytest.param(SCENARIO, 100, id="as it is"),
+        pytest.param(SCENARIO.with_(num_workers=2), 100, id="2 workers"),
+        pytest.param(
+            SCENARIO.with_(save_every_n_steps=1, max_checkpoints=1, **ASYNCHRONOUS),
+            20,
+            id="asynchronous",
+        ),
+    ],
+)
+def test_kill_9_at_random_instants(scenario, number, tmp_path, trials):
     expected, seconds = undisturbed(scenario, tmp_path / "undisturbed")
-    for number in range(trials.count(100)):
-        folder = tmp_path / f"trial {number}"
+    for trial in range(trials.count(number)):
+        folder = tmp_path / f"trial {trial}"
         delay = random.uniform(0.0, seconds)
         trials.add(kill_once(scenario, folder, expected, delay))
 
@@ -47,9 +58,7 @@ def test_kill_9_at_random_instants(num_workers, tmp_path, trials):
         pytest.param(SCENARIO.with_(num_workers=2), 5, id="2 workers"),
         pytest.param(SCENARIO.with_(precision="bf16"), 5, id="bf16"),
         pytest.param(SCENARIO.with_(saves_in_windows=True), 5, id="in windows"),
-        pytest.param(
-            SCENARIO.with_(save_kwargs=(("asynchronous", True),)), 5, id="asynchronous"
-        ),
+        pytest.param(SCENARIO.with_(**ASYNCHRONOUS), 5, id="asynchronous"),
         pytest.param(
             *(SCENARIO.with_(own_loader=True), 5),
             id="own loader",

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 from processes import Job
-from scenario import Augmented, Scenario, difference, fingerprint
+from scenario import Augmented, Scenario, difference
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
-from pytorch_accelerated import Trainer, checkpoint
+from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,
     TerminateOnNaNCallback,
@@ -115,25 +115,6 @@ def test_other_data_is_refused_in_the_middle_of_an_epoch_only(tmp_path, trials):
 
 
 @pytest.mark.fault(OTHER_RUN)
-def test_a_state_saved_amid_a_window_goes_on_with_its_gradients(tmp_path, trials):
-    class SaveAt(TrainerCallback):
-        called_last = ("on_train_step_end",)
-
-        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            trainer.save_training_state(folder / f"batch_{trainer.num_steps}")
-
-    for counts_items in (False, True):
-        folder = tmp_path / f"{counts_items}"
-        scenario = SCENARIO.with_(save_every_n_steps=None, counts_items=counts_items)
-        saving = scenario.with_(callbacks=(SaveAt(),))
-        expected = fingerprint(saving.run(folder))
-        for number in (1, 2, 10, 11, 13, 20):
-            state = folder / f"batch_{number}"
-            trainer = scenario.run(folder / f"again {number}", resume_from=state)
-            trials.add(difference(expected["weights"], fingerprint(trainer)["weights"]))
-
-
-@pytest.mark.fault(OTHER_RUN)
 def test_a_schedule_that_ends_too_early_ends_the_run_in_words(tmp_path, trials):
     """Those of torch do; those of the library stay at their last value."""
     scenario = SCENARIO.with_(ends_schedule=True)
@@ -230,18 +211,6 @@ def test_a_loader_that_keeps_its_place_is_set_there(tmp_path):
     assert difference(expected, trainer.model.state_dict()) is None
 
 
-def test_a_ready_loader_that_shuffles_by_the_global_generator_goes_on(tmp_path):
-    samples = Augmented(20).inputs[:, :1]
-
-    def loader():
-        return DataLoader(TensorDataset(samples, samples), batch_size=3, shuffle=True)
-
-    expected = train_on(loader(), tmp_path / "whole").model.state_dict()
-    with pytest.warns(UserWarning, match="loader or sampler is yours"):
-        trainer = train_on(loader(), tmp_path / "2", tmp_path / "whole" / "step_6")
-    assert difference(expected, trainer.model.state_dict()) is None
-
-
 def test_the_place_in_a_loader_of_the_users_is_not_guessed(tmp_path):
     samples = Augmented(20).inputs[:, :1]
     data = TensorDataset(samples, samples)
@@ -255,26 +224,3 @@ def test_the_place_in_a_loader_of_the_users_is_not_guessed(tmp_path):
 
 
 # --------------------------------------------------------------------- other states
-
-
-def test_a_run_saved_after_its_last_update_makes_no_more(tmp_path):
-    def train(resume_from=None):
-        scenario = Scenario(num_epochs=3)
-        trainer = scenario.create_trainer(tmp_path)
-        trainer.train(
-            scenario.train_dataset(),
-            3,
-            eval_dataset=scenario.eval_dataset(),
-            per_device_batch_size=4,
-            max_num_train_steps=14,
-            resume_from=resume_from,
-        )
-        return trainer
-
-    train()
-    assert checkpoint.Checkpoint(tmp_path / "states" / "step_14").num_updates == 14
-    for name in ("step_14", "epoch_2", "final"):
-        trainer = train(tmp_path / "states" / name)
-        assert trainer.num_updates == 14
-        losses = trainer.run_history.get_metric_values("train_loss_epoch")
-        assert len(list(losses)) == 2

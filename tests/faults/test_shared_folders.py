@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -367,22 +366,3 @@ def test_a_link_to_a_state_of_another_run_is_not_followed(name, tmp_path, trials
     trials.add(difference(expected, fingerprint(SMALL.run(mine, resume_from="auto"))))
     lost = before.items() - contents(tmp_path).items()
     trials.add(lost and f"{lost} are lost")
-
-
-@pytest.mark.fault(FOREIGN_FILES)
-def test_all_of_them_at_once_are_left_alone(tmp_path, trials):
-    states = tmp_path / "states"
-    states.mkdir()
-
-    def train():
-        warnings.simplefilter("ignore")
-        for create, name in random.sample(FOREIGN, len(FOREIGN)):
-            if create is not a_link_to_a_folder or name == "latest":
-                create(states / name)
-        before = contents(states)
-        SMALL.run(tmp_path, resume_from="auto")
-        assert before.items() <= contents(states).items()
-        assert checkpoint.newest(states).path.name == "final"
-
-    job = Job(train, tmp_path / "log")
-    trials.add(job.wait_or_explain())

@@ -97,8 +97,8 @@ class At(TrainerCallback):
     def __init__(self, num_updates, action):
         self.num_updates, self.action = num_updates, action
 
-    def on_train_step_end(self, trainer, **kwargs):
-        if trainer.num_updates == self.num_updates:
+    def on_train_update_end(self, trainer, num_updates=0, **kwargs):
+        if num_updates == self.num_updates:
             self.action(trainer)
 
 
@@ -169,18 +169,36 @@ def test_a_trainer_that_only_evaluates_leaves_the_file_alone(
 def test_a_write_that_fails_warns_and_the_next_one_writes_everything(
     create_trainer, samples, tmp_path
 ):
-    blocker = tmp_path / "folder"
-    blocker.write_text("a file where a folder is to be")
-    callbacks = [
-        At(3, lambda trainer: blocker.unlink()),
-        RecordHistoryCallback(blocker / "history.jsonl", every_n_updates=1),
-    ]
+    file = tmp_path / "folder" / "history.jsonl"
 
+    def block(trainer):
+        file.unlink()
+        file.parent.rmdir()
+        file.parent.write_text("a file where a folder is to be")
+
+    callbacks = [
+        RecordHistoryCallback(file, every_n_updates=1),
+        At(2, block),
+        At(3, lambda trainer: file.parent.unlink()),
+    ]
     with pytest.warns(TrainingWarning, match="could not be written"):
         history = create_trainer(callbacks).train(samples(4), 1, None, 1)
 
-    written = InMemoryRunHistory.load_jsonl(blocker / "history.jsonl")
+    written = InMemoryRunHistory.load_jsonl(file)
     assert written.records() == history.records()
+
+
+def test_the_file_has_what_the_history_has_when_a_trainer_is_used_again(
+    create_trainer, samples, tmp_path
+):
+    file = tmp_path / "history.jsonl"
+    trainer = create_trainer([RecordHistoryCallback(file)])
+    for kwargs in ({}, {"reset_run_history": False}, {}):
+        trainer.train(samples(4), 2, **kwargs)
+        trainer.evaluate(samples(4))
+
+        written = InMemoryRunHistory.load_jsonl(file)
+        assert written.to_dict()["metrics"] == trainer.run_history.to_dict()["metrics"]
 
 
 def train_in_parts(folder, num_processes):
