@@ -108,7 +108,10 @@ def test_colours_are_around_the_text_and_change_no_place():
 def test_labels_leave_out_what_the_place_says_and_stay_apart():
     assert labels_of(
         {
+            "train_loss": 2,
             "train_loss_epoch": 1,
+            "learning_rate": 0.1,
+            "seconds_epoch": 1,
             "intermediate_eval_loss": 1,
             "evaluation_f1": 1,
             "f1": 1,

@@ -191,6 +191,8 @@ class EpochMetrics:
             for name, function in self._functions.items():
                 with _named(name, inputs), torch.no_grad():
                     values[name] = function(*inputs)
+                    if values[name] is None:
+                        raise TypeError("It returned nothing.")
         return {
             _join(name, key): member
             for name, value in values.items()

@@ -38,7 +38,7 @@ _SMALL_IS_BETTER = (
 )
 _GREAT_IS_BETTER = (
     "accuracy acc f1 fbeta precision recall sensitivity specificity auc auroc auprc ap "
-    "map ar mar ndcg mrr hit iou miou jaccard dice score r2 mcc kappa matthews pearson "
+    "map ar mar ndcg mrr hit iou miou jaccard dice r2 mcc kappa matthews pearson "
     "spearman kendall correlation corrcoef bleu rouge meteor psnr ssim snr top "
     "exact"
 )
@@ -542,9 +542,9 @@ class MetricSummary(NamedTuple):
 
 
 class HistorySummary(dict[str, MetricSummary]):
-    """The :class:`MetricSummary` of each metric, by its name; printed as a table."""
+    """The :class:`MetricSummary` of each metric, by its name; shown as a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Return a table of the metrics."""
         rows = [["metric", "last", "best", "epoch", "update"]]
         for name, (last, best) in self.items():
@@ -562,7 +562,7 @@ def compare_histories(
     histories: Mapping[str, Any] | Iterable[Any],
     names: Iterable[str] | None = None,
     *,
-    metrics: Iterable[str] = (),
+    metrics: str | Iterable[str] = (),
 ) -> Figure:
     """Draw the metrics of several runs over each other.
 
@@ -593,7 +593,8 @@ def compare_histories(
     read = {
         name: load(run) if _is_path(run) else run for name, run in histories.items()
     }
-    return draw({name: numbers_of(run) for name, run in read.items()}, list(metrics))
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    return draw({name: numbers_of(run) for name, run in read.items()}, metrics)
 
 
 def _is_path(run: Any) -> bool:

@@ -37,6 +37,28 @@ def test_stops_after_patience_epochs_without_improvement(
     assert stopping.best_metric == best
 
 
+@pytest.mark.parametrize(
+    ("name", "greater_is_better", "is_warned_of"),
+    [("accuracy", False, True), ("accuracy", True, False), ("loss", True, True)],
+)
+def test_the_way_that_a_name_says_is_worse_is_warned_of(
+    create_trainer, samples, recwarn, name, greater_is_better, is_warned_of
+):
+    """The worst epoch was taken for the best, without a word."""
+
+    class Scores(Trainer):
+        def eval_epoch_end(self):
+            self.run_history.update_metric(name, 1.0)
+
+    stopping = EarlyStoppingCallback(
+        watch_metric=name, greater_is_better=greater_is_better
+    )
+    trainer = create_trainer([stopping], trainer_class=Scores)
+    trainer.train(samples(1), 1, samples(1))
+    advice = f"pass greater_is_better={not greater_is_better}"
+    assert [advice in str(each.message) for each in recwarn] == [True] * is_warned_of
+
+
 @pytest.mark.parametrize("patience", [0, -1])
 def test_patience_below_one_is_refused(patience):
     """Defect 55: a patience of 0 stopped after the first epoch."""

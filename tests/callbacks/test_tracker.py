@@ -7,6 +7,7 @@ from accelerate.tracking import GeneralTracker
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated.callbacks import (
+    RecordHistoryCallback,
     StepBasedEvaluationCallback,
     TrackerCallback,
     TrainerCallback,
@@ -113,6 +114,17 @@ def test_means_of_intervals_are_those_of_their_samples(create_trainer, kept):
         [1.5, 4, 1, 8 / 3]
     )
     assert kept.values_of("gradient_norm") == [(2, 8), (3, 32), (4, 2), (6, 32)]
+
+
+def test_what_is_recorded_amid_epochs_is_sent_from_there(create_trainer, samples, kept):
+    """Two curves of other intervals had one name."""
+    callbacks = [
+        RecordHistoryCallback(every_n_updates=1),
+        TrackerCallback(kept, every_n_updates=2),
+    ]
+    create_trainer(callbacks).train(samples(4), 1, per_device_batch_size=1)
+    losses = [(step, 0.25 ** (step - 1)) for step in (1, 2, 3, 4)]
+    assert kept.values_of("train_loss") == losses
 
 
 class Evaluates(TrainerCallback):

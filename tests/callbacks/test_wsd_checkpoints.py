@@ -95,6 +95,7 @@ def test_optimizer_and_scheduler_are_saved_as_asked(train, tmp_path, save):
     assert ("scheduler_state_dict" in saved) is save
 
 
+@pytest.mark.filterwarnings("ignore:.*greater_is_better")
 def test_the_trained_model_is_saved_and_not_the_best(train, tmp_path):
     best = SaveBestModelCallback(
         tmp_path / "best.pt", "train_loss_epoch", greater_is_better=True

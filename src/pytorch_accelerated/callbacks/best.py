@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.tracking import INTERMEDIATE_PREFIX, is_number
+from pytorch_accelerated.errors import warn
+from pytorch_accelerated.tracking import (
+    INTERMEDIATE_PREFIX,
+    is_greater_better,
+    is_number,
+)
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -83,12 +88,24 @@ def latest_value(trainer: Trainer, metric: str) -> Any:
     return value
 
 
-def check_watch_metric(trainer: Trainer, metric: str) -> None:
+def check_watch_metric(
+    trainer: Trainer, metric: str, *, greater_is_better: bool | None = None
+) -> None:
     """Refuse, before the run, to watch the evaluation loss without an evaluation.
 
     Raises:
         ValueError: If there is no evaluation dataset to get the metric from.
+
+    Warns:
+        TrainingWarning: If the name of the metric says that the other way is better.
     """
+    named = is_greater_better(metric)
+    if None not in (named, greater_is_better) and named != greater_is_better:
+        warn(
+            f"{metric} is watched with greater_is_better={greater_is_better}, so its "
+            f"{'greatest' if greater_is_better else 'least'} value counts as the best. "
+            f"If that is not meant, pass greater_is_better={not greater_is_better}."
+        )
     if trainer.eval_dataset is None and metric == "eval_loss_epoch":
         raise ValueError(
             f"watch_metric={metric!r} needs an eval_dataset, and train() was given "

@@ -99,7 +99,9 @@ class SaveBestModelCallback(TrainerCallback):
         self._check_metric(trainer)
 
     def _check_metric(self, trainer: Trainer) -> None:
-        check_watch_metric(trainer, self.watch_metric)
+        check_watch_metric(
+            trainer, self.watch_metric, greater_is_better=self.greater_is_better
+        )
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if this epoch is the best so far."""
@@ -283,7 +285,9 @@ class SaveTrainingStateCallback(TrainerCallback):
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Find the folders of earlier runs, and where this run starts."""
         if self.keep_best:
-            check_watch_metric(trainer, self.watch_metric)
+            check_watch_metric(
+                trainer, self.watch_metric, greater_is_better=self.greater_is_better
+            )
         _check_can_be_saved(trainer)
         if trainer._accelerator.is_main_process:
             self._take_over_folder(trainer)

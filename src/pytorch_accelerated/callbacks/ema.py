@@ -124,7 +124,9 @@ class ModelEmaCallback(SaveBestModelCallback):
     def _check_metric(self, trainer: Trainer) -> None:
         if not self.evaluate_during_training:
             return
-        check_watch_metric(trainer, self.watch_metric)
+        check_watch_metric(
+            trainer, self.watch_metric, greater_is_better=self.greater_is_better
+        )
         if trainer.eval_dataset is None:
             raise ValueError(
                 "ModelEmaCallback evaluates the averaged weights after each epoch and "

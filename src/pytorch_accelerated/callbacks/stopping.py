@@ -93,7 +93,9 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: If the run that is resumed had been stopped here.
         """
-        check_watch_metric(trainer, self.watch_metric)
+        check_watch_metric(
+            trainer, self.watch_metric, greater_is_better=self.greater_is_better
+        )
         if trainer.is_resumed:
             self._stop_if_patience_is_over(trainer)
 

@@ -341,6 +341,9 @@ class TrackerCallback(TrainerCallback):
             values.update(
                 {f"train_{n}": t / c for n, (t, c) in totals.items() if c > 0}
             )
+            # What is recorded amid epochs too is sent from there.
+            for name in trainer.run_history.get_metric_names():
+                values.pop(name, None)
             for tracker, _ in self._open:
                 if _name_of(tracker) not in self._failed:  # else it may take its time
                     at = trainer.num_updates or 0
