@@ -106,22 +106,24 @@ def test_colours_are_around_the_text_and_change_no_place():
 
 
 def test_labels_leave_out_what_the_place_says_and_stay_apart():
-    assert labels_of(
-        {
-            "train_loss": 2,
-            "train_loss_epoch": 1,
-            "learning_rate": 0.1,
-            "seconds_epoch": 1,
-            "intermediate_eval_loss": 1,
-            "evaluation_f1": 1,
-            "f1": 1,
-            "scores": {"f1": 1},
-        }
-    ) == {
+    metrics = {
+        "train_loss": 2,
+        "train_loss_epoch": 1,
+        "learning_rate": 0.1,
+        "seconds_epoch": 1,
+        "intermediate_eval_loss": 1,
+        "evaluation_f1": 1,
+        "f1": 1,
+        "time": 77,
+        "scores": {"f1": 1},
+    }
+    assert labels_of(metrics) == {
+        "train_loss": "latest_train_loss",
         "train_loss_epoch": "train_loss",
         "intermediate_eval_loss": "eval_loss",
-        "evaluation_f1": "f1",
+        "evaluation_f1": "evaluation_f1",
         "f1": "f1",
+        "time": "time_",
     }
 
 

@@ -9,6 +9,7 @@ import re
 import textwrap
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from html import escape
 from typing import Any
 
@@ -170,15 +171,20 @@ def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
     and at their end share their columns. The numbers of a dictionary are metrics of
     their own, so it is left out.
     """
+    amid_epochs = {name for name in metrics if f"{name}_epoch" in metrics}
     labels: dict[str, str] = {}
     for name, value in metrics.items():
-        if f"{name}_epoch" in metrics or name in _SAID_BY_COLUMNS:
-            continue  # the last of its values amid the epoch, or in another column
-        label = name.removesuffix("_epoch")
+        if isinstance(value, Mapping) or name in _SAID_BY_COLUMNS:
+            continue
+        label = f"latest_{name}" if name in amid_epochs else name.removesuffix("_epoch")
         for prefix in (INTERMEDIATE_PREFIX, EVALUATION_PREFIX):
             label = label.replace(prefix, "", 1)
-        if not isinstance(value, Mapping):
-            labels[name] = name if label in labels.values() else label
+        taken = {*labels.values(), *_AROUND}
+        if label in taken.union(metrics.keys() - amid_epochs - {name}):
+            label = name
+        while label in taken:
+            label += "_"
+        labels[name] = label
     return labels
 
 
@@ -188,11 +194,13 @@ def brief(value: Any) -> str:
         number = value.item() if hasattr(value, "item") else value
         if isinstance(number, int) and abs(number) < 1_000_000:
             return str(int(number))
-        return f"{number:#.4g}".rstrip(".")
+        with suppress(OverflowError):
+            return f"{number:#.4g}".rstrip(".")
     if getattr(value, "shape", ()):
         return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if hasattr(value, "__len__") and not isinstance(value, str):
-        return f"{type(value).__name__} of {len(value)}"
+        with suppress(TypeError):
+            return f"{type(value).__name__} of {len(value)}"
     return textwrap.shorten(str(value), 40, placeholder=" ...")
 
 

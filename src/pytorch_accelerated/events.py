@@ -107,7 +107,7 @@ class Ending:
     def _clean_up_after(self, error: BaseException) -> None:
         """Let callbacks close what they opened; an error of theirs hides no other."""
         trainer = self._trainer
-        trainer.has_failed = True
+        trainer._run.has_failed = True
         call_event = trainer.callback_handler.call_event
         clean_ups = [
             partial(self._explain, error),

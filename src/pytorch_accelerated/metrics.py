@@ -6,6 +6,7 @@ all predictions and targets, which are gathered from all processes for it.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -164,7 +165,7 @@ class EpochMetrics:
                 metric.update(*inputs)
         if self._functions:
             with _named(" and ".join(self._functions), inputs):
-                inputs = distributed.map_tensors(torch.atleast_1d, inputs)
+                inputs = distributed.map_tensors(_detached, inputs)
             if not has_items:
                 inputs = distributed.map_tensors(lambda each: each[:0], inputs)
             self._inputs.append(inputs)
@@ -183,6 +184,8 @@ class EpochMetrics:
                 # A process may have had its batches before the run was resumed.
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric")
                 values[name] = recursively_apply(Tensor.cpu, metric.compute())
+        if self._functions:
+            self._take_part()
         if self._functions and self._inputs:
             with _named(" and ".join(self._functions), self._inputs[0]):
                 inputs = distributed.gather_uneven(self._own_inputs())
@@ -190,7 +193,10 @@ class EpochMetrics:
             self._inputs = []
             for name, function in self._functions.items():
                 with _named(name, inputs), torch.no_grad():
-                    values[name] = function(*inputs)
+                    given = inputs
+                    if len(self._functions) > 1:  # which may change what it is given
+                        given = distributed.map_tensors(Tensor.clone, inputs)
+                    values[name] = function(*given)
                     if values[name] is None:
                         raise TypeError("It returned nothing.")
         return {
@@ -200,6 +206,24 @@ class EpochMetrics:
                 value if isinstance(value, Mapping) else {"": value}
             ).items()
         }
+
+    def _take_part(self) -> None:
+        """Let a process without batches have what others have, of no samples."""
+        if not distributed.agree(not self._inputs):
+            return
+        empty = [
+            distributed.map_tensors(lambda each: each[:0].cpu(), inputs)
+            for inputs in self._inputs[:1]
+        ]
+        found = [each for own in distributed.objects_of_all(empty) for each in own]
+        if found and not self._inputs:
+            self._inputs = [send_to_device(found[0], self._device)]
+
+    def __deepcopy__(self, memo: Any) -> EpochMetrics:
+        twin = copy.copy(self)
+        twin._metrics = copy.deepcopy(self._metrics, memo)
+        twin._inputs = list(self._inputs)  # what is in it never changes
+        return twin
 
     def _own_inputs(self) -> Any:
         return distributed.map_tensors(lambda *each: torch.cat(each), *self._inputs)
@@ -223,6 +247,10 @@ class EpochMetrics:
             metric.to(self._device)
         if self._functions:
             self._inputs = [send_to_device(states[_INPUTS], self._device)]
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(tensor.shape or (1,))
 
 
 def _join(name: str, key: Any) -> str:

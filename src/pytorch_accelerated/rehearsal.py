@@ -59,11 +59,19 @@ class Rehearsal:
 
     def __enter__(self) -> None:
         """Copy everything, and let nobody listen."""
-        trainer, handler = self._trainer, self._trainer.callback_handler
+        trainer = self._trainer
         self._check_can_be_undone()
         checks.warn_of_misspelt_names(trainer)  # while its callbacks are there
         torch.empty(0, device=trainer.device)  # an unused one would have no states
         self._random_states = checkpoint.get_random_states()
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _begin(self) -> None:
+        trainer, handler = self._trainer, self._trainer.callback_handler
         self._copy_data(self._data)
         self._undo.append(partial(_refill, vars(trainer), dict(vars(trainer))))
         movers = [c for c in handler if isinstance(c, MoveModulesToDeviceCallback)]
@@ -158,8 +166,15 @@ def _undo_of_tensor(tensor: Tensor) -> Callable[[], None]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a sharded tensor that this process holds."""
+    """Return the part of a sharded tensor that this process holds.
+
+    Of a tensor that shows the same elements many times, they are in it once.
+    """
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    strides = part.stride() if part.layout is torch.strided else ()
+    for dim, stride in enumerate(strides):
+        if stride == 0 and part.shape[dim] > 1:
+            part = part.narrow(dim, 0, 1)
     return part
 
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -328,15 +328,15 @@ class Trainer:
         )
         checks.check_can_train(self, run)
         saving.find_state(self, run)
-        if reset_run_history and run.state_to_resume is None:
-            self.run_history.reset()
         with UnderWay(self, run):
             self._prepare(run)
             if halve_batch_if_out_of_memory:
                 run.shrinker = BatchShrinker(run, self.model, self._engine)
+            if reset_run_history and run.state_to_resume is None:
+                self.run_history.reset()
+            self.callback_handler.call_event("_forget_earlier_runs", self)
             if create_scheduler_fn is not None:
                 self.scheduler = self.create_scheduler()
-            self.callback_handler.call_event("_forget_earlier_runs", self)
             if run.state_to_resume is not None:
                 saving.resume(self)
             start_schedule(self.scheduler)
@@ -1333,7 +1333,7 @@ class Trainer:
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, once on each machine, above the progress bars."""
         if self._accelerator.is_local_main_process:
-            with above_bars():
+            with above_bars(), suppress(OSError, ValueError):  # closed, or too narrow
                 print(*args, **kwargs)  # noqa: T201 (this is what it is for)
 
     def gather(self, tensor: Any, padding_value: float | None = None) -> Any:

@@ -388,8 +388,9 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Let other runs have the folder."""
-        self._release_lock()
+        """Let other runs have the folder, if it ends the training run."""
+        if trainer._run.is_training:
+            self._release_lock()
 
     def _save(self, trainer: Trainer, name: str) -> None:
         """Save when it is due; an error is what ``on_save_error`` says."""

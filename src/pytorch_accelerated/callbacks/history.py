@@ -168,12 +168,15 @@ class RecordHistoryCallback(TrainerCallback):
         if self.path is None or not trainer._accelerator.is_main_process:
             return
         history: Any = trainer.run_history
+        counts, known = count_values(history), (self._num_written or {}).items()
+        if any(counts.get(name, 0) < number for name, number in known):
+            self._num_written = None  # some are deleted: all others are written again
         is_of_training = trainer._run.training.is_training
         new = history.records(skip=self._num_written) if is_of_training else ()
         try:
             if new:
                 write_records(new, self.path, append=self._num_written is not None)
-                self._num_written = count_values(history)
+                self._num_written = counts
         except OSError as error:
             self._num_written = None
             warn(f"The run history could not be written to {self.path}: {error}")

@@ -89,6 +89,11 @@ class LogMetricsCallback(TrainerCallback):
         """
         self._row = {**self._row, **metrics}
 
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Leave out what a resumed run has logged before."""
+        if trainer.is_resumed:
+            self._num_logged = count_values(trainer.run_history)
+
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Start to measure the time."""
         done = trainer._run.progress
@@ -160,7 +165,9 @@ class LogMetricsCallback(TrainerCallback):
         if self._table is None:
             total = trainer.run_config.max_num_train_steps
             width = max(len(epoch), len(f"@{total}"))
-            expected = ["train_loss", "eval_loss"][: 1 + bool(trainer.eval_dataset)]
+            expected = ["train_loss"]
+            if trainer.eval_dataset is not None:
+                expected.append("eval_loss")
             self._table = Table(expected, width)
         labels = labels_of(metrics)
         row = {label: metrics[name] for name, label in labels.items()}
@@ -208,14 +215,22 @@ class LogMetricsCallback(TrainerCallback):
             return ""
         started, before, epochs_before = self._start
         config, run = trainer.run_config, trainer._run.progress
-        total, done = config.max_num_train_steps, run.num_updates
-        if total is None:
-            total, before = config.num_epochs, epochs_before
+        now, limits = time.monotonic(), []
+        if config.max_num_train_steps is not None:
+            limits.append((config.max_num_train_steps, run.num_updates, before, now))
+        if config.num_update_steps_per_epoch is None:
             done = run.epochs_done + (not amid_epoch)
-        if not before < done < total:
+            # Of whole epochs: the one under way is part of what is left.
+            until = self._pace.started if amid_epoch and self._pace else now
+            limits.append((config.num_epochs, done, epochs_before, until))
+        if any(done >= total for total, done, _, _ in limits):
             return ""
-        elapsed = time.monotonic() - started
-        return duration(elapsed * (total - done) / (done - before))
+        left = [
+            (until - started) * (total - done) / (done - before) - (now - until)
+            for total, done, before, until in limits
+            if done > before
+        ]
+        return duration(max(0.0, min(left))) if left else ""
 
     def _new_names(self, trainer: Trainer) -> list[str]:
         return [

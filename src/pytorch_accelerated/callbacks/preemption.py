@@ -128,8 +128,9 @@ class PreemptionCallback(TrainerCallback):
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Let the signals be handled as before."""
-        self._restore_handlers()
+        """Let the signals be handled as before, if it ends the training run."""
+        if trainer._run.is_training:
+            self._restore_handlers()
 
     def _restore_handlers(self) -> None:
         replaced, self._replaced = self._replaced, {}

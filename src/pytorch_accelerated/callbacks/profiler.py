@@ -103,8 +103,9 @@ class ProfilerCallback(TrainerCallback):
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Write what there is."""
-        self._stop(trainer)
+        """Write what there is, unless this is an evaluation amid the run."""
+        if trainer._run.is_training:
+            self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
         self._call(trainer, "stop")

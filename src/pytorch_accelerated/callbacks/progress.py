@@ -108,8 +108,10 @@ class ProgressBarCallback(TrainerCallback):
 
     @event_with_data
     def on_exception(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Close the bars; that of the epoch shows where the error was."""
-        self._close(stays=True)
+        """Close the bars of the run; that of the epoch shows where the error was."""
+        self._close_eval_bar()
+        if trainer._run.is_training:
+            self._close(stays=True)
 
     def _open_bar(
         self, trainer: Trainer, name: str, total: int | None, initial: int = 0
@@ -195,16 +197,19 @@ class PrintProgressCallback(TrainerCallback):
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print where the run ends, unless an error follows that says so."""
         if not trainer.has_failed:
-            text = f"Training ends: {_standing(trainer)}"
+            text = f"Training ends: {_standing(trainer, is_over=True)}"
             if self._start is not None:
                 text += f", {duration(time.monotonic() - self._start)}"
             trainer.print(text, flush=True)
 
 
-def _standing(trainer: Trainer) -> str:
+def _standing(trainer: Trainer, *, is_over: bool = False) -> str:
     total, done = trainer.run_config.max_num_train_steps, trainer._run.progress
     of_total = "" if total is None else f"/{total:,}"
-    return f"epoch {epoch_of(trainer).strip()}, update {done.num_updates:,}{of_total}"
+    epoch = epoch_of(trainer).strip()
+    if is_over and epoch.isdigit() and done.is_at_epoch_start and done.epochs_done:
+        epoch = str(int(epoch) - 1)  # the next one has not begun
+    return f"epoch {epoch}, update {done.num_updates:,}{of_total}"
 
 
 def epoch_of(trainer: Trainer) -> str:
@@ -230,7 +235,10 @@ def is_terminal(stream: Any) -> bool:
     """Say whether people see a stream, and it can draw a bar anew in its place."""
     is_log = os.environ.get("CI", "").lower() not in ("", "0", "false")
     is_dumb = os.environ.get("TERM") == "dumb"
-    return stream is not None and stream.isatty() and not (is_log or is_dumb)
+    try:
+        return stream.isatty() and not (is_log or is_dumb)
+    except (AttributeError, ValueError):  # none, closed, or an object of the script's
+        return False
 
 
 def width_of(stream: Any) -> int:
@@ -239,7 +247,7 @@ def width_of(stream: Any) -> int:
         return 120
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return 80
 
 

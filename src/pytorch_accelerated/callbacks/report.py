@@ -151,7 +151,8 @@ class ReportCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Write the page."""
-        self._status = self._status.replace("running", "finished")
+        if self._status == "running":
+            self._status = "finished"
         self._stop_listening()
         self._write(trainer)
 
@@ -176,12 +177,16 @@ class ReportCallback(TrainerCallback):
         """Note the warnings that are shown, and let them be shown as before."""
         show = warnings.showwarning
 
-        def note_and_show(message: Any, category: Any, *args: Any) -> None:
+        def note_and_show(
+            message: Any, category: Any, *args: Any, **kwargs: Any
+        ) -> None:
             text = f"{category.__name__}: {message}"
-            self._warnings = {**self._warnings, text: self._warnings.get(text, 0) + 1}
-            show(message, category, *args)
+            if self._shows_warnings and self._shows_warnings[0] is note_and_show:
+                number = self._warnings.get(text, 0) + 1
+                self._warnings = {**self._warnings, text: number}
+            show(message, category, *args, **kwargs)
 
-        warnings.showwarning = note_and_show  # type: ignore[assignment]
+        warnings.showwarning = note_and_show
         self._shows_warnings = note_and_show, show
 
     def _stop_listening(self) -> None:
@@ -371,7 +376,8 @@ def chart(title: str, curves: Iterable[Sequence[MetricRecord]]) -> str:
         best = _best(records)
         drawing += f'<path class="curve {role}" d="{path}"/>'
         legend += f"<div><i class={role}></i>{escape(name)} <b>{brief(last.value)}</b>"
-        legend += f" best {brief(best.value)} at {best.step:,}" if best else ""
+        legend += f" best {brief(best.value)}" if best else ""
+        legend += f" at {best.step:,}" if best and best.step is not None else ""
         legend += "</div>"
     return (
         f"<figure><h3>{escape(title)}</h3><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' "

@@ -114,14 +114,17 @@ def _measure_batch_norms(trainer: Trainer, model: nn.Module) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch's word for a mean of all batches
-    if norms:
-        trainer._train_dataloader.set_epoch(trainer.run_history.current_epoch)
-        # A stream may have no end.
-        for batch in islice(trainer._train_dataloader, trainer.num_steps):
-            trainer.calculate_train_batch_loss(batch)
-    for norm, momentum in norms.items():
-        norm.momentum = momentum
+    try:
+        if norms:
+            trainer._train_dataloader.set_epoch(trainer.run_history.current_epoch)
+            # A stream may have no end.
+            for batch in islice(trainer._train_dataloader, trainer.num_steps):
+                trainer.calculate_train_batch_loss(batch)
+    finally:
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+        modes.put_back(trainer.model, before)
+    for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
             total = distributed.add_up(statistic, trainer.device)
             statistic.copy_(total / trainer._accelerator.num_processes)
-    modes.put_back(trainer.model, before)

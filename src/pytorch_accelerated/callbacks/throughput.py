@@ -121,7 +121,10 @@ class ThroughputCallback(TrainerCallback):
         epoch.longest = max(epoch.longest, epoch.steps[-1])
         epoch.accounted_to = now
         # Perhaps on the device: read at the end of the epoch.
-        epoch.num_items = epoch.num_items + batch_output.get("num_items_in_batch", 0)
+        share = trainer._run.share_of(kwargs.get("step", 0))
+        if share is None or not share.is_filler:
+            num_items = batch_output.get("num_items_in_batch", 0)
+            epoch.num_items = epoch.num_items + num_items
         counter, self._counter = self._counter, None
         if counter is not None:
             num_samples = batch_output.get("batch_size") or 1

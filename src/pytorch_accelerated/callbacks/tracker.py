@@ -23,6 +23,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS as KNOWN
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
+from torch.nn.parameter import is_lazy
 
 from pytorch_accelerated import tracking
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
@@ -170,6 +171,10 @@ class TrackerCallback(TrainerCallback):
         Raises:
             ValueError: If files cannot be written to the folder for them.
         """
+        # A history that keeps its metrics elsewhere is empty when a run is resumed.
+        counts = tracking.count_values(trainer.run_history)
+        sent = self._num_sent.items()
+        self._num_sent = {name: min(n, counts.get(name, 0)) for name, n in sent}
         self._start(trainer)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -300,8 +305,9 @@ class TrackerCallback(TrainerCallback):
         for name in counts:
             first = self._num_sent.get(name, 0)
             new = list(history.get_metric_values(name))[first:]
-            records = getattr(history, "records", lambda name: ())(name)[first:]
-            steps = [record.step for record in records] or [now] * len(new)
+            steps: list[int | None] = [now] * len(new)
+            if isinstance(history, tracking.InMemoryRunHistory):
+                steps = [record.step for record in history.records(name)[first:]]
             for step, value in zip(steps, new, strict=True):
                 by_step[now if step is None else step][name] = value
         self._num_sent = counts
@@ -388,12 +394,13 @@ def follow_log_with(
 def settings_of(trainer: Trainer) -> dict[str, Any]:
     """Return what a run works with, as nested dictionaries."""
     model, training = trainer.get_model(keep_torch_compile=False), trainer._run.training
+    parameters: Any = getattr(model, "parameters", list)()
     optimizer = training.plain_optimizer or trainer.optimizer
     scheduler = training.scheduler
     config = (training.config or trainer.run_config).to_dict()
     return {
         "model": type(model).__name__,
-        "num_parameters": sum(p.numel() for p in getattr(model, "parameters", list)()),
+        "num_parameters": sum(p.numel() for p in parameters if not is_lazy(p)),
         "optimizer": type(optimizer).__name__,
         "optimizer_arguments": dict(getattr(optimizer, "defaults", {})),
         "scheduler": None if scheduler is None else type(scheduler).__name__,
