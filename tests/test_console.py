@@ -109,8 +109,6 @@ def test_labels_leave_out_what_the_place_says_and_stay_apart():
     metrics = {
         "train_loss": 2,
         "train_loss_epoch": 1,
-        "learning_rate": 0.1,
-        "seconds_epoch": 1,
         "intermediate_eval_loss": 1,
         "evaluation_f1": 1,
         "f1": 1,

@@ -21,8 +21,6 @@ from pytorch_accelerated.tracking import (
 
 # Columns that are not metrics, and their least widths.
 _AROUND = {"epoch": 5, "lr": 9, "samples/s": 9, "time": 5, "ETA": 5}
-# Metrics that say what these columns do.
-_SAID_BY_COLUMNS = ("learning_rate", "seconds_epoch", "train_seconds_epoch")
 _WIDTH_OF_NUMBER = 9  # 0.0001234, 1.234e-05
 _LONGEST_LABEL = 24
 
@@ -174,7 +172,7 @@ def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
     amid_epochs = {name for name in metrics if f"{name}_epoch" in metrics}
     labels: dict[str, str] = {}
     for name, value in metrics.items():
-        if isinstance(value, Mapping) or name in _SAID_BY_COLUMNS:
+        if isinstance(value, Mapping):
             continue
         label = f"latest_{name}" if name in amid_epochs else name.removesuffix("_epoch")
         for prefix in (INTERMEDIATE_PREFIX, EVALUATION_PREFIX):

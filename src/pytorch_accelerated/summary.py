@@ -164,8 +164,12 @@ def summarize(
     counter = FlopCounterMode(display=False)
     step = _MeasuredStep(counter)
     rehearsal = Rehearsal(trainer, "summary()", batch if is_data else None, step)
-    eager = torch.compiler.set_stance("force_eager")
-    with rehearsal, eager, warnings.catch_warnings(), counter:
+    with (
+        rehearsal,
+        torch.compiler.set_stance("force_eager"),  # which works from when it is made
+        warnings.catch_warnings(),
+        counter,
+    ):
         warnings.filterwarnings("ignore", r"Using `torch\.compile")  # it is not used
         if trainer.optimizer is None:
             trainer.optimizer = torch.optim.SGD(trainer.model.parameters())

@@ -23,6 +23,7 @@ from pytorch_accelerated.callbacks import (
     RecordHistoryCallback,
     ReportCallback,
     SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
     SwaCallback,
     ThroughputCallback,
     TrackerCallback,
@@ -106,6 +107,33 @@ def test_odd_values_streams_and_histories_end_no_run(
     # The length of the loader is that of a stream without one.
     trainer.train(samples(4), 2, DataLoader(Stream(), batch_size=2))
     assert len(list(trainer.run_history.get_metric_values("eval_loss_epoch"))) == 2
+
+
+def test_all_that_look_at_a_run_do_so_together(
+    create_trainer, samples, capsys, tmp_path
+):
+    """Names of one were missing in the report of another."""
+    path = tmp_path / "report.html"
+    callbacks = [
+        *DEFAULT_CALLBACKS,
+        RecordHistoryCallback(tmp_path / "history.jsonl", every_n_updates=1),
+        ThroughputCallback(),
+        TrackerCallback(Sends(), every_n_updates=1),
+        StepBasedEvaluationCallback(1),
+        ReportCallback(path),
+    ]
+    trainer = create_trainer(callbacks)
+    trainer.train(samples(4), 2, samples(2), 2)
+    trainer.evaluate(samples(2))
+    header = next(
+        line for line in capsys.readouterr().out.splitlines() if "latest" in line
+    )
+    assert {"train_loss", "latest_train_loss", "lr", "time"} <= {*header.split()}
+    assert "learning_rate" not in header
+    page = path.read_text()
+    for name in trainer.run_history.get_metric_names():
+        label = name.removeprefix("evaluation_").removeprefix("intermediate_eval_")
+        assert label.removesuffix("_epoch").removeprefix("train_") in page
 
 
 def test_a_report_says_the_words_of_an_error_and_gives_warnings_back(
@@ -203,6 +231,11 @@ def test_what_cannot_be_rehearsed_leaves_the_trainer_as_it_was(create_trainer, s
     assert "print" not in vars(trainer)
     assert trainer.run_history is history
     assert trainer.callback_handler is handler
+    compiled = []
+    torch.compile(torch.square, backend=lambda graph, _: compiled.append(1) or graph)(
+        torch.ones(1)
+    )
+    assert compiled  # and is not left to be eager for good
 
 
 class OnlyOnTheFirst(IterableDataset):

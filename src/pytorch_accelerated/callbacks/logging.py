@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_TABLES = 0.5
 
+# Metrics that say what columns of the table do.
+_SAID = ("learning_rate", "seconds_epoch", "train_seconds_epoch")
+
 # "train_loss_epoch", "TRAIN_loss", "ema_model_train_loss", "training/accuracy"; not
 # "constrained".
 _TRAIN_WORD = re.compile(
@@ -169,7 +172,7 @@ class LogMetricsCallback(TrainerCallback):
             if trainer.eval_dataset is not None:
                 expected.append("eval_loss")
             self._table = Table(expected, width)
-        labels = labels_of(metrics)
+        labels = {n: label for n, label in labels_of(metrics).items() if n not in _SAID}
         row = {label: metrics[name] for name, label in labels.items()}
         row["epoch"] = f"@{done.num_updates}" if amid_epoch else epoch
         if trainer.last_lr:
@@ -178,7 +181,7 @@ class LogMetricsCallback(TrainerCallback):
             row["samples/s"] = self._pace.samples_per_second(done.num_samples_seen)
             row["time"] = duration(time.monotonic() - self._pace.started)
             row["ETA"] = self._time_left(trainer, amid_epoch=amid_epoch)
-        best = [n for n, value in metrics.items() if self._is_best(trainer, n, value)]
+        best = [name for name in labels if self._is_best(trainer, name, metrics[name])]
         self._table.add(row, [labels[name] for name in best])
         if not progress.is_notebook():
             width = progress.width_of(sys.stdout)
