@@ -257,7 +257,7 @@ def train_twice() -> None:
     trainer.train(
         samples(30), 2, per_device_batch_size=5, create_scheduler_fn=ONE_CYCLE
     )
-    trainer.evaluate(samples(10))
+    trainer.evaluate(samples(10), per_device_batch_size=8)
     trainer.train(samples(), 1, gradient_clip_norm=1, reset_run_history=False)
 
 
