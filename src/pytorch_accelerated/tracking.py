@@ -186,6 +186,8 @@ class _Evaluation(_Prefixed):
 
 def count_values(history: RunHistory) -> dict[str, int]:
     """Return how many values of each metric there are, in the order of recording."""
+    if type(history) is InMemoryRunHistory:  # amid a long run, copies would take longer
+        return {name: len(history._metrics[name]) for name in history._names()}
     names = history.get_metric_names()
     if isinstance(names, set | frozenset):  # their order changes from run to run
         names = dict.fromkeys(sorted(names)).keys()

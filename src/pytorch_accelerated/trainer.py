@@ -1331,9 +1331,13 @@ class Trainer:
         return None if rates is None else [float(rate) for rate in rates]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print, once on each machine, above the progress bars."""
+        """Print, once on each machine, above the progress bars.
+
+        No run ends because the output is closed, or cannot encode the text: then the
+        text is left out.
+        """
         if self._accelerator.is_local_main_process:
-            with above_bars(), suppress(OSError, ValueError):  # closed, or too narrow
+            with above_bars(), suppress(OSError, ValueError):
                 print(*args, **kwargs)  # noqa: T201 (this is what it is for)
 
     def gather(self, tensor: Any, padding_value: float | None = None) -> Any:

@@ -155,6 +155,22 @@ def test_the_file_outlives_a_kill_and_a_resumed_run_writes_nothing_twice(
     assert len(lines_of(file)) == 8 * 2 + 2 * 2 + 1
 
 
+def test_what_is_new_is_found_without_reading_what_is_old(
+    create_trainer, samples, tmp_path, monkeypatch
+):
+    """Each interval of a long run would take longer than the one before."""
+    read = []
+    get_metric_values = InMemoryRunHistory.get_metric_values
+    monkeypatch.setattr(
+        InMemoryRunHistory,
+        "get_metric_values",
+        lambda *args: read.append(args) or get_metric_values(*args),
+    )
+    callbacks = [RecordHistoryCallback(tmp_path / "h.jsonl", every_n_updates=1)]
+    create_trainer(callbacks).train(samples(4), 2, samples(1), 1)
+    assert read == []
+
+
 def test_a_trainer_that_only_evaluates_leaves_the_file_alone(
     create_trainer, samples, tmp_path
 ):

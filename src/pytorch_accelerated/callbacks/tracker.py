@@ -303,12 +303,13 @@ class TrackerCallback(TrainerCallback):
         counts = tracking.count_values(history)
         by_step: dict[int, dict[str, Any]] = defaultdict(dict)
         for name in counts:
-            first = self._num_sent.get(name, 0)
-            new = list(history.get_metric_values(name))[first:]
-            steps: list[int | None] = [now] * len(new)
             if isinstance(history, tracking.InMemoryRunHistory):
-                steps = [record.step for record in history.records(name)[first:]]
-            for step, value in zip(steps, new, strict=True):
+                records = history.records(name, skip=self._num_sent)
+                new = [(record.step, record.value) for record in records]
+            else:
+                values = list(history.get_metric_values(name))
+                new = [(now, value) for value in values[self._num_sent.get(name, 0) :]]
+            for step, value in new:
                 by_step[now if step is None else step][name] = value
         self._num_sent = counts
         for step in sorted(by_step):
