@@ -552,7 +552,9 @@ class _Converter:
         if tensor.layout is not torch.strided or tensor.is_nested:
             return tensor.to("cpu", copy=self._copy)
         tensor = tensor.as_subclass(torch.Tensor).resolve_conj().resolve_neg()
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # Those without elements may be at one place, and are not tied.
+        address = tensor.data_ptr() if tensor.numel() else id(tensor)
+        place = (address, tensor.dtype, tensor.shape, tensor.stride())
         if place not in self._known:
             # Beside the tensor itself, so that nothing else comes to its place.
             self._known[place] = tensor, self._on_host(tensor)

@@ -517,8 +517,6 @@ def _write_safetensors(state: Mapping[str, torch.Tensor], file: SummedFile) -> N
     texts = {"format": "pt"}
     names: dict[torch.Tensor, str] = {}
     for name, tensor in state.items():
-        if not tensor.numel():
-            tensor = torch.empty_like(tensor)  # all are at one place, and not tied
         if tensor in names:
             texts[name] = names[tensor]
         else:
