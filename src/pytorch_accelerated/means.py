@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +53,7 @@ class Means:
         trackers = {"loss": self.loss, **self.scalars}
         sums = [each.total_loss for each in trackers.values()]
         sums += [each.running_count for each in trackers.values()]
-        read = _read(sums)
+        read = read_numbers(sums)
         both = zip(read[: len(trackers)], read[len(trackers) :], strict=True)
         return dict(zip(trackers, both, strict=True))
 
@@ -162,7 +162,7 @@ class LossTracker:
         Add both over the processes of a distributed run, in float64, and divide them
         for the mean of the whole run. Waits for the device once.
         """
-        total, count = _read([self.total_loss, self.running_count])
+        total, count = read_numbers([self.total_loss, self.running_count])
         return total, count
 
     def state_dict(self) -> dict[str, float]:
@@ -198,11 +198,13 @@ class LossTracker:
         return total
 
 
-def _read(values: list[float | torch.Tensor]) -> list[float]:
-    """Return the values as numbers, after waiting for the device once."""
+def read_numbers(values: Sequence[float | torch.Tensor]) -> list[float]:
+    """Return numbers and 1-element tensors as numbers, waiting for the device once."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    on_one_device = [tensor.to(tensors[0].device) for tensor in tensors]
-    read = iter(torch.stack(on_one_device).tolist() if tensors else ())
+    devices = [tensor.device for tensor in tensors]
+    device = max(devices, key=lambda each: each.type != "cpu", default=None)
+    flat = [tensor.detach().reshape(()).to(device) for tensor in tensors]
+    read = iter(torch.stack(flat).tolist() if flat else ())
     return [
         next(read) if isinstance(value, torch.Tensor) else float(value)
         for value in values

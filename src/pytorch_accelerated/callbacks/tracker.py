@@ -29,6 +29,7 @@ from pytorch_accelerated import tracking
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.distributed import sum_over_processes
 from pytorch_accelerated.errors import warn
+from pytorch_accelerated.means import read_numbers
 
 if TYPE_CHECKING:
     from pytorch_accelerated.callbacks.base import CallbackHandler
@@ -337,7 +338,9 @@ class TrackerCallback(TrainerCallback):
         for name, pair in sums.items():
             for which, before in enumerate(self._sums.get(name, (0, 0))):
                 values[f"{name}/{which}"] = pair[which] - before
-        values = _read(values, trainer.device)
+        values = {name: value for name, value in values.items() if value is not None}
+        read = read_numbers(list(values.values()))
+        values = dict(zip(values, read, strict=True))
         seconds, num_samples = time.perf_counter() - self._began, values.pop("samples")
         totals = {n: (values.pop(f"{n}/0"), values.pop(f"{n}/1")) for n in sums}
         if self.every_n_updates:
@@ -457,18 +460,6 @@ def _check_folder(folder: Path) -> None:
             f"Trackers cannot write to the folder {str(folder)!r}: {error}. Pass "
             "another one as logging_dir to TrackerCallback."
         ) from error
-
-
-def _read(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return numbers and tensors as numbers, waiting for the device once."""
-    numbers = {name: value for name, value in values.items() if value is not None}
-    tensors = {n: v for n, v in numbers.items() if isinstance(v, torch.Tensor)}
-    if tensors:
-        read = [
-            v.detach().reshape(()).to(device, torch.float32) for v in tensors.values()
-        ]
-        numbers.update(zip(tensors, torch.stack(read).tolist(), strict=True))
-    return numbers
 
 
 def flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
