@@ -63,6 +63,7 @@ def test_what_a_step_holds_and_costs_by_hand():
     # Backward: for the weights as much again, and for what is before them, if that is
     # trained: neither for the inputs of the frozen layer, nor for its outputs.
     assert summary.step_flops == 8 * (156 + 126 + 90)
+    assert summary.flops_per_sample == 2 * (156 + 126 + 90)
 
     assert summary.weight_bytes == 4 * 148
     assert summary.buffer_bytes == 4 * 12 + 8

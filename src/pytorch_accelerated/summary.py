@@ -67,6 +67,7 @@ class ModelSummary:
             the update was not applied, since a gradient overflowed.
         forward_flops: Of a forward pass.
         step_flops: Of forward and backward pass together.
+        num_samples: Samples in the batch that they were counted for.
         depth: How far the table goes into the model.
     """
 
@@ -79,7 +80,13 @@ class ModelSummary:
     optimizer_bytes: int | None
     forward_flops: int
     step_flops: int
+    num_samples: int
     depth: int
+
+    @property
+    def flops_per_sample(self) -> float:
+        """Those of forward and backward pass, for one sample of the batch."""
+        return self.step_flops / self.num_samples
 
     def __str__(self) -> str:
         """Return the table, at most 80 columns wide."""
@@ -242,6 +249,12 @@ class _MeasuredStep(TrainerCallback):
         states = trainer.optimizer.state.values()  # type: ignore[union-attr]
         self.optimizer_bytes = _num_bytes(v for s in states for v in s.values())
 
+    def on_train_step_end(
+        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
+    ) -> None:
+        """Note how many samples it had."""
+        self._num_samples = int(batch_output["batch_size"])
+
     def _note_start(self, module: nn.Module, args: Any) -> None:
         self._starts.append(self._total_flops())
 
@@ -285,6 +298,7 @@ class _MeasuredStep(TrainerCallback):
             self.optimizer_bytes,
             self._forward_flops,
             self._step_flops,
+            self._num_samples,
             depth,
         )
 
