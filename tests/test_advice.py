@@ -4,19 +4,8 @@ import time
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
-from pytorch_accelerated.callbacks import ThroughputCallback
 from pytorch_accelerated.trainer import Trainer
-
-
-class SlowSamples(Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        time.sleep(0.002)
-        return torch.ones(1), torch.zeros(1)
 
 
 def create(fused=None):
@@ -35,32 +24,17 @@ def test_an_optimizer_that_is_not_fused_is_pointed_out(capsys):
     assert not trainer.optimizer.param_groups[0]["fused"]
 
 
-def test_where_all_is_well_nothing_is_suggested(capsys, samples):
+def test_where_all_is_well_nothing_is_suggested_and_the_evidence_given(capsys, samples):
     trainer = create(fused=True)
     trainer.train(samples(2), num_epochs=1)
 
     assert trainer.advise() == []
-    nothing, closing = capsys.readouterr().out.splitlines()
+    nothing, evidence = capsys.readouterr().out.splitlines()
     assert nothing == "Nothing to suggest."
-    assert closing.startswith("A ThroughputCallback would tell")
-
-
-def test_slow_samples_without_workers_are_pointed_out(capsys):
-    trainer = create(fused=True)
-    trainer.train(SlowSamples(), 1, train_dataloader_kwargs={"num_workers": 0})
-
-    (advice,) = trainer.advise()
-
-    assert "Let workers do it" in advice
-
-
-def test_workers_come_with_the_pace_that_they_can_keep(capsys):
-    trainer = create(fused=True)
-    trainer.train(SlowSamples(), 1, train_dataloader_kwargs={"num_workers": 1})
-
-    (advice,) = trainer.advise()
-
-    assert "1 workers feed at most" in advice
+    assert re.match(
+        r"Of the last epoch's training, \S+ s, the loop waited \d+% for data, \S+ ms ",
+        evidence,
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,35 +47,28 @@ def test_workers_come_with_the_pace_that_they_can_keep(capsys):
         (0.5, 2, 2, "2 workers have 2 cores. Make the samples cheaper"),
     ],
 )
-def test_where_it_was_measured_the_verdict_comes_with_its_evidence(
+def test_the_verdict_comes_with_its_evidence(
     samples, monkeypatch, share, num_workers, cores, says, capsys
 ):
     trainer = create(fused=True)
     kwargs = {"num_workers": num_workers}
     trainer.train(samples(2), 1, train_dataloader_kwargs=kwargs)
+    pace = trainer._run.pace
     trainer.evaluate(samples(2))  # the training run is what is spoken of
-    trainer.run_history.update_metric("train_data_wait_share", share)
-    trainer.run_history.update_metric("train_step_seconds_p50", 0.1)
+    pace.waited = share * pace.seconds
+    pace.num_batches = 1
     monkeypatch.setattr("pytorch_accelerated.advice.usable_cores", lambda: cores)
+    monkeypatch.setattr("pytorch_accelerated.advice.HAND_OVER_SECONDS", 0.0)
 
     (advice,) = trainer.advise()
 
     assert re.match(
         f"{share:.0%} of the time the loop waited for data: .*{says}", advice
     )
-    assert "time of its last epoch" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_a_throughput_callback_is_what_measures_it(samples):
-    trainer = create(fused=True)
-    trainer.callback_handler.add_callback(ThroughputCallback)
-    # A stream: of its loading nothing else is known.
-    loader = [tuple(batch[None] for batch in samples(1)[0])]
-    trainer.train(SlowBatches(loader), 1)
-    assert "let your loader fetch ahead" in trainer.advise()[0]
-    for share, step in ((0.02, 1.0), (0.5, 0.001)):
-        trainer.run_history.update_metric("train_data_wait_share", share)
-        trainer.run_history.update_metric("train_step_seconds_p50", step)
+    assert f"waited {share:.0%} for data" in capsys.readouterr().out.splitlines()[-1]
+    for waited, hand_over in ((0.05 * pace.seconds, 0.0), (pace.waited, pace.waited)):
+        pace.waited = waited
+        monkeypatch.setattr("pytorch_accelerated.advice.HAND_OVER_SECONDS", hand_over)
         assert trainer.advise() == []
 
 
@@ -113,6 +80,18 @@ class SlowBatches:
         for batch in self.batches:
             time.sleep(0.2)
             yield batch
+
+
+def test_a_run_measures_how_long_it_waits(samples):
+    trainer = create(fused=True)
+    # A stream: of its loading nothing else is known.
+    loader = [tuple(batch[None] for batch in samples(1)[0])]
+    trainer.train(SlowBatches(loader), 1)
+
+    (advice,) = trainer.advise()
+    assert "let your loader fetch ahead" in advice
+    assert trainer._run.pace.num_batches == 1
+    assert 0.2 <= trainer._run.pace.waited <= trainer._run.pace.seconds
 
 
 def test_nothing_is_printed_unless_asked_for(capsys, samples):

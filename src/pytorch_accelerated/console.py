@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from html import escape
@@ -123,45 +122,6 @@ class Table:
         return ["epoch", *metrics, *list(_AROUND)[1:]]
 
 
-class Pace:
-    """Times an epoch, and its training apart from the evaluations amid it.
-
-    Args:
-        num_samples: Samples that were seen before.
-
-    Attributes:
-        started: When it was made, in seconds of ``time.monotonic``.
-    """
-
-    def __init__(self, num_samples: int = 0) -> None:
-        self.started: float = time.monotonic()
-        self._num_samples = num_samples
-        self._seconds = 0.0
-        self._since: float | None = self.started
-
-    def pause(self) -> None:
-        """Stop to count the time as that of training."""
-        if self._since is not None:
-            self._seconds += time.monotonic() - self._since
-            self._since = None
-
-    def go_on(self) -> None:
-        """Count it again."""
-        self._since = time.monotonic()
-
-    def samples_per_second(self, num_samples: int) -> str:
-        """Return the pace as text.
-
-        Args:
-            num_samples: Samples that have been seen by now.
-        """
-        seconds = self._seconds
-        if self._since is not None:
-            seconds += time.monotonic() - self._since
-        rate = (num_samples - self._num_samples) / max(seconds, 1e-9)
-        return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
 def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Return the labels of the metrics that are shown, by their names.
 
@@ -200,6 +160,11 @@ def brief(value: Any) -> str:
         with suppress(TypeError):
             return f"{type(value).__name__} of {len(value)}"
     return textwrap.shorten(str(value), 40, placeholder=" ...")
+
+
+def rate(number: float) -> str:
+    """Return how often something happens in a second: "1,234", "12.3" or "0.05"."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

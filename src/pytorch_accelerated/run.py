@@ -29,6 +29,7 @@ from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.means import Means
 from pytorch_accelerated.metrics import start_metrics
+from pytorch_accelerated.pace import Pace
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.schedulers.scheduler_base import (
     forget_start_if_set_by_hand,
@@ -65,6 +66,7 @@ class Run:
         accumulation: How the losses of its windows weigh.
         window: The window that is open.
         means: Those of the epoch under way, or of the last one.
+        pace: How long that takes.
         loaded: What :meth:`Trainer.load_training_state` has loaded.
         resumed: What this process has not yet taken up of it.
     """
@@ -113,6 +115,7 @@ class Run:
     num_samples_seen: int | None = None
     window: Window | None = None
     means: Means = field(default_factory=Means)
+    pace: Pace = field(default_factory=Pace)
     batch_output: dict[str, Any] | None = None
     gradient_norm: Tensor | None = None
     learning_rates: list[float | Tensor] | None = None
@@ -258,7 +261,7 @@ class Run:
         resumed, self.resumed = self.resumed, None
         self.set_epoch_of(train_dl, epoch)
         # First, since the length is that of the data at the start of the iteration.
-        batches = data.LookAhead(self._start_iteration(train_dl, resumed))
+        batches = data.LookAhead(self._start_iteration(train_dl, resumed), self.pace)
         plan, num_batches = data.plan_of(train_dl), data.length_of(train_dl)
         accumulation = self.accumulation
         accumulation.start_epoch(
@@ -344,14 +347,19 @@ class Run:
         progress.num_steps += 1
         share = self.share_of(step)
         if share is not None:
-            progress.num_samples_seen += share.total
+            number = share.total
         else:
             output = batch_output or {"batch_size": data.num_samples_in(batch)}
             # Where nothing is known of the other processes, they have as many.
-            progress.num_samples_seen += (
-                output.get("batch_size", 0) * self.accumulation.num_processes
-            )
+            number = output.get("batch_size", 0) * self.accumulation.num_processes
+        # Not in place: it may be a tensor, and was read by others.
+        progress.num_samples_seen = progress.num_samples_seen + number
         self.publish_progress()
+
+    @property
+    def samples_per_second(self) -> float:
+        """Training samples in a second of the epoch; 0 where none has been seen."""
+        return self.pace.samples_per_second(self.progress.num_samples_seen)
 
     def note_learning_rates(self, optimizer: Any) -> None:
         """Keep the rates that an update was made with."""
@@ -484,7 +492,7 @@ class UnderWay:
 
 
 class Aside:
-    """Gives an evaluation means of its own.
+    """Gives an evaluation means of its own, and takes it out of the time of training.
 
     Afterwards these, the modes of all modules and the limit on the batches are those
     from before.
@@ -503,6 +511,8 @@ class Aside:
     def __enter__(self) -> None:
         """Put the means of the run aside."""
         trainer = self._trainer
+        self._pace = trainer._run.training.pace
+        self._was_timed = self._pace.pause()
         self._modes = modes.of(trainer.get_model(keep_torch_compile=False))
         self._means, self._limit = trainer._run.means, trainer.eval_batch_limit
         trainer._run.means = Means(start_metrics(self._metrics, trainer.device))
@@ -512,6 +522,8 @@ class Aside:
         trainer = self._trainer
         modes.put_back(trainer.model, self._modes)
         trainer._run.means, trainer.eval_batch_limit = self._means, self._limit
+        if self._was_timed:
+            self._pace.go_on()
 
 
 class OfRun:

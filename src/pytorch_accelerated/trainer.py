@@ -57,7 +57,7 @@ from pytorch_accelerated import (
     saving,
     step_output,
 )
-from pytorch_accelerated.advice import advice_for, closing_of
+from pytorch_accelerated.advice import advice_for, evidence_for
 from pytorch_accelerated.arguments import names_what_was_meant
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
@@ -80,6 +80,7 @@ from pytorch_accelerated.metrics import (
     default_metric_inputs,
     start_metrics,
 )
+from pytorch_accelerated.pace import Pace
 from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
@@ -573,6 +574,7 @@ class Trainer:
         is_over = run.is_used_up
         run.take_up_between_steps()
         if run.progress.stage is Stage.TRAINING:
+            run.pace = Pace(run.progress.num_samples_seen)
             # Here, for a loop over the loader that the user has written.
             run.set_epoch_of(self._train_dataloader, self.run_history.current_epoch)
             num_updates = run.progress.num_updates
@@ -622,6 +624,7 @@ class Trainer:
             is_over = self._run_windows(train_dl)
         events.call(self, self.train_epoch_end)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
+        run.pace.pause()  # now that the device has been waited for
         run.progress.finish(Stage.TRAINING)
         events.announce(self, "on_train_epoch_end")
         return is_over
@@ -1290,16 +1293,12 @@ class Trainer:
     def advise(self) -> list[str]:
         """Print and return what would make runs like the last one faster.
 
-        Nothing is changed. It speaks of the optimizer and, after a run, of loading the
-        data and of the use of the GPU. With a
-        :class:`~pytorch_accelerated.callbacks.ThroughputCallback` the run has measured
-        how long it waited for data; else only loading a batch is measured.
+        Nothing is changed. It speaks of the optimizer and, after a run, of how long its
+        last epoch waited for data, and of the use of the GPU.
         """
-        found = advice_for(self)
-        for advice in found or ["Nothing to suggest."]:
-            self.print(advice)
-        if self.run_config is not None:
-            self.print(closing_of(self))
+        found, evidence = advice_for(self), evidence_for(self)
+        for line in filter(None, [*(found or ["Nothing to suggest."]), evidence]):
+            self.print(line)
         return found
 
     def show_loop(self) -> str:

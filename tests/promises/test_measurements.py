@@ -48,7 +48,7 @@ def compare(folder):
     plain = train(folder, [])
     callbacks = [
         StepBasedEvaluationCallback(2),
-        ThroughputCallback(peak_flops=1e9),
+        ThroughputCallback(peak_flops=1e9, flops_per_sample=64),
         ProfilerCallback(folder / "main", wait=0),
     ]
     measured = train(folder, callbacks)
@@ -74,6 +74,5 @@ def test_processes_say_the_same_of_their_job_and_its_numbers_do_not_move(
     assert metrics["train_step_seconds_p50"] > 0.02
     samples = metrics["train_samples_per_second"]
     assert metrics["train_items_per_second"] == pytest.approx(3 * samples)
-    # Forward and weights: 2 * 16 each for a sample, over two devices.
     assert abs(metrics["train_mfu"] / (samples * 64 / 2e9) - 1) < 1e-6
     assert [len(os.listdir(tmp_path / name)) for name in ("main", "all")] == [1, 2]

@@ -14,13 +14,12 @@ from pytorch_accelerated.callbacks import progress
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.callbacks.best import BestSoFar
 from pytorch_accelerated.console import (
-    Pace,
     Table,
     duration,
     in_lines,
     labels_of,
+    rate,
 )
-from pytorch_accelerated.state import Stage
 from pytorch_accelerated.tracking import count_values, is_greater_better, is_number
 
 if TYPE_CHECKING:
@@ -29,7 +28,12 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_TABLES = 0.5
 
 # Metrics that say what columns of the table do.
-_SAID = ("learning_rate", "seconds_epoch", "train_seconds_epoch")
+_SAID = (
+    "learning_rate",
+    "samples_per_second",
+    "seconds_epoch",
+    "train_seconds_epoch",
+)
 
 # "train_loss_epoch", "TRAIN_loss", "ema_model_train_loss", "training/accuracy"; not
 # "constrained".
@@ -63,7 +67,6 @@ class LogMetricsCallback(TrainerCallback):
     _row: Mapping[str, Any] = MappingProxyType({})
     _best: Mapping[str, BestSoFar] = MappingProxyType({})
     _table: Table | None = None
-    _pace: Pace | None = None
     _start: tuple[float, int, int] | None = None
     # What is put aside during an evaluation, which may be amid a run of training.
     _around: tuple[Any, ...] | None = None
@@ -78,7 +81,7 @@ class LogMetricsCallback(TrainerCallback):
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._num_logged = count_values(trainer.run_history)
         self._row, self._best, self._next_show = {}, {}, 0.0
-        self._table = self._pace = self._start = self._place = None
+        self._table = self._start = self._place = None
 
     def log_metrics(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Add metrics to the row that is printed next; the method to override.
@@ -98,11 +101,10 @@ class LogMetricsCallback(TrainerCallback):
             self._num_logged = count_values(trainer.run_history)
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start to measure the time."""
-        done = trainer._run.progress
-        self._pace = Pace(done.num_samples_seen)
+        """Start to measure the time of the run."""
+        run, done = trainer._run, trainer._run.progress
         if self._start is None:
-            self._start = self._pace.started, done.num_updates, done.epochs_done
+            self._start = run.pace.started, done.num_updates, done.epochs_done
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Leave out what has been recorded before."""
@@ -112,16 +114,8 @@ class LogMetricsCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
-        if self._pace is not None:
-            self._pace.pause()
         names = [name for name in self._new_names(trainer) if _is_train_metric(name)]
         self._log_latest_metrics(trainer, names)
-
-    @event_with_data
-    def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Leave the evaluation out of the time of training."""
-        if self._pace is not None:
-            self._pace.pause()
 
     @event_with_data
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -132,8 +126,6 @@ class LogMetricsCallback(TrainerCallback):
         )
         if kwargs.get("is_intermediate", False):
             self._print_row(trainer, amid_epoch=True)
-        if self._pace and trainer._run.training.progress.stage is Stage.TRAINING:
-            self._pace.go_on()
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log what has been recorded since, and print the row of the epoch."""
@@ -164,7 +156,7 @@ class LogMetricsCallback(TrainerCallback):
         metrics, self._row = self._row, {}
         if not metrics:
             return
-        done, epoch = trainer._run.progress, progress.epoch_of(trainer)
+        run, epoch = trainer._run, progress.epoch_of(trainer)
         if self._table is None:
             total = trainer.run_config.max_num_train_steps
             width = max(len(epoch), len(f"@{total}"))
@@ -174,13 +166,12 @@ class LogMetricsCallback(TrainerCallback):
             self._table = Table(expected, width)
         labels = {n: label for n, label in labels_of(metrics).items() if n not in _SAID}
         row = {label: metrics[name] for name, label in labels.items()}
-        row["epoch"] = f"@{done.num_updates}" if amid_epoch else epoch
+        row["epoch"] = f"@{run.progress.num_updates}" if amid_epoch else epoch
         if trainer.last_lr:
             row["lr"] = f"{trainer.last_lr[0]:.4g}"
-        if self._pace is not None:
-            row["samples/s"] = self._pace.samples_per_second(done.num_samples_seen)
-            row["time"] = duration(time.monotonic() - self._pace.started)
-            row["ETA"] = self._time_left(trainer, amid_epoch=amid_epoch)
+        row["samples/s"] = rate(run.samples_per_second)
+        row["time"] = duration(run.pace.elapsed)
+        row["ETA"] = self._time_left(trainer, amid_epoch=amid_epoch)
         best = [name for name in labels if self._is_best(trainer, name, metrics[name])]
         self._table.add(row, [labels[name] for name in best])
         if not progress.is_notebook():
@@ -217,14 +208,15 @@ class LogMetricsCallback(TrainerCallback):
         if self._start is None:
             return ""
         started, before, epochs_before = self._start
-        config, run = trainer.run_config, trainer._run.progress
+        config, run = trainer.run_config, trainer._run
         now, limits = time.monotonic(), []
         if config.max_num_train_steps is not None:
-            limits.append((config.max_num_train_steps, run.num_updates, before, now))
+            num_updates = run.progress.num_updates
+            limits.append((config.max_num_train_steps, num_updates, before, now))
         if config.num_update_steps_per_epoch is None:
-            done = run.epochs_done + (not amid_epoch)
+            done = run.progress.epochs_done + (not amid_epoch)
             # Of whole epochs: the one under way is part of what is left.
-            until = self._pace.started if amid_epoch and self._pace else now
+            until = run.pace.started if amid_epoch else now
             limits.append((config.num_epochs, done, epochs_before, until))
         if any(done >= total for total, done, _, _ in limits):
             return ""

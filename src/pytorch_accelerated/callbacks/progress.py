@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
-from pytorch_accelerated.console import Pace, brief, duration
+from pytorch_accelerated.console import brief, duration, rate
 from pytorch_accelerated.data import length_of
 
 if TYPE_CHECKING:
@@ -46,14 +46,12 @@ class ProgressBarCallback(TrainerCallback):
     pbar: Any = None
     eval_pbar: Any = None
     _next_read: float = 0.0
-    _pace: Pace | None = None
     _place: NotebookPlace | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of a training epoch."""
         self._close()
         progress, name = trainer._run.progress, f"epoch {epoch_of(trainer)}"
-        self._pace = Pace(progress.num_samples_seen)
         self.pbar = self._open_bar(trainer, name, _num_steps(trainer), progress.step)
 
     @event_with_data
@@ -76,8 +74,6 @@ class ProgressBarCallback(TrainerCallback):
         length, limit = length_of(trainer._eval_dataloader), trainer.eval_batch_limit
         if length is not None and limit is not None:
             length = min(length, limit)
-        if self._pace is not None:
-            self._pace.pause()
         self.eval_pbar = self._open_bar(trainer, "evaluation", length)
         if kwargs.get("is_intermediate", False):
             self.eval_pbar.leave = False
@@ -151,9 +147,8 @@ class ProgressBarCallback(TrainerCallback):
         if time.monotonic() >= self._next_read:
             self._next_read = time.monotonic() + _SECONDS_BETWEEN_READS
             state = f"loss {brief(trainer._loss_tracker.average)}"
-            if bar is self.pbar and self._pace is not None:
-                seen = trainer._run.progress.num_samples_seen
-                state += f", {self._pace.samples_per_second(seen)} samples/s"
+            if bar is self.pbar:
+                state += f", {rate(trainer._run.samples_per_second)} samples/s"
             bar.set_postfix_str(state, refresh=False)
             bar.ncols = _bar_width()  # windows are resized
         bar.update(num_steps)
@@ -169,8 +164,6 @@ class ProgressBarCallback(TrainerCallback):
         if self.eval_pbar is not None:
             self.eval_pbar.close()
             self.eval_pbar = None
-            if self.pbar is not None and self._pace is not None:
-                self._pace.go_on()
 
 
 class PrintProgressCallback(TrainerCallback):

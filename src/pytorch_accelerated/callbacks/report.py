@@ -28,7 +28,7 @@ import torch
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.callbacks.tracker import flat, settings_of
 from pytorch_accelerated.checkpoint.files import absolute, replaced
-from pytorch_accelerated.console import Pace, Table, brief, duration, labels_of
+from pytorch_accelerated.console import Table, brief, duration, labels_of, rate
 from pytorch_accelerated.errors import warn
 from pytorch_accelerated.tracking import (
     EVALUATION_PREFIX,
@@ -87,7 +87,6 @@ class ReportCallback(TrainerCallback):
     _number: int = 0
     _status: str = ""
     _environment: Mapping[str, Any] = MappingProxyType({})
-    _pace: Pace | None = None
     _paces: Mapping[int, dict[str, str]] = MappingProxyType({})
     _warnings: Mapping[str, int] = MappingProxyType({})
     _shows_warnings: tuple[Any, Any] | None = None
@@ -102,7 +101,7 @@ class ReportCallback(TrainerCallback):
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._stop_listening()
         self._number += 1
-        self._pace, self._paces, self._warnings = None, {}, {}
+        self._paces, self._warnings = {}, {}
         self._environment, self._has_failed = {}, False
 
     # ------------------------------------------------------------------- the events
@@ -114,34 +113,14 @@ class ReportCallback(TrainerCallback):
             self._listen()
         self._write(trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start to measure the time."""
-        self._pace = Pace(trainer.num_samples_seen or 0)
-
-    @event_with_data
-    def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Leave the evaluation out of the time of training."""
-        if self._pace is not None:
-            self._pace.pause()
-
-    @event_with_data
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Go on to measure the time of training."""
-        if self._pace is not None:
-            self._pace.go_on()
-
-    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Note how many samples of training a second had."""
-        if self._pace is not None:
-            pace = self._pace.samples_per_second(trainer.num_samples_seen or 0)
-            epoch = trainer.run_history.current_epoch
-            self._paces = {**self._paces, epoch: {"samples/s": pace}}
-
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Write the page, unless that would take too much of the time."""
-        row = self._paces.get(trainer.run_history.current_epoch)
-        if self._pace is not None and row is not None:
-            row["time"] = duration(time.monotonic() - self._pace.started)
+        """Note the pace, and write the page unless that would take too much time."""
+        run, epoch = trainer._run, trainer.run_history.current_epoch
+        pace = {
+            "samples/s": rate(run.samples_per_second),
+            "time": duration(run.pace.elapsed),
+        }
+        self._paces = {**self._paces, epoch: pace}
         if time.monotonic() >= self._next_write:
             self._write(trainer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ from pytorch_accelerated.data.workers import (
     LastIteration,
     worker_init_fn,
 )
+from pytorch_accelerated.pace import Pace
 
 # One to know which is the last, one to copy to the device, and the present one.
 _MOST_FETCHED_AHEAD = 4
@@ -350,20 +352,27 @@ class LookAhead(Iterator[Any]):
 
     Args:
         batches: The batches; one of them is fetched ahead where it is asked.
+        pace: What notes how long they are waited for.
     """
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[Any], pace: Pace | None = None) -> None:
         self._batches = batches
+        self._pace = pace or Pace()
         self._ahead: list[Any] = []
 
     def __next__(self) -> Any:
         """Return the next batch."""
-        return self._ahead.pop() if self._ahead else next(self._batches)
+        if self.is_exhausted():
+            raise StopIteration
+        return self._ahead.pop()
 
     def is_exhausted(self) -> bool:
         """Say whether there is no other batch."""
         if not self._ahead:
+            pace, start = self._pace, time.monotonic()
             self._ahead = list(islice(self._batches, 1))
+            pace.waited += time.monotonic() - start
+            pace.num_batches += len(self._ahead)
         return not self._ahead
 
 
