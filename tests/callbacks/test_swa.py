@@ -12,6 +12,7 @@ from pytorch_accelerated.callbacks import (
     SwaCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.trainer import Trainer
 
 
 def test_the_model_ends_with_the_mean_of_the_epochs_from_the_first_on(
@@ -53,6 +54,11 @@ def data():
     )
 
 
+class EndsInEvaluationMode(Trainer):
+    def training_run_end(self):
+        self.model.eval()
+
+
 def test_batch_norms_are_measured_as_torch_measures_them(
     create_trainer, create_normed, data
 ):
@@ -68,12 +74,15 @@ def test_batch_norms_are_measured_as_torch_measures_them(
         average.update_parameters(by_hand)
     update_bn(loader, average)
 
-    create_trainer([SwaCallback(1)], model=model, lr=0.1).train(loader, num_epochs=2)
+    trainer = create_trainer(
+        [SwaCallback(1)], model=model, lr=0.1, trainer_class=EndsInEvaluationMode
+    )
+    trainer.train(loader, num_epochs=2)
 
     for name, tensor in average.module.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor)
     assert model[1].momentum == 0.3
-    assert model.training
+    assert not model.training
 
 
 def test_a_frozen_batch_norm_keeps_its_statistics(create_trainer, create_normed, data):
@@ -85,6 +94,27 @@ def test_a_frozen_batch_norm_keeps_its_statistics(create_trainer, create_normed,
 
     assert torch.equal(model[1].running_var, before)
     assert not model[1].training
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_only_batch_norms_need_the_data_again_and_of_a_stream_what_was_trained_on(
+    create_trainer, create_normed, has_norm
+):
+    class Stream:
+        num_passes = 0
+
+        def __iter__(self):
+            self.num_passes += 1
+            return iter([[torch.ones(2, 1), torch.ones(2, 1)]] * 100)
+
+    loader = Stream()
+    model = create_normed() if has_norm else nn.Linear(1, 1)
+
+    trainer = create_trainer([SwaCallback(1)], model=model)
+    trainer.train(loader, max_num_train_steps=3)
+
+    assert loader.num_passes == (2 if has_norm else 1)
+    assert not has_norm or model[1].num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])

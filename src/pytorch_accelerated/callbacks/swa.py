@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from pytorch_accelerated import compat, distributed, modes
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -45,7 +45,7 @@ class SwaCallback(TrainerCallback):
     called_last: tuple[str, ...] = ("on_training_run_end",)
 
     average: ModelMean | None = None
-    _saved: Mapping[str, Any] | None = None
+    _saved: dict[str, Any] | None = None
 
     def __init__(self, start_epoch: int) -> None:
         self.start_epoch = start_epoch
@@ -79,8 +79,8 @@ class SwaCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Give the model the mean."""
-        is_there = self.average is not None or self._saved is not None
-        if not is_there or trainer.has_failed or trainer.interrupted:
+        nothing = (self.average or self._saved) is None
+        if nothing or trainer.has_failed or trainer.interrupted:
             return
         model = trainer.get_model(keep_torch_compile=False)
         average = self._mean_of(trainer, model)
@@ -100,31 +100,24 @@ class SwaCallback(TrainerCallback):
         self._saved = state["average"]
 
 
-@torch.no_grad()
 def _measure_batch_norms(trainer: Trainer, model: nn.Module) -> None:
     """Let the batch norms that are training average over the training data."""
-    before = modes.of(model)
+    before, loader = modes.of(model), trainer._train_dataloader
     modes.start_training(trainer.model, model)
-    norms: dict[Any, float | None] = {
-        each: each.momentum
-        for each in model.modules()
-        if isinstance(each, compat.BatchNorm) and each.training
-        if each.track_running_stats
-    }
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's word for a mean of all batches
+    norms = nn.ModuleList(
+        m for m in model.modules() if isinstance(m, compat.BatchNorm) and m.training
+    )
+    momenta = [norm.momentum for norm in norms]
+    # update_bn takes them for a model, and the first member of a tuple for its input.
+    norms.forward = trainer.calculate_train_batch_loss
     try:
         if norms:
-            trainer._train_dataloader.set_epoch(trainer.run_history.current_epoch)
+            loader.set_epoch(trainer.run_history.current_epoch)
             # A stream may have no end.
-            for batch in islice(trainer._train_dataloader, trainer.num_steps):
-                trainer.calculate_train_batch_loss(batch)
+            update_bn(((batch,) for batch in islice(loader, trainer.num_steps)), norms)
     finally:
-        for norm, momentum in norms.items():
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         modes.put_back(trainer.model, before)
-    for norm in norms:
-        for statistic in (norm.running_mean, norm.running_var):
-            total = distributed.add_up(statistic, trainer.device)
-            statistic.copy_(total / trainer._accelerator.num_processes)
+    for statistic in filter(torch.is_floating_point, norms.buffers()):
+        statistic.copy_(trainer._accelerator.reduce(statistic, "mean"))
