@@ -46,33 +46,28 @@ class RaiseAt(TrainerCallback):
         setattr(self, event, fail)
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.ones(1), torch.zeros(1))] * 3)
+
+
 def test_each_epoch_has_a_bar_of_its_length_that_is_full_at_the_end(
     create_trainer, samples, bars
 ):
+    def lengths():
+        shown = [(bar.n, bar.total) for bar in bars]
+        assert all(bar.is_closed for bar in bars)
+        bars.clear()
+        return shown
+
     trainer = create_trainer([ProgressBarCallback])
-    trainer.train(
-        samples(5), num_epochs=2, eval_dataset=samples(3), per_device_batch_size=2
-    )
-    assert [(bar.n, bar.total) for bar in bars] == [(3, 3), (2, 2)] * 2
-    assert all(bar.is_closed for bar in bars)
-
-
-def test_a_limited_evaluation_has_a_bar_of_its_length(create_trainer, samples, bars):
+    trainer.train(samples(5), 2, samples(3), per_device_batch_size=2)
+    assert lengths() == [(3, 3), (2, 2)] * 2
+    trainer.train(Stream(), 1, per_device_batch_size=1)
+    assert lengths() == [(3, None)]
     trainer = create_trainer([LimitEvalStepsCallback(2, False), ProgressBarCallback])
     trainer.evaluate(samples(5), per_device_batch_size=1)
-    assert [(bar.n, bar.total) for bar in bars] == [(2, 2)]
-
-
-def test_a_stream_of_unknown_length_has_a_bar_without_a_total(create_trainer, bars):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            for _ in range(3):
-                yield torch.ones(1), torch.zeros(1)
-
-    create_trainer([ProgressBarCallback]).train(
-        Stream(), num_epochs=1, per_device_batch_size=1
-    )
-    assert [(bar.n, bar.total) for bar in bars] == [(3, None)]
+    assert lengths() == [(2, 2)]
 
 
 @pytest.mark.parametrize("error", [StopTrainingError("x"), RuntimeError("x")])
@@ -103,19 +98,27 @@ def test_other_processes_of_a_machine_show_nothing(create_trainer, bars, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_loss_is_read_once_a_second(create_trainer, samples, bars, monkeypatch):
-    class StepsTakeATenth(TrainerCallback):
-        def on_train_step_start(self, trainer, **kwargs):
-            now[0] += 0.1
+class StepsTake(TrainerCallback):
+    """Moves the clock, by which the callbacks go, on by some seconds a step."""
 
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds = 100.0, seconds
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+    def on_train_step_start(self, trainer, **kwargs):
+        self.now += self.seconds
+
+    on_eval_step_start = on_train_step_start
+
+
+def test_the_loss_is_read_once_a_second(create_trainer, samples, bars, monkeypatch):
     def count(tracker):
-        reads.append(now[0])
+        reads.append(tracker)
         return average.fget(tracker)
 
-    now, reads, average = [100.0], [], LossTracker.average
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    reads, average = [], LossTracker.average
     monkeypatch.setattr(LossTracker, "average", property(count))
-    trainer = create_trainer([StepsTakeATenth, ProgressBarCallback], lr=0)
+    trainer = create_trainer([StepsTake(monkeypatch, 0.1), ProgressBarCallback], lr=0)
     trainer.train(samples(50), 1, per_device_batch_size=1)
     assert len(reads) in (4, 5)
     assert bars[0].postfix == "loss 1.000, 10 samples/s"
@@ -130,23 +133,10 @@ def test_a_run_that_starts_amid_an_epoch_shows_where_it_is(create_trainer, bars)
     callback.on_train_epoch_end(trainer)
 
 
-class StepsTakeSeconds(TrainerCallback):
-    """Moves the clock, by which the callbacks go, on by 25 seconds a step."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
-
-    def on_train_step_start(self, trainer, **kwargs):
-        self.now += 25
-
-    on_eval_step_start = on_train_step_start
-
-
 def test_a_file_gets_a_plain_line_a_minute_and_no_bar(
     create_trainer, samples, capsys, monkeypatch
 ):
-    trainer = create_trainer([StepsTakeSeconds(monkeypatch), ProgressBarCallback], lr=0)
+    trainer = create_trainer([StepsTake(monkeypatch, 25), ProgressBarCallback], lr=0)
     trainer.train(samples(8), 2, eval_dataset=samples(4), per_device_batch_size=1)
     epochs = [
         [

@@ -35,18 +35,18 @@ class BadEvalTrainer(Trainer):
         return {**super().calculate_eval_batch_loss(batch), "loss": math.nan}
 
 
-def saw_end(events):
-    class SawEnd(TrainerCallback):
-        def on_stop_training_error(self, trainer, **kwargs):
-            events.append("stop")
+class SawEnd(TrainerCallback):
+    def __init__(self):
+        self.events = []
 
-        def on_training_run_end(self, trainer, **kwargs):
-            events.append("end")
+    def on_stop_training_error(self, trainer, **kwargs):
+        self.events.append("stop")
 
-        def on_evaluation_run_end(self, trainer, **kwargs):
-            events.append("evaluation end")
+    def on_training_run_end(self, trainer, **kwargs):
+        self.events.append("end")
 
-    return SawEnd()
+    def on_evaluation_run_end(self, trainer, **kwargs):
+        self.events.append("evaluation end")
 
 
 def train_badly(create_trainer, samples, callbacks=(), bad_step=5, **kwargs):
@@ -63,29 +63,23 @@ def train_badly(create_trainer, samples, callbacks=(), bad_step=5, **kwargs):
 
 
 @pytest.mark.parametrize("bad_value", [math.nan, math.inf, -math.inf])
-def test_the_error_names_epoch_step_learning_rate_and_checkpoint(
+def test_the_run_ends_in_order_and_the_error_says_where_it_was(
     create_trainer, samples, bad_value
 ):
-    """Defect 21: the interpreter was ended with sys.exit."""
-    _, message = train_badly(create_trainer, samples, bad_value=bad_value)
+    """Defect 21: the interpreter was ended with sys.exit, before the end events."""
+    end = SawEnd()
+    trainer, message = train_badly(create_trainer, samples, [end], bad_value=bad_value)
     assert "training loss became NaN or infinite in epoch 2, at step 1 (" in message
     assert "Learning rate: 0.001. Last checkpoint: none." in message
+    assert end.events == ["stop", "end"]
 
-
-def test_the_end_events_are_called_before_train_raises(create_trainer, samples):
-    """Defect 21: later callbacks never heard of the end."""
-    events = []
-    train_badly(create_trainer, samples, [saw_end(events)])
-    assert events == ["stop", "end"]
-
-
-def test_the_next_run_is_healthy(create_trainer, samples):
-    """Defect 21: the flag was never reset."""
-    trainer, _ = train_badly(create_trainer, samples)
+    # Defect 21: the flag was never reset.
     nn.init.ones_(trainer.get_model().weight)
     trainer.bad_steps = ()
-    trainer.train(samples(4), num_epochs=1)
-    assert not trainer.callback_handler.callbacks[-1].triggered
+    trainer.train(samples(4), num_epochs=1, eval_dataset=samples(1))
+    callback = trainer.callback_handler.callbacks[-1]
+    assert not callback.triggered
+    assert callback._collected == []
 
 
 def test_a_bad_epoch_is_not_saved(create_trainer, samples, tmp_path):
@@ -145,13 +139,13 @@ def test_an_evaluation_amid_an_epoch_does_not_take_the_blame(create_trainer, sam
 
 def test_evaluate_raises_after_its_end(create_trainer, samples):
     """Defect 21: it ended quietly. A loss that is a plain number can be checked."""
-    events = []
+    end = SawEnd()
     trainer = create_trainer(
-        [TerminateOnNaNCallback, saw_end(events)], trainer_class=BadEvalTrainer
+        [TerminateOnNaNCallback, end], trainer_class=BadEvalTrainer
     )
     with pytest.raises(NonFiniteLossError, match="The evaluation loss"):
         trainer.evaluate(samples(2))
-    assert events == ["stop", "evaluation end"]
+    assert end.events == ["stop", "evaluation end"]
 
 
 @pytest.mark.parametrize(
@@ -197,14 +191,6 @@ def test_losses_are_read_once_a_second(monkeypatch, create_trainer):
     # At steps 0, 256, 512 and 768.
     assert CountedReads.reads == 4
     assert len(callback._collected) == 1000 - 769
-
-
-def test_no_loss_is_kept_after_a_run(create_trainer, samples):
-    callback = TerminateOnNaNCallback()
-    create_trainer([callback]).train(
-        samples(5), num_epochs=1, per_device_batch_size=1, eval_dataset=samples(1)
-    )
-    assert callback._collected == []
 
 
 class MeanOverItems(Trainer):
