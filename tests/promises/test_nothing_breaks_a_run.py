@@ -186,7 +186,7 @@ def test_a_resumed_run_logs_and_sends_what_is_new(create_trainer, samples, tmp_p
             train(history, Ends())
         logged, steps = train(history, resume_from="auto")
         assert [list(metrics) for metrics in logged[:1]] == [["train_loss_epoch"]]
-        assert len(logged) == 4
+        assert sum("train_loss_epoch" in metrics for metrics in logged) == 2
         assert steps == [3, 4]
 
 

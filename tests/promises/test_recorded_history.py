@@ -115,7 +115,7 @@ def lines_of(file):
     return sorted(
         (each["name"], each["value"], each["epoch"], each["step"])
         for each in records
-        if "seconds" not in each["name"]
+        if "second" not in each["name"]
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,19 +21,142 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 
-class RecordHistoryCallback(TrainerCallback):
+class Recorder(TrainerCallback):
+    """Records learning rates, gradient norms and times, and keeps what is recorded.
+
+    Each epoch has ``learning_rate``, that of its last update (of further parameter
+    groups ``learning_rate_1`` and so on); the mean of the gradient norms as
+    ``train_gradient_norm_epoch``, in runs that know them; ``samples_per_second``, of
+    training, so far in the epoch; ``train_seconds_epoch``, and with the evaluation
+    ``seconds_epoch``, since the process started or took up the epoch.
+
+    With ``every_n_updates`` the learning rate, the samples per second, and the means
+    since the last time, as ``train_loss``, ``train_gradient_norm`` and so on, are
+    recorded after every n updates of the run and at the end of each epoch. That waits
+    for the device once.
+
+    If a trainer has several such callbacks, one of them records for all: the first that
+    has ``every_n_updates``, if any has. :meth:`keep` says what becomes of it.
+    """
+
+    may_stop_alone = False
+    # A state that is saved in these events is to have what is recorded in them.
+    called_first: tuple[str, ...] = ("on_train_update_end", "on_training_run_epoch_end")
+    called_last: tuple[str, ...] = ("on_training_run_end", "on_evaluation_run_end")
+
+    every_n_updates: int | None = None
+    # The sums of the epoch, and the updates of the run, up to the last record.
+    _sums: Mapping[str, Any] = MappingProxyType({})
+    _num_recorded: int = 0
+
+    def __init__(self, every_n_updates: int | None = None) -> None:
+        if every_n_updates is not None and every_n_updates < 1:
+            raise ValueError(
+                f"every_n_updates must be at least 1, got {every_n_updates}. To record "
+                "at the end of epochs only, leave it out."
+            )
+        self.every_n_updates = every_n_updates
+
+    def keep(self, trainer: Trainer) -> None:
+        """Called whenever something may have been recorded."""
+
+    def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        self._num_recorded = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Start the sums of the epoch."""
+        if not trainer._run.progress.is_amid_epoch:
+            self._sums = {}
+
+    @event_with_data
+    def on_train_update_end(
+        self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
+    ) -> None:
+        """Add the gradient norm, and record the means if it is time to."""
+        run, every = trainer._run, self.every_n_updates
+        is_due = every is not None and num_updates % every == 0
+        if self._records(trainer):
+            if run.gradient_norm is not None:
+                run.means.add_scalars({"gradient_norm": run.gradient_norm}, 1)
+            if is_due:
+                self._record(trainer)
+        if is_due:
+            self.keep(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Record what has not been recorded yet, and the time."""
+        if self._records(trainer):
+            self._record(trainer)
+            seconds = trainer._run.pace.seconds
+            trainer.run_history.update_metric("train_seconds_epoch", seconds)
+        self.keep(trainer)
+
+    @event_with_data
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Keep what has been recorded."""
+        self.keep(trainer)
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Record the time of the whole epoch."""
+        if self._records(trainer):
+            seconds = trainer._run.pace.elapsed
+            trainer.run_history.update_metric("seconds_epoch", seconds)
+        self.keep(trainer)
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Keep what has been recorded since."""
+        self.keep(trainer)
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Keep what has been recorded since."""
+        self.keep(trainer)
+
+    def _records(self, trainer: Trainer) -> bool:
+        recorders = [c for c in trainer.callback_handler if isinstance(c, Recorder)]
+        with_interval = [c for c in recorders if c.every_n_updates is not None]
+        return self is (with_interval or recorders)[0]
+
+    def _record(self, trainer: Trainer) -> None:
+        """Record what has come since the last time, if anything has. Collective."""
+        run, history = trainer._run, trainer.run_history
+        if run.progress.num_updates == self._num_recorded:
+            return
+        self._num_recorded = run.progress.num_updates
+        if self.every_n_updates is not None:
+            before, sums = self._sums, sum_over_processes(run.means.totals())
+            for name, (total, count) in sums.items():
+                total_before, count_before = before.get(name, (0.0, 0.0))
+                if count > count_before:
+                    mean = (total - total_before) / (count - count_before)
+                    history.update_metric(f"train_{name}", mean)
+            self._sums = sums
+        for group, rate in enumerate(trainer.last_lr or ()):
+            name = f"learning_rate_{group}" if group else "learning_rate"
+            history.update_metric(name, rate)
+        history.update_metric("samples_per_second", run.samples_per_second)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next record goes on from."""
+        return {"sums": self._sums, "num_recorded": self._num_recorded}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._sums, self._num_recorded = state["sums"], state["num_recorded"]
+
+
+class RecordHistoryCallback(Recorder):
     """Records learning rates, gradient norms and times, and writes all to a file.
 
     Each epoch it records ``learning_rate``, that of the last update (of further
     parameter groups ``learning_rate_1`` and so on); the mean of the gradient norms as
-    ``train_gradient_norm_epoch``, in runs that know them; ``train_seconds_epoch``, and
-    with the evaluation ``seconds_epoch``, since the process started or took up the
-    epoch. With ``train(gradient_clip_norm=math.inf)`` norms are measured and nothing is
-    clipped.
+    ``train_gradient_norm_epoch``, in runs that know them; ``samples_per_second`` of
+    training; ``train_seconds_epoch``, and with the evaluation ``seconds_epoch``, since
+    the process started or took up the epoch. With
+    ``train(gradient_clip_norm=math.inf)`` norms are measured and nothing is clipped.
 
-    With ``every_n_updates``, it also records the learning rate, and the means since the
-    last time, as ``train_loss``, ``train_gradient_norm`` and so on, after every n
-    updates of the run and at the end of each epoch. That waits for the device once.
+    With ``every_n_updates``, it also records these rates, and the means since the last
+    time, as ``train_loss``, ``train_gradient_norm`` and so on, after every n updates of
+    the run and at the end of each epoch. That waits for the device once.
 
     With ``path``, everything in the run history is written there, by one process and as
     soon as a callback that is listed last hears of it: a crash loses nothing of it. A
@@ -50,17 +172,7 @@ class RecordHistoryCallback(TrainerCallback):
         every_n_updates: Updates between two records of the loss, at least 1.
     """
 
-    may_stop_alone = False
-    # A state that is saved in these events is to have what is recorded in them.
-    called_first: tuple[str, ...] = ("on_train_update_end", "on_training_run_epoch_end")
-    called_last: tuple[str, ...] = ("on_training_run_end", "on_evaluation_run_end")
-
     path: Path | None = None
-    every_n_updates: int | None = None
-    # The sums of the epoch, and the updates of the run, up to the last record.
-    _sums: Mapping[str, Any] = MappingProxyType({})
-    _num_recorded: int = 0
-    _start: float = 0.0
     _num_written: Mapping[str, int] | None = None
 
     def __init__(
@@ -68,24 +180,20 @@ class RecordHistoryCallback(TrainerCallback):
         path: str | os.PathLike[str] | None = None,
         every_n_updates: int | None = None,
     ) -> None:
-        if every_n_updates is not None and every_n_updates < 1:
-            raise ValueError(
-                f"every_n_updates must be at least 1, got {every_n_updates}. To record "
-                "at the end of epochs only, leave it out."
-            )
+        super().__init__(every_n_updates)
         # Absolute, since a script may change its directory.
         self.path = None if path is None else Path(path).expanduser().absolute()
         if self.path is not None and self.path.suffix not in (".csv", ".jsonl"):
             raise ValueError(
                 f"path must end in .jsonl (JSON lines) or .csv, got {str(path)!r}."
             )
-        self.every_n_updates = every_n_updates
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
-        self._num_recorded, self._num_written = 0, None
+        super()._forget_earlier_runs(trainer)
+        self._num_written = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start the clock.
+        """Check that the history can be written.
 
         Raises:
             TypeError: If the run history cannot be written to a file.
@@ -97,73 +205,8 @@ class RecordHistoryCallback(TrainerCallback):
                 f"trainer has a {type(history).__name__}. Leave path out, or subclass "
                 "InMemoryRunHistory."
             )
-        self._start = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start the clock and the sums of the epoch."""
-        self._start = time.perf_counter()
-        if not trainer._run.progress.is_amid_epoch:
-            self._sums = {}
-
-    @event_with_data
-    def on_train_update_end(
-        self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
-    ) -> None:
-        """Add the gradient norm, and record the means if it is time to."""
-        run = trainer._run
-        if run.gradient_norm is not None:
-            run.means.add_scalars({"gradient_norm": run.gradient_norm}, 1)
-        if self.every_n_updates and num_updates % self.every_n_updates == 0:
-            self._record_means(trainer)
-            self._record_rates(trainer)
-            self._write(trainer)
-
-    def _record_means(self, trainer: Trainer) -> None:
-        """Record the means of what has come since the last time. Collective."""
-        before, sums = self._sums, sum_over_processes(trainer._run.means.totals())
-        for name, (total, count) in sums.items():
-            total_before, count_before = before.get(name, (0.0, 0.0))
-            if count > count_before:
-                mean = (total - total_before) / (count - count_before)
-                trainer.run_history.update_metric(f"train_{name}", mean)
-        self._sums, self._num_recorded = sums, trainer._run.progress.num_updates
-
-    def _record_rates(self, trainer: Trainer) -> None:
-        for group, rate in enumerate(trainer.last_lr or ()):
-            name = f"learning_rate_{group}" if group else "learning_rate"
-            trainer.run_history.update_metric(name, rate)
-
-    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Record what has not been recorded yet, and the time."""
-        if self.every_n_updates is None:
-            self._record_rates(trainer)
-        elif self._num_recorded < trainer._run.progress.num_updates:
-            self._record_means(trainer)
-            self._record_rates(trainer)
-        seconds = time.perf_counter() - self._start
-        trainer.run_history.update_metric("train_seconds_epoch", seconds)
-        self._write(trainer)
-
-    @event_with_data
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Write what has been recorded."""
-        self._write(trainer)
-
-    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Record the time of the whole epoch."""
-        seconds = time.perf_counter() - self._start
-        trainer.run_history.update_metric("seconds_epoch", seconds)
-        self._write(trainer)
-
-    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Write what has been recorded since."""
-        self._write(trainer)
-
-    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Write what has been recorded since."""
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
+    def keep(self, trainer: Trainer) -> None:
         """Write what is new, or everything if the file is not ours yet."""
         if self.path is None or not trainer._accelerator.is_main_process:
             return
@@ -180,11 +223,3 @@ class RecordHistoryCallback(TrainerCallback):
         except OSError as error:
             self._num_written = None
             warn(f"The run history could not be written to {self.path}: {error}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the next record goes on from."""
-        return {"sums": self._sums, "num_recorded": self._num_recorded}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._sums, self._num_recorded = state["sums"], state["num_recorded"]

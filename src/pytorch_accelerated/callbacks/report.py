@@ -33,7 +33,6 @@ from pytorch_accelerated.errors import warn
 from pytorch_accelerated.tracking import (
     EVALUATION_PREFIX,
     INTERMEDIATE_PREFIX,
-    InMemoryRunHistory,
     MetricRecord,
     RunHistory,
     is_greater_better,
@@ -270,13 +269,12 @@ def _facts(facts: Iterable[tuple[str, Any]]) -> str:
 
 
 def _records(history: RunHistory, name: str) -> list[MetricRecord]:
-    """Return the numbers of a metric; those of another history are counted as steps."""
-    if isinstance(history, InMemoryRunHistory):
-        records = history.records(name)
-    else:
-        values = enumerate(history.get_metric_values(name), 1)
-        records = [MetricRecord(name, value, n, n, None) for n, value in values]
-    return [record for record in records if is_number(record.value)]
+    """Return the numbers of a metric; where no step is known, they are counted."""
+    records = [r for r in history.records(name) if is_number(r.value)]
+    return [
+        record if record.step is not None else record._replace(epoch=n, step=n)
+        for n, record in enumerate(records, 1)
+    ]
 
 
 def _epochs(history: RunHistory, paces: Mapping[int, Mapping[str, str]]) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import io
-import math
 import os
 import re
 import sys
 import tempfile
 import textwrap
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -26,10 +23,10 @@ from accelerate.utils import LoggerType
 from torch.nn.parameter import is_lazy
 
 from pytorch_accelerated import tracking
-from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
-from pytorch_accelerated.distributed import sum_over_processes
+from pytorch_accelerated.callbacks.base import event_with_data
+from pytorch_accelerated.callbacks.history import Recorder
 from pytorch_accelerated.errors import warn
-from pytorch_accelerated.means import read_numbers
+from pytorch_accelerated.state import Stage
 
 if TYPE_CHECKING:
     from pytorch_accelerated.callbacks.base import CallbackHandler
@@ -52,7 +49,7 @@ _MAX_CELLS = 1024
 _WHITE_MINUS_BLUE = (247.0, 191.0, 115.0)
 
 
-class TrackerCallback(TrainerCallback):
+class TrackerCallback(Recorder):
     """Sends metrics and hyper-parameters to experiment trackers, through Accelerate.
 
     ::
@@ -66,9 +63,10 @@ class TrackerCallback(TrainerCallback):
     updates.
 
     Numbers in the run history are sent as they are recorded, matrices as pictures and
-    figures of matplotlib as figures, where the tracker takes them. The learning rate,
-    the gradient norm (if gradients are clipped by norm) and the samples per second of
-    training go with them. A tracker that fails is warned of once; the run goes on.
+    figures of matplotlib as figures, where the tracker takes them. The callback records
+    what a :class:`RecordHistoryCallback` does: the learning rate, the gradient norm (if
+    gradients are clipped by norm), the samples per second and times. A tracker that
+    fails is warned of once; the run goes on.
 
     One process sends. All of them need the callback, since losses are those of all.
 
@@ -82,8 +80,9 @@ class TrackerCallback(TrainerCallback):
             default what the trackers make up.
         config: What else is to be stored with the arguments of the run. Nested
             dictionaries become ``outer/inner``.
-        every_n_updates: How often to send the mean training losses, the learning rate,
-            the gradient norm and the throughput; by default once per epoch.
+        every_n_updates: How often to record and send the mean training losses, the
+            learning rate, the gradient norm and the throughput; by default once per
+            epoch.
         init_kwargs: For each tracker by its name, arguments for its start, such as
             ``{"wandb": {"tags": ["baseline"]}}``.
         logging_dir: The folder for trackers that write files; by default the one that
@@ -95,20 +94,14 @@ class TrackerCallback(TrainerCallback):
     """
 
     called_last: tuple[str, ...] = (
+        *Recorder.called_last,
         "on_training_run_start",  # after the script's own trackers
-        "on_train_epoch_end",
-        "on_eval_epoch_end",
-        "on_training_run_epoch_end",
-        "on_training_run_end",
-        "on_evaluation_run_end",
     )
-    may_stop_alone = False
 
     trackers: Sequence[Any] = ()
     project: str = "pytorch-accelerated"
     run_name: str | None = None
     config: Mapping[str, Any] = MappingProxyType({})
-    every_n_updates: int | None = None
     init_kwargs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     logging_dir: str | os.PathLike[str] | None = None
 
@@ -119,11 +112,6 @@ class TrackerCallback(TrainerCallback):
     # How to go on with the runs of the trackers, and what has been sent to them.
     _runs: Mapping[str, dict[str, Any]] = MappingProxyType({})
     _num_sent: Mapping[str, int] = MappingProxyType({})
-    # The sums, samples and time of the interval when it began.
-    _sums: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
-    _num_samples: Any = 0
-    _began: float = math.nan
-    _paused: float = math.nan
 
     def __init__(
         self,
@@ -136,14 +124,10 @@ class TrackerCallback(TrainerCallback):
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         logging_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__(every_n_updates)
         self.trackers = list(_checked(trackers))
         self.project, self.run_name, self.logging_dir = project, run_name, logging_dir
         self.config, self.init_kwargs = dict(config or {}), dict(init_kwargs or {})
-        self.every_n_updates = every_n_updates
-        if every_n_updates is not None and every_n_updates < 1:
-            raise ValueError(
-                f"every_n_updates must be at least 1, got {every_n_updates}."
-            )
         names = [_name_of(which) for which in self.trackers]
         if not set(names).issuperset(self.init_kwargs):
             raise ValueError(
@@ -152,16 +136,19 @@ class TrackerCallback(TrainerCallback):
             )
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
+        super()._forget_earlier_runs(trainer)
         self._end(trainer)
         self._runs = {}
         self._num_sent = tracking.count_values(trainer.run_history)
 
     def state_dict(self) -> dict[str, Any]:
         """Return which runs of the trackers to go on with, and what they have."""
-        return {"runs": dict(self._runs), "num_sent": dict(self._num_sent)}
+        sent = {"runs": dict(self._runs), "num_sent": dict(self._num_sent)}
+        return {**super().state_dict(), **sent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the same runs of the trackers."""
+        super().load_state_dict(state)
         self._runs, self._num_sent = dict(state["runs"]), dict(state["num_sent"])
 
     # ------------------------------------------------------------------- the events
@@ -189,45 +176,13 @@ class TrackerCallback(TrainerCallback):
             self._start(trainer)
             self._is_for_evaluation = True
 
-    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Begin to count samples and losses."""
-        self._begin_interval(trainer)
-
-    @event_with_data
-    def on_train_update_end(
-        self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
-    ) -> None:
-        """Send the means of an interval, if it is over."""
-        if self.every_n_updates and num_updates % self.every_n_updates == 0:
-            self._send_interval(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send the metrics of the training epoch."""
-        self._send_interval(trainer)
-        self._send_new(trainer)
-
-    @event_with_data
-    def on_eval_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Leave out the time of the evaluation."""
-        self._paused = time.perf_counter()
-
-    @event_with_data
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send the metrics of the evaluation."""
-        self._send_new(trainer)
-        self._began += time.perf_counter() - self._paused
-
-    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what has been recorded since."""
-        self._send_new(trainer)
-
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Send what has been recorded since, and end the trackers."""
         self._end(trainer)
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Send what has been recorded since."""
-        self._send_new(trainer)
+        self.keep(trainer)
         if self._is_for_evaluation:
             self._end(trainer)
 
@@ -287,7 +242,7 @@ class TrackerCallback(TrainerCallback):
         return KNOWN[which](run, folder, **arguments)
 
     def _end(self, trainer: Trainer) -> None:
-        self._send_new(trainer)
+        self.keep(trainer)
         for tracker, is_ours in self._open:
             trainer._accelerator.trackers.remove(tracker)
             if is_ours:
@@ -296,69 +251,26 @@ class TrackerCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------ sending
 
-    def _send_new(self, trainer: Trainer) -> None:
+    def keep(self, trainer: Trainer) -> None:
         """Send what has been recorded since the last time, each value at its update."""
         if not self._open:
             return
         history, now = trainer.run_history, trainer.num_updates or 0
         counts = tracking.count_values(history)
         by_step: dict[int, dict[str, Any]] = defaultdict(dict)
-        for name in counts:
-            if isinstance(history, tracking.InMemoryRunHistory):
-                records = history.records(name, skip=self._num_sent)
-                new = [(record.step, record.value) for record in records]
-            else:
-                values = list(history.get_metric_values(name))
-                new = [(now, value) for value in values[self._num_sent.get(name, 0) :]]
-            for step, value in new:
-                by_step[now if step is None else step][name] = value
+        for record in history.records(skip=self._num_sent):
+            values = by_step[now if record.step is None else record.step]
+            values[record.name] = record.value
+            if record.epoch is not None:
+                values["epoch"] = record.epoch
         self._num_sent = counts
+        # One that has failed may take its time, so it is tried at the ends of epochs.
+        is_amid_epoch = trainer._run.progress.stage is Stage.TRAINING
+        failed = self._failed if is_amid_epoch else ()
         for step in sorted(by_step):
             for tracker, _ in self._open:
-                self._try(tracker, "log", _send_to, tracker, by_step[step], step)
-
-    def _begin_interval(self, trainer: Trainer) -> None:
-        self._sums = copy.deepcopy(self._sums_of_epoch(trainer))
-        self._num_samples = trainer.num_samples_seen or 0
-        self._began = time.perf_counter()
-
-    def _sums_of_epoch(self, trainer: Trainer) -> dict[str, tuple[Any, Any]]:
-        """Return sums and counts of what the steps of an epoch returned, if due."""
-        means = trainer._run.training.means
-        sums = {"loss": means.loss, **means.scalars} if self.every_n_updates else {}
-        return {name: (of.total_loss, of.running_count) for name, of in sums.items()}
-
-    def _send_interval(self, trainer: Trainer) -> None:
-        """Send the means since the last time. Collective if there are losses."""
-        values: dict[str, Any] = {"gradient_norm": trainer.gradient_norm}
-        values["samples"] = (trainer.num_samples_seen or 0) - self._num_samples
-        for number, rate in enumerate(trainer._run.training.learning_rates or ()):
-            values[f"learning_rate{f'/{number}' if number else ''}"] = rate
-        sums = self._sums_of_epoch(trainer)
-        for name, pair in sums.items():
-            for which, before in enumerate(self._sums.get(name, (0, 0))):
-                values[f"{name}/{which}"] = pair[which] - before
-        values = {name: value for name, value in values.items() if value is not None}
-        read = read_numbers(list(values.values()))
-        values = dict(zip(values, read, strict=True))
-        seconds, num_samples = time.perf_counter() - self._began, values.pop("samples")
-        totals = {n: (values.pop(f"{n}/0"), values.pop(f"{n}/1")) for n in sums}
-        if self.every_n_updates:
-            totals = sum_over_processes(totals)
-        if num_samples > 0:
-            values["samples_per_second"] = num_samples / seconds
-            values["epoch"] = trainer.run_history.current_epoch
-            values.update(
-                {f"train_{n}": t / c for n, (t, c) in totals.items() if c > 0}
-            )
-            # What is recorded amid epochs too is sent from there.
-            for name in trainer.run_history.get_metric_names():
-                values.pop(name, None)
-            for tracker, _ in self._open:
-                if _name_of(tracker) not in self._failed:  # else it may take its time
-                    at = trainer.num_updates or 0
-                    self._try(tracker, "log", _send_to, tracker, values, at)
-        self._begin_interval(trainer)
+                if _name_of(tracker) not in failed:
+                    self._try(tracker, "log", _send_to, tracker, by_step[step], step)
 
     def _try(
         self, which: Any, what: str, function: Callable[..., None], *args: Any
