@@ -21,6 +21,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from pytorch_accelerated import checkpoint, distributed
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     ModelEmaCallback,
@@ -159,13 +160,14 @@ def test_a_run_can_be_resumed_with_another_number_of_workers(train, tmp_path, th
 
 
 @pytest.mark.parametrize("limit", [None, 7])
-def test_a_run_that_has_ended_has_nothing_left_to_train(train, tmp_path, limit):
+def test_a_run_that_has_ended_has_nothing_left_to_train(train, tmp_path, limit, capsys):
     """Defect 8: a finished run trained one more step."""
     whole = train([SaveTrainingStateCallback(tmp_path)], max_num_train_steps=limit)
 
     resumed = train(resume_from=tmp_path / "final", max_num_train_steps=limit)
 
     assert_same_end(resumed, whole)
+    assert f"{tmp_path}/final: nothing is left to train" in capsys.readouterr().out
 
 
 def test_a_run_saved_at_the_update_that_a_limit_allows_as_the_last(train, tmp_path):
@@ -264,6 +266,19 @@ def test_auto_takes_the_newest_state_of_all_callbacks_found_84(
 def test_auto_needs_to_know_where_to_look(create_trainer, samples):
     with pytest.raises(ValueError, match=r"has no such callback\. Add one, or give"):
         create_trainer().train(samples(2), 1, resume_from="auto")
+
+
+def test_all_processes_hear_that_the_newest_state_cannot_be_looked_for(
+    create_trainer, samples, tmp_path, monkeypatch
+):
+    """The main process, which looks, would leave the others waiting."""
+    error, heard = CheckpointError("no file can be opened"), []
+    monkeypatch.setattr(checkpoint, "newest", mock.Mock(side_effect=error))
+    monkeypatch.setattr(distributed, "raise_on_all", heard.append)
+    trainer = create_trainer([SaveTrainingStateCallback(tmp_path)])
+    with pytest.raises(CheckpointError, match="no file can be opened"):
+        trainer.train(samples(1), 1, resume_from="auto")
+    assert heard == [error]
 
 
 @pytest.mark.parametrize(("then", "now"), [(None, StepLR), (StepLR, None)])
@@ -886,6 +901,14 @@ def test_weights_alone_are_read_from_what_else_there_is(create_trainer, tmp_path
         other = create_trainer()
         other.load_model(tmp_path / target)
         assert other.model.weight.item() == 3.0
+
+    for name in ("step_1", "step_2"):
+        trainer.save_training_state(tmp_path / "states" / name)
+    other = create_trainer()
+    other.load_model(tmp_path / "states" / "step_2")
+    assert other.model.weight.item() == 3.0
+    with pytest.raises(CheckpointError, match="holds some: give one of step_1, step_2"):
+        other.load_model(tmp_path / "states")
 
     trainer.save_model(tmp_path / "model")
     other = Trainer(nn.Linear(2, 1), None, None, callbacks=())

@@ -37,10 +37,10 @@ from pytorch_accelerated.schedulers.scheduler_base import (
 )
 from pytorch_accelerated.state import (
     BatchLayout,
-    Loaded,
     ProcessState,
     RunProgress,
     Stage,
+    TrainingState,
 )
 from pytorch_accelerated.step_output import NumItems
 from pytorch_accelerated.window import Accumulation, Window
@@ -67,7 +67,8 @@ class Run:
         window: The window that is open.
         means: Those of the epoch under way, or of the last one.
         pace: How long that takes.
-        loaded: What :meth:`Trainer.load_training_state` has loaded.
+        loaded: What :meth:`Trainer.load_training_state` has loaded, without what the
+            model and the optimizer have now.
         resumed: What this process has not yet taken up of it.
     """
 
@@ -127,7 +128,7 @@ class Run:
     is_resumed: bool = False
     state_to_resume: str | os.PathLike[str] | None = None
     found: checkpoint.Checkpoint | None = None
-    loaded: Loaded | None = None
+    loaded: TrainingState | None = None
     resumed: ProcessState | None = None
     number: int = 0
     epoch_random_states: dict[str, Any] | None = None

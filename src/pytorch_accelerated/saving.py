@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from pytorch_accelerated import checkpoint, data, distributed, engines
 from pytorch_accelerated.callbacks import ModelEmaCallback
-from pytorch_accelerated.callbacks.checkpointing import savers_in, savers_of
+from pytorch_accelerated.callbacks.checkpointing import savers_in
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.means import Means
 from pytorch_accelerated.metrics import start_metrics
 from pytorch_accelerated.state import (
-    Loaded,
     ProcessState,
     RunState,
     Stage,
@@ -98,8 +97,11 @@ def save_model(trainer: Trainer, path: str | os.PathLike[str], ema: bool) -> Pat
 def load_model(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     """Load weights that :func:`save_model` wrote. Called on all processes."""
     with OnAllOrNone():
-        path = _file_of_model(path)
-        contents = checkpoint.read_weights(path)
+        file = _file_of_model(path)
+        if os.path.isdir(path) and not file.exists():
+            contents = checkpoint.Checkpoint(path).load_weights()
+        else:
+            contents = checkpoint.read_weights(file)
         state = contents.get("model_state_dict", contents)
         load_states(trainer, path, state, None, None)
 
@@ -171,9 +173,7 @@ def save_training_state(
         "metrics": latest_metrics(trainer),
         "run_number": run.number,
         "run_id": trainer._run_id,
-        "saved_by": [
-            saver.identity for saver in savers_of(Path(path), trainer.callback_handler)
-        ],
+        "saved_by": _savers_of(trainer, Path(path)),
     }
     metadata = {"current_epoch": epoch, **(checkpoint_kwargs or {})}
     with OnAllOrNone():
@@ -186,6 +186,17 @@ def save_training_state(
             trainer._writer.start(partial(state.snapshot().write, path, summary))
         elif is_main:
             state.write(path, summary)
+
+
+def _savers_of(trainer: Trainer, path: Path) -> list[str]:
+    """Return who saves a state, or has saved that of its name before in this run."""
+    savers = savers_in(trainer.callback_handler)
+    identities = {saver.identity for saver in savers if saver._saving == path}
+    with suppress(CheckpointError):
+        replaced = checkpoint.Checkpoint(path)
+        if replaced.run_id == trainer._run_id:
+            identities.update(replaced.saved_by)
+    return sorted(identities)
 
 
 def _training_state(
@@ -293,7 +304,7 @@ def load_training_state(
     own = state.of_process(accelerator.process_index, accelerator.num_processes)
     if own.random_states is not None:
         checkpoint.set_random_states(own.random_states)
-    run.loaded = Loaded(state.run, own, state.scheduler is not None)
+    run.loaded = replace(state, model=None, optimizer=None, processes=[own])
     return dict(state.metadata)
 
 
@@ -313,9 +324,7 @@ def load_states(
     optimizer, scheduler = trainer.optimizer, trainer.scheduler
     keep_dtypes = True
     if model_state is not None:
-        model_state = checkpoint.fit_to_model(model, model_state)
-        if mismatch := checkpoint.explain_mismatch(model, model_state):
-            raise CheckpointError(f"{source} does not fit the model: {mismatch}")
+        model_state = checkpoint.fit_to_model(model, model_state, source)
         keep_dtypes = engines.have_same_dtypes(model_state, model.state_dict())
     with ExitStack() as undo:
         if optimizer is not None and optimizer_state is not None:
@@ -360,8 +369,9 @@ def find_state(trainer: Trainer, run: Run) -> None:
             "SaveTrainingStateCallback of this trainer has saved; it has no such "
             "callback. Add one, or give the path of a training state."
         )
-    if trainer._accelerator.is_main_process:
-        run.found = checkpoint.newest(*folders)
+    with OnAllOrNone():
+        if trainer._accelerator.is_main_process:
+            run.found = checkpoint.newest(*folders)
     run.state_to_resume = distributed.object_from_main_process(
         None if run.found is None else str(run.found.path)
     )
@@ -378,19 +388,21 @@ def resume(trainer: Trainer) -> None:
     with OnAllOrNone():
         metadata = trainer.load_training_state(source)
     run.is_resumed = True
-    epoch = metadata.get("current_epoch", 1)
+    epoch, loaded = metadata.get("current_epoch", 1), run.loaded
     # Only here: a state that a callback loads is not one to go on from.
-    if run.loaded is not None:
-        run.resumed = run.loaded.process
-    if run.loaded is None or run.loaded.run is None:
+    if loaded is not None:
+        run.resumed = loaded.processes[0]
+    if loaded is None or loaded.run is None:
         run.progress.epochs_done = max(epoch - 1, 0)
     else:
-        _check_schedule_was_saved(run, source)
-        _go_on_from(trainer, run, run.loaded.run, run.loaded.process)
+        _check_schedule(run, source, was_saved=loaded.scheduler is not None)
+        _go_on_from(trainer, run, loaded.run, loaded.processes[0])
     trainer.run_history._set_epoch(epoch)
     run.publish_progress()
     trainer.run_history.current_step = run.progress.num_updates
-    trainer.print(f"Resuming from {source} at epoch {epoch}")
+    is_over = run.is_used_up or next(iter(run.epochs_due()), None) is None
+    where = ": nothing is left to train" if is_over else f" at epoch {epoch}"
+    trainer.print(f"Resuming from {source}{where}")
 
 
 def _go_on_from(
@@ -429,9 +441,10 @@ def restore_gradients(trainer: Trainer, gradients: Mapping[str, Tensor]) -> None
             parameter.grad = gradients[name].to(parameter)
 
 
-def _check_schedule_was_saved(run: Run, source: str | os.PathLike[str] | None) -> None:
-    assert run.loaded is not None
-    if run.loaded.has_scheduler != (run.scheduler is not None):
+def _check_schedule(
+    run: Run, source: str | os.PathLike[str], *, was_saved: bool
+) -> None:
+    if was_saved != (run.scheduler is not None):
         was, now = ("with", "without") if run.scheduler is None else ("without", "with")
         raise ValueError(
             f"{source} was saved by a run {was} a scheduler, but train() was "

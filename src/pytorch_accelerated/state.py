@@ -293,21 +293,6 @@ class TrainingState:
         )
 
 
-@dataclass
-class Loaded:
-    """What of a training state remains to be taken up, once weights are loaded.
-
-    Args:
-        run: What all processes have in common; None if 0.1.61 saved it.
-        process: What this process had of its own.
-        has_scheduler: Whether a scheduler was saved.
-    """
-
-    run: RunState | None
-    process: ProcessState
-    has_scheduler: bool
-
-
 # How the values of these fields are stored.
 _STORED_AS: dict[str, Any] = {
     "progress": RunProgress,

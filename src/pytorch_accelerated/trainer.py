@@ -1154,7 +1154,8 @@ class Trainer:
 
         Args:
             path: What :meth:`save_model` was given. A state dict that ``torch.save``
-                wrote and a file of :meth:`save_checkpoint` are read too.
+                wrote, a file of :meth:`save_checkpoint` and a folder of
+                :meth:`save_training_state` are read too.
 
         Raises:
             CheckpointError: If the file cannot be read, or does not fit the model,

@@ -219,7 +219,6 @@ def test_names_of_wrapped_models_are_fitted_both_ways():
     assert set(state._metadata) >= {"", "0"}
     plain.load_state_dict(state)
     wrapped.load_state_dict(ckpt.fit_to_model(wrapped, plain.state_dict()))
-    assert ckpt.explain_mismatch(plain, wrapped.state_dict()) is None
 
 
 class WithExtras(nn.Module):
@@ -243,26 +242,27 @@ def test_names_are_fitted_whatever_else_a_model_keeps_found_89():
     model = WithExtras()
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     state["module._extra_state"] = {"extra": 4}
-    assert ckpt.explain_mismatch(model, state) is None
     model.load_state_dict(ckpt.fit_to_model(model, state))
     assert model.extra == 4
 
     lazy = nn.Sequential(nn.LazyLinear(1))
     state = {"module.0.weight": torch.ones(1, 3), "module.0.bias": torch.zeros(1)}
-    assert ckpt.explain_mismatch(lazy, state) is None
     lazy.load_state_dict(ckpt.fit_to_model(lazy, state))
     assert lazy(torch.ones(1, 3)).item() == 3.0
-    assert ckpt.explain_mismatch(nn.Sequential(nn.LazyLinear(1)), {"a": 1}) == (
-        "missing in the checkpoint: 0.weight, 0.bias; not in the model: a"
-    )
+    with pytest.raises(
+        CheckpointError, match=r"missing in .*: 0.weight, 0.bias; not in the model: a$"
+    ):
+        ckpt.fit_to_model(nn.Sequential(nn.LazyLinear(1)), {"a": 1})
 
 
 def test_weights_that_do_not_fit_are_explained_by_the_first_names():
     model = nn.Linear(2, 3)
-    assert ckpt.explain_mismatch(model, model.state_dict()) is None
     others = {f"layer{i}": torch.ones(1) for i in range(5)}
-    assert ckpt.explain_mismatch(model, {"weight": torch.ones(2, 2), **others}) == (
-        "missing in the checkpoint: bias; "
+    state = {"module.weight": torch.ones(2, 2), **others}
+    with pytest.raises(CheckpointError) as raised:
+        ckpt.fit_to_model(model, state, "model.pt")
+    assert str(raised.value) == (
+        "model.pt does not fit the model: missing in the checkpoint: bias; "
         "not in the model: layer0, layer1, layer2 and 2 more; "
         "of another shape: weight is (2, 2) in the checkpoint and (3, 2) in the model"
     )

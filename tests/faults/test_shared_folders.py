@@ -217,8 +217,6 @@ def test_two_locks_of_a_process_share_it_only_where_they_are_to_found_94(
         with pytest.raises(CheckpointError, match="Another run writes to"):
             checkpoint.DirectoryLock(tmp_path, "another").acquire()
         one.release()
-        assert not is_free()
-        assert other.is_held
     assert not is_free()
     other.release()
     one.release()

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -221,7 +221,6 @@ class SaveTrainingStateCallback(TrainerCallback):
     on_save_error: Literal["warn", "raise"] = "warn"
     overwrite: bool = False
     _lock: DirectoryLock | None = None
-    _saved_checkpoints: Sequence[Path] = ()  # oldest first
     _saving: Path | None = None
     _is_writing: bool = False
     _global_step: int = 0
@@ -295,7 +294,6 @@ class SaveTrainingStateCallback(TrainerCallback):
             numbers = [each.run_number for each in list_checkpoints(self.save_dir)]
             run = trainer._run
             run.number = max([run.number, *(n + 1 for n in numbers)])
-        self._list_saved(trainer)
         self._global_step = trainer.num_updates or 0
 
     @property
@@ -436,31 +434,24 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _delete_old_ones(self, trainer: Trainer) -> None:
         """Delete what no callback of the run keeps, now that a new one is complete."""
-        if trainer._accelerator.is_main_process and self.max_checkpoints is not None:
-            savers = [
-                callback
-                for callback in savers_in(trainer.callback_handler)
-                if callback.save_dir == self.save_dir
-            ]
-            prune(self._states_of(trainer), savers)
-        self._list_saved(trainer)
-
-    def _list_saved(self, trainer: Trainer) -> None:
-        self._saved_checkpoints = [
-            each.path
-            for each in self._states_of(trainer)
-            if self.identity in each.saved_by
-        ]
-
-    def _states_of(self, trainer: Trainer) -> list[Checkpoint]:
-        """Return what the run has saved here, except for the last state."""
-        return [
+        if self.max_checkpoints is None or not trainer._accelerator.is_main_process:
+            return
+        states = [
             each
             for each in list_checkpoints(self.save_dir)
             if each.run_id == trainer._run_id
             and _NAME.fullmatch(each.path.name)
             and each.path.name != "final"
         ]
+        saved: set[Checkpoint] = set()
+        kept: set[Checkpoint] = set()
+        for saver in savers_in(trainer.callback_handler):
+            if saver.save_dir == self.save_dir:
+                own = [each for each in states if saver.identity in each.saved_by]
+                saved.update(own)
+                kept.update(saver.choose_kept(own))
+        old = saved - kept
+        prune(each for each in states if each in old)
 
     def choose_kept(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         """Return the newest and the best of those that this callback has saved.
@@ -487,15 +478,6 @@ class SaveTrainingStateCallback(TrainerCallback):
 def savers_in(callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
     """Return the callbacks that save training states."""
     return [each for each in callbacks if isinstance(each, SaveTrainingStateCallback)]
-
-
-def savers_of(path: Path, callbacks: Iterable[Any]) -> list[SaveTrainingStateCallback]:
-    """Return the callbacks that are saving a training state, or count it as theirs."""
-    return [
-        callback
-        for callback in savers_in(callbacks)
-        if path in (callback._saving, *callback._saved_checkpoints)
-    ]
 
 
 def _check_at_least_one(**arguments: int | None) -> None:

@@ -7,8 +7,7 @@ single files         :func:`save_file`, :func:`load_file`, :func:`to_storable`,
                      :func:`check_storable`
 checkpoint folders   :class:`CheckpointWriter`, :class:`Checkpoint`
 weights of a model   :func:`save_weights`, :func:`read_weights`,
-                     :func:`fit_to_model`, :func:`explain_mismatch`,
-                     :func:`without_wrappers`
+                     :func:`fit_to_model`, :func:`without_wrappers`
 writing meanwhile    :class:`BackgroundWriter`
 many of them         :func:`list_checkpoints`, :func:`newest`, :func:`prune`
 one run at a time    :class:`DirectoryLock`, :func:`clean_leftovers`
@@ -20,7 +19,6 @@ states of 0.1.61     :func:`read_legacy_training_state`,
 
 from pytorch_accelerated.checkpoint.directory import (
     DirectoryLock,
-    Saver,
     clean_leftovers,
     list_checkpoints,
     newest,
@@ -38,7 +36,6 @@ from pytorch_accelerated.checkpoint.folder import (
     BackgroundWriter,
     Checkpoint,
     CheckpointWriter,
-    explain_mismatch,
     fit_to_model,
     read_weights,
     save_weights,
@@ -61,10 +58,8 @@ __all__ = [
     "CheckpointWriter",
     "DirectoryLock",
     "NotStorableError",
-    "Saver",
     "check_storable",
     "clean_leftovers",
-    "explain_mismatch",
     "fit_to_model",
     "get_random_states",
     "is_legacy_training_state",

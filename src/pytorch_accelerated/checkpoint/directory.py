@@ -7,10 +7,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pytorch_accelerated.checkpoint.files import (
     OutOfResourcesError,
@@ -60,12 +60,7 @@ class DirectoryLock:
     ) -> None:
         self.path: Path = absolute(directory) / ".lock"
         self.owner = owner
-        self._descriptor: int | None = None
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._descriptor is not None
+        self._descriptor = -1
 
     def acquire(self) -> None:
         """Take the lock.
@@ -78,16 +73,15 @@ class DirectoryLock:
         held = _HELD.setdefault((os.getpid(), self.path), [])
         if self in held:
             return
-        if not held:
-            self._descriptor = self._lock()
-        elif self.owner is not None and self.owner == held[0].owner:
+        if held:
+            if self.owner is None or self.owner != held[0].owner:
+                raise self._refusal(_this_process())
             self._descriptor = held[0]._descriptor
-        else:
-            raise self._refusal(_this_process())
-        if self.is_held:
             held.append(self)
-            if len(held) == 1:
-                clean_leftovers(self.path.parent)
+        elif (descriptor := self._lock()) is not None:
+            self._descriptor = descriptor
+            held.append(self)
+            clean_leftovers(self.path.parent)
 
     def _lock(self) -> int | None:
         with write_errors_explained(self.path):
@@ -121,15 +115,14 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let others take the lock; does nothing if it is not held."""
-        descriptor, self._descriptor = self._descriptor, None
         held = _HELD.get((os.getpid(), self.path), [])
-        if descriptor is not None and self in held:
+        if self in held:
             held.remove(self)
             if not held:
                 with suppress(OSError):  # an empty file that stays does no harm
-                    if _is_at(descriptor, self.path):
+                    if _is_at(self._descriptor, self.path):
                         self.path.unlink()
-                os.close(descriptor)
+                os.close(self._descriptor)
 
 
 def _this_process() -> str:
@@ -206,19 +199,18 @@ def newest(*directories: str | os.PathLike[str]) -> Checkpoint | None:
 
 
 def _oldest_first(*directories: str | os.PathLike[str], tell: bool) -> list[Checkpoint]:
-    candidates = (each for one in directories for each in _candidates(one))
+    entries = (each for one in directories for each in list_folder(absolute(one)))
+    folders = (each for each in entries if each.is_dir() and not each.is_symlink())
+    candidates = (Checkpoint(each) for each in folders if not _is_leftover(each))
     readable = (each for each in candidates if _is_fine(each, _order, tell))
     return sorted(readable, key=_order)
 
 
-def _candidates(directory: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    for folder in list_folder(absolute(directory)):
-        found = LEFTOVER.fullmatch(folder.name)
-        is_leftover = found is not None and (
-            found["kind"] != "old" or folder.with_name(found["name"]).exists()
-        )
-        if folder.is_dir() and not folder.is_symlink() and not is_leftover:
-            yield Checkpoint(folder)
+def _is_leftover(folder: Path) -> bool:
+    found = LEFTOVER.fullmatch(folder.name)
+    return found is not None and (
+        found["kind"] != "old" or folder.with_name(found["name"]).exists()
+    )
 
 
 def _is_fine(
@@ -241,35 +233,14 @@ def _order(checkpoint: Checkpoint) -> tuple[int, int, Any, str]:
     return checkpoint.run_number, checkpoint.num_updates, epoch, checkpoint.path.name
 
 
-class Saver(Protocol):
-    """One of those that save checkpoints to a directory, and says which to keep."""
-
-    @property
-    def identity(self) -> str:
-        """What its checkpoints carry as ``saved_by``."""
-
-    def choose_kept(self, checkpoints: list[Checkpoint]) -> Iterable[Checkpoint]:
-        """Return which of its checkpoints, given oldest first, are to be kept."""
-
-
-def prune(checkpoints: Iterable[Checkpoint], savers: Iterable[Saver]) -> None:
-    """Delete the checkpoints of savers that none of them keeps.
-
-    Those that do not carry the identity of one of the savers are left alone.
+def prune(checkpoints: Iterable[Checkpoint]) -> None:
+    """Delete checkpoints; a warning names each that cannot be deleted.
 
     Args:
-        checkpoints: Oldest first, of one run.
-        savers: Those that save in the run.
+        checkpoints: Those to delete, such as ``list_checkpoints(directory)[:-3]``.
     """
-    checkpoints = list(checkpoints)
-    saved: set[Path] = set()
-    kept: set[Path] = set()
-    for saver in savers:
-        own = [each for each in checkpoints if saver.identity in each.saved_by]
-        saved |= {each.path for each in own}
-        kept |= {each.path for each in saver.choose_kept(own)}
-    for path in sorted(saved - kept):
+    for each in checkpoints:
         try:
-            remove_folder(path)
+            remove_folder(each.path)
         except OSError as error:  # noqa: PERF203 (each one on its own)
-            warn(f"The old training state {path} could not be deleted ({error}).")
+            warn(f"The old training state {each.path} could not be deleted ({error}).")

@@ -10,7 +10,7 @@ import shutil
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -27,6 +27,7 @@ from pytorch_accelerated.checkpoint.files import (
     NotStorableError,
     SummedFile,
     absolute,
+    list_folder,
     make_folder,
     new_token,
     read_errors_explained,
@@ -41,11 +42,9 @@ from pytorch_accelerated.errors import CheckpointError, warn
 MANIFEST_NAME = "manifest.json"
 SAFETENSORS_NAME = "model.safetensors"
 TORCH_NAME = "pytorch_model.bin"
-# What is left by a writer that was killed. Names used to say which process it was.
+# What is left by a writer that was killed.
 LEFTOVER = re.compile(
-    r"(?:(?P<name>.+)\.(?P<kind>tmp|old)|\.trash)-"
-    r"(?:[0-9a-f]{16}|[0-9a-f]{8}-\d+-\d+-[0-9a-f]{8})",
-    re.DOTALL,
+    r"(?:(?P<name>.+)\.(?P<kind>tmp|old)|\.trash)-[0-9a-f]{16}", re.DOTALL
 )
 
 _FORMAT = "pytorch-accelerated checkpoint"
@@ -422,11 +421,10 @@ class Checkpoint:
 
 def _set_aside(path: Path) -> Path:
     """Find the checkpoint of a name whose replacement was interrupted."""
-    if not path.exists() and path.parent.is_dir():
-        for entry in sorted(path.parent.iterdir()):
-            found = LEFTOVER.fullmatch(entry.name)
-            if found and found["kind"] == "old" and found["name"] == path.name:
-                return entry
+    for entry in () if path.exists() else list_folder(path.parent):
+        found = LEFTOVER.fullmatch(entry.name)
+        if found and found["kind"] == "old" and found["name"] == path.name:
+            return entry
     return path
 
 
@@ -435,10 +433,12 @@ def _read_manifest(folder: Path) -> Any:
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"There is no checkpoint folder {folder}.")
     if not os.path.lexists(path):
+        names = sorted(each.parent.name for each in folder.glob(f"*/{MANIFEST_NAME}"))
+        within = f" But it holds some: give one of {', '.join(names)}." if names else ""
         has_weights = any((folder / n).exists() for n in (SAFETENSORS_NAME, TORCH_NAME))
         raise (CheckpointError if has_weights else NoCheckpointError)(
             f"{folder} is not a complete checkpoint: it has no {MANIFEST_NAME}, which "
-            "is written last (version 0.1.61 wrote none)."
+            f"is written last (version 0.1.61 wrote none).{within}"
         )
     with read_errors_explained(path):
         if path.is_symlink() or not path.is_file():
@@ -473,10 +473,8 @@ def _damage_of(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
     path = folder / name
     if path.resolve() != path or folder not in path.parents:
         return "is a link or leads out of the checkpoint"
-    if not path.exists():
-        return "is missing"
     if not path.is_file():
-        return "is no plain file"
+        return "is no plain file" if path.exists() else "is missing"
     size = path.stat().st_size
     if size != entry["size"]:
         return f"has {size:,} bytes instead of {entry['size']:,}"
@@ -613,50 +611,30 @@ def _read_safetensors(path: Path) -> OrderedDict[str, Any]:
     return state
 
 
-def fit_to_model(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def fit_to_model(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    source: str | os.PathLike[str] = "The state dict",
+) -> Mapping[str, Any]:
     """Return a state dict with the names that the model uses for its weights.
 
     ``DistributedDataParallel`` puts ``module.`` before each name, ``torch.compile``
     puts ``_orig_mod.`` in them; they are removed or added as the model needs. Names of
-    tied weights that the file leaves out are added where the model ties them. What
-    does not fit is left as it is, for :func:`explain_mismatch` to name.
-    """
-    expected = model.state_dict().keys()
-    if state_dict.keys() == expected:
-        return state_dict
-    names = {_plain(name): name for name in expected}
-    fitted = OrderedDict((names.get(_plain(k), k), v) for k, v in state_dict.items())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    tied = {id(parameters[k]): v for k, v in fitted.items() if k in parameters}
-    for name, parameter in parameters.items():
-        if id(parameter) in tied:
-            fitted.setdefault(name, tied[id(parameter)])
-    versions = compat.versions_in(state_dict)
-    if versions is not None:
-        modules = {_plain(f"{name}."): name for name, _ in model.named_modules()}
-        renamed = ((modules.get(_plain(f"{k}."), k), v) for k, v in versions.items())
-        compat.set_versions(fitted, OrderedDict(renamed))
-    return fitted if fitted.keys() == expected else state_dict
+    tied weights that the file leaves out are added where the model ties them.
 
+    Args:
+        model: The model that is to load it.
+        state_dict: What a model's ``state_dict()`` returned.
+        source: What it is called in an error message.
 
-def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a state dict with the names that its weights have in plain modules."""
-    plain = OrderedDict((_INNER.sub("", k), v) for k, v in state_dict.items())
-    return state_dict if plain.keys() == state_dict.keys() else plain
-
-
-def _plain(name: str) -> str:
-    return _WRAPPERS.sub("", name)
-
-
-def explain_mismatch(model: nn.Module, state_dict: Mapping[str, Any]) -> str | None:
-    """Say why a state dict does not fit a model; None if it fits.
-
-    Names the first few weights that are missing, unexpected, or of another shape.
-    Names are compared as :func:`fit_to_model` would change them.
+    Raises:
+        CheckpointError: If it does not fit the model. The first few weights that are
+            missing, unexpected or of another shape are named.
     """
     expected = model.state_dict()
-    given = fit_to_model(model, state_dict)
+    given = state_dict
+    if given.keys() != expected.keys():
+        given = _renamed(model, state_dict, expected)
     other_shapes = [
         f"{name} is {tuple(given[name].shape)} in the checkpoint and "
         f"{tuple(tensor.shape)} in the model"
@@ -671,7 +649,38 @@ def explain_mismatch(model: nn.Module, state_dict: Mapping[str, Any]) -> str | N
         "not in the model": [name for name in given if name not in expected],
         "of another shape": other_shapes,
     }
-    return "; ".join(_first_few(*each) for each in reasons.items() if each[1]) or None
+    if any(reasons.values()):
+        mismatch = "; ".join(_first_few(*each) for each in reasons.items() if each[1])
+        raise CheckpointError(f"{source} does not fit the model: {mismatch}")
+    return given
+
+
+def _renamed(
+    model: nn.Module, state_dict: Mapping[str, Any], expected: Iterable[str]
+) -> Mapping[str, Any]:
+    names = {_plain(name): name for name in expected}
+    renamed = OrderedDict((names.get(_plain(k), k), v) for k, v in state_dict.items())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = {id(parameters[k]): v for k, v in renamed.items() if k in parameters}
+    for name, parameter in parameters.items():
+        if id(parameter) in tied:
+            renamed.setdefault(name, tied[id(parameter)])
+    versions = compat.versions_in(state_dict)
+    if versions is not None:
+        modules = {_plain(f"{name}."): name for name, _ in model.named_modules()}
+        by_name = ((modules.get(_plain(f"{k}."), k), v) for k, v in versions.items())
+        compat.set_versions(renamed, OrderedDict(by_name))
+    return renamed
+
+
+def without_wrappers(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a state dict with the names that its weights have in plain modules."""
+    plain = OrderedDict((_INNER.sub("", k), v) for k, v in state_dict.items())
+    return state_dict if plain.keys() == state_dict.keys() else plain
+
+
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", name)
 
 
 def _first_few(what: str, items: list[str], limit: int = 3) -> str:
