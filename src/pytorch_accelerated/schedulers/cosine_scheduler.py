@@ -16,6 +16,7 @@ from pytorch_accelerated.schedulers.scheduler_base import (
     StatefulSchedulerBase,
     check_range,
     count_updates,
+    warn_if_longer,
 )
 
 
@@ -56,6 +57,10 @@ class CosineLrScheduler(StatefulSchedulerBase):
         TrainingWarning: Warm-up and cooldown are longer than the schedule, or the
             lowest learning rate or the start of the warm-up is above that of a group.
     """
+
+    # The learning rates at the start are those of the optimizer that the scheduler is
+    # created for.
+    _not_saved = ("optimizer", "base_lr_values", "param_group_field")
 
     def __init__(
         self,
@@ -126,16 +131,6 @@ class CosineLrScheduler(StatefulSchedulerBase):
             self._calculate_lr(base_lr, num_updates) for base_lr in self.base_lr_values
         ]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that is needed to continue.
-
-        The learning rates at the start are not part of it: they are those of the
-        optimizer that the scheduler was created for.
-        """
-        state = super().state_dict()
-        del state["base_lr_values"], state["param_group_field"]
-        return state
-
     def _calculate_lr(self, base_lr: float, num_updates: int) -> float:
         if num_updates < self.warmup_iterations:
             start = self._start_of_warmup(base_lr)
@@ -171,13 +166,11 @@ class CosineLrScheduler(StatefulSchedulerBase):
         check_range("num_cooldown_epochs", self.num_cooldown_iterations, 0)
 
     def _warn_of_what_is_hardly_meant(self) -> None:
-        taken = self.warmup_iterations + self.num_cooldown_iterations
-        if taken > self.total_iterations:
-            warn(
-                f"Warm-up and cooldown take {taken:g} updates, but the schedule has "
-                f"{self.total_iterations:g}, so it does not get to anneal. Lower "
-                "num_warmup_epochs or num_cooldown_epochs, or train for longer."
-            )
+        warn_if_longer(
+            self.warmup_iterations + self.num_cooldown_iterations,
+            self.total_iterations,
+            "num_warmup_epochs or num_cooldown_epochs",
+        )
         self._warn_if_above_lr(
             "lowest learning rate", self._lowest, "lr_min or min_lr_ratio"
         )

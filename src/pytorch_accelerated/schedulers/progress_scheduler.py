@@ -9,21 +9,17 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch.optim import Optimizer
 
-from pytorch_accelerated.errors import warn
-from pytorch_accelerated.placeholders import TrainerPlaceholderValues
+from pytorch_accelerated.placeholders import TrainerPlaceholderValues as Run
 from pytorch_accelerated.schedulers.scheduler_base import (
     InvalidScheduleError,
     StatefulSchedulerBase,
     check_range,
     count_updates,
+    warn_if_longer,
 )
 
 NamedShape: TypeAlias = Literal["constant", "linear", "polynomial", "inverse_sqrt"]
-
-_UPDATES_OF_THE_RUN = (
-    TrainerPlaceholderValues.NUM_EPOCHS
-    * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
-)
+Shape: TypeAlias = NamedShape | Callable[[float], float]
 
 
 class ProgressLrScheduler(StatefulSchedulerBase):
@@ -66,10 +62,14 @@ class ProgressLrScheduler(StatefulSchedulerBase):
         TrainingWarning: Warm-up and cooldown are longer than the schedule.
     """
 
+    # A function cannot be stored, and the learning rates at the start are those of the
+    # optimizer that the scheduler is created for.
+    _not_saved = ("optimizer", "base_lr_values", "param_group_field", "shape")
+
     def __init__(
         self,
         optimizer: Optimizer,
-        shape: NamedShape | Callable[[float], float],
+        shape: Shape,
         total_updates: int,
         *,
         warmup: float = 0,
@@ -80,23 +80,30 @@ class ProgressLrScheduler(StatefulSchedulerBase):
     ) -> None:
         super().__init__(optimizer)
         check_range("total_updates", total_updates, 1)
-        for name, value in (("warmup", warmup), ("cooldown", cooldown), ("end", end)):
-            check_range(name, value, 0)
-        self.shape: NamedShape | Callable[[float], float] = shape
+        check_range("end", end, 0)
+        self.shape: Shape = shape
         self.total_updates = total_updates
-        self.warmup: float = _updates(warmup, total_updates)
-        self.cooldown: float = _updates(cooldown, total_updates)
+        self.warmup: float = _updates("warmup", warmup, total_updates)
+        self.cooldown: float = _updates("cooldown", cooldown, total_updates)
         self.end = end
         self.warmup_start = warmup_start
         self.power = power
-        self._check_shape()
+        names = get_args(NamedShape)
+        if not callable(shape) and shape not in names:
+            raise InvalidScheduleError(
+                f"There is no shape {shape!r}. Take one of {', '.join(names)}, or a "
+                "function of the progress from 0 to 1."
+            )
+        if shape == "inverse_sqrt" and self.warmup == 0:
+            raise InvalidScheduleError("inverse_sqrt needs a warmup above 0 updates.")
+        warn_if_longer(self.warmup + self.cooldown, total_updates, "warmup or cooldown")
         self.step_update(0)
 
     @classmethod
     def create_scheduler_fn(
         cls,
-        shape: NamedShape | Callable[[float], float],
-        total_updates: Any = _UPDATES_OF_THE_RUN,
+        shape: Shape,
+        total_updates: Any = Run.NUM_EPOCHS * Run.NUM_UPDATE_STEPS_PER_EPOCH,
         **kwargs: Any,
     ) -> partial[ProgressLrScheduler]:
         """Return what `Trainer.train` takes as ``create_scheduler_fn``.
@@ -111,21 +118,11 @@ class ProgressLrScheduler(StatefulSchedulerBase):
         factor = self._factor(num_updates)
         return [factor * base_lr for base_lr in self.base_lr_values]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that is needed to continue, but the shape.
-
-        A function cannot be stored, and the learning rates at the start are those of
-        the optimizer that the scheduler was created for.
-        """
-        state = super().state_dict()
-        del state["base_lr_values"], state["param_group_field"], state["shape"]
-        return state
-
     def _factor(self, num_updates: int) -> float:
-        start_of_cooldown = self.total_updates - self.cooldown
         if num_updates < self.warmup:
             done = num_updates / self.warmup
             return self.warmup_start + done * (1 - self.warmup_start)
+        start_of_cooldown = self.total_updates - self.cooldown
         if num_updates < start_of_cooldown:
             length = start_of_cooldown - self.warmup
             return self._shape_at((num_updates - self.warmup) / length)
@@ -146,23 +143,8 @@ class ProgressLrScheduler(StatefulSchedulerBase):
         power = 1.0 if self.shape == "linear" else self.power
         return self.end + (1 - self.end) * math.pow(1 - progress, power)
 
-    def _check_shape(self) -> None:
-        names, taken = get_args(NamedShape), self.warmup + self.cooldown
-        if not callable(self.shape) and self.shape not in names:
-            raise InvalidScheduleError(
-                f"There is no shape {self.shape!r}. Take one of {', '.join(names)}, or "
-                "a function of the progress from 0 to 1."
-            )
-        if self.shape == "inverse_sqrt" and self.warmup == 0:
-            raise InvalidScheduleError("inverse_sqrt needs a warmup above 0 updates.")
-        if taken > self.total_updates:
-            warn(
-                f"Warm-up and cooldown take {taken:g} updates, but the schedule has "
-                f"{self.total_updates}, so its shape is never seen. Lower warmup or "
-                "cooldown, or train for longer."
-            )
 
-
-def _updates(number: float, total_updates: int) -> float:
+def _updates(name: str, number: float, total_updates: int) -> float:
     """Return a number of updates, which below 1 is a fraction of them all."""
+    check_range(name, number, 0)
     return count_updates(number, total_updates) if number < 1 else number

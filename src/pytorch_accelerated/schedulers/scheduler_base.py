@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from pytorch_accelerated.errors import warn
+
 
 class InvalidScheduleError(ValueError, AssertionError):
     """An argument of a scheduler is out of its range.
@@ -36,6 +38,9 @@ class SchedulerBase(ABC):
     Raises:
         KeyError: A parameter group has no such field.
     """
+
+    # Attributes that the state leaves out.
+    _not_saved: tuple[str, ...] = ("optimizer",)
 
     def __init__(self, optimizer: Optimizer, param_group_field: str = "lr") -> None:
         self.optimizer = optimizer
@@ -74,9 +79,8 @@ class SchedulerBase(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is needed to continue: all but the optimizer."""
-        return {
-            name: value for name, value in vars(self).items() if name != "optimizer"
-        }
+        kept = vars(self).keys() - {*self._not_saved}
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state returned by `state_dict`.
@@ -175,6 +179,16 @@ def count_updates(num_epochs: float, num_update_steps_per_epoch: int) -> float:
     num_updates = num_epochs * num_update_steps_per_epoch
     nearest = round(num_updates)
     return nearest if math.isclose(num_updates, nearest) else num_updates
+
+
+def warn_if_longer(taken: float, total_updates: float, arguments: str) -> None:
+    """Warn of a warm-up and a cooldown that leave no update between them."""
+    if taken > total_updates:
+        warn(
+            f"Warm-up and cooldown take {taken:g} updates, but the schedule has "
+            f"{total_updates:g}, so there is nothing between them. Lower {arguments}, "
+            "or train for longer."
+        )
 
 
 def start_schedule(scheduler: Any) -> None:
