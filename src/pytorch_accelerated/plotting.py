@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from pytorch_accelerated.tracking import MetricRecord
@@ -36,13 +38,9 @@ def draw(
         ImportError: If matplotlib is not installed.
         ValueError: If there is nothing to draw, or nothing of a given name.
     """
-    try:
+    with _matplotlib_needed():
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError(
-            "Plots are drawn with matplotlib: pip install 'pytorch-accelerated[plot]'."
-        ) from error
 
     class Shown(Figure):
         """A figure that a notebook shows, without any global state of pyplot's."""
@@ -76,6 +74,28 @@ def draw(
             )
         axes.legend(fontsize="small")
     return figure
+
+
+def new_axes() -> Axes:
+    """Return empty axes, in a figure of pyplot's.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    with _matplotlib_needed():
+        from matplotlib import pyplot
+    return pyplot.subplots()[1]
+
+
+@contextmanager
+def _matplotlib_needed() -> Iterator[None]:
+    """Let an import that fails say what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            "Plots are drawn with matplotlib: pip install 'pytorch-accelerated[plot]'."
+        ) from error
 
 
 def _panels_of(

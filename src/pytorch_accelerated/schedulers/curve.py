@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pytorch_accelerated import plotting
 from pytorch_accelerated.placeholders import replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import (
     SchedulerBase,
@@ -113,8 +113,7 @@ def plot_schedule(
         ImportError: matplotlib is not installed.
     """
     if ax is None:
-        # Not a package that has to be there for the rest.
-        ax = importlib.import_module("matplotlib.pyplot").subplots()[1]
+        ax = plotting.new_axes()
     num_groups = 1 if optimizer is None else len(optimizer.param_groups)
     for param_group in range(num_groups):
         curve = schedule_curve(
