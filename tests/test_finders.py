@@ -1,6 +1,6 @@
-import importlib
 import math
 import re
+import sys
 from itertools import count, pairwise
 
 import pytest
@@ -46,10 +46,10 @@ def test_the_suggestion_is_where_the_smoothed_loss_falls_most_steeply(
     curve = create_trainer().find_learning_rate(samples(8), 1e-4, 100.0, 60)
 
     # From r to r' = r (1 + h) the logarithm of the weight falls by about 2 r.
-    smoothed = curve.smoothed_losses
+    # Its neighbours on either side are about two updates away.
     index = curve.learning_rates.index(curve.suggestion)
-    falls = [a - b for a, b in pairwise(smoothed)]
-    assert falls.index(max(falls)) in (index - 1, index)
+    falls = [a - b for a, b in pairwise(curve.losses)]
+    assert abs(falls.index(max(falls)) - index) <= 2
     # Until 1 every update brings the weight nearer to 0.
     assert 0.01 < curve.suggestion < 1
     assert max(curve.learning_rates) < 100
@@ -69,10 +69,12 @@ class Unheard(TrainerCallback):
 def test_a_loss_that_diverges_ends_the_search_quietly(create_trainer, samples, capsys):
     trainer = create_trainer((*DEFAULT_CALLBACKS, LogMetricsCallback))
     trainer.callback_handler.add_callback(Unheard())
+    made = []
+    trainer.optimizer_step = lambda: made.append(trainer.optimizer.step())
 
     curve = trainer.find_learning_rate(samples(8), 1e-3, 1e20, 50)
 
-    assert len(curve.losses) < 50
+    assert len(curve.losses) < len(made) < 50
     assert capsys.readouterr() == ("", "")
     assert not trainer.run_history.get_metric_names()
 
@@ -224,14 +226,11 @@ def find_batch_size(model, dataset, *args, **kwargs):
     [
         (37, {}, 32),
         (37, {"margin": 0.25}, 24),
-        (37, {"refine": True}, 36),
-        (63, {"refine": True}, 56),
         (3, {}, 2),
         (1, {}, 1),
         (37, {"max_batch_size": 20}, 20),
         (37, {"max_batch_size": 3}, 3),
         (1000, {}, 100),  # all samples that there are
-        (90, {"refine": True}, 82),
         (37, {"per_device_batch_size": 9}, 36),
         (37, {"train_dataloader_kwargs": {"batch_size": 5}}, 32),
     ],
@@ -305,9 +304,6 @@ def test_the_curve_draws_itself(monkeypatch):
     assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 3.0]
     assert axes.lines[-1].get_label() == "suggestion: 0.1"
 
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pytorch-accelerated\[plot\]"):
         curve.plot()

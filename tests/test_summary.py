@@ -198,5 +198,7 @@ def test_an_error_leaves_no_hook_and_no_counter_behind():
     assert not _get_current_dispatch_mode_stack()
     assert not global_hooks._global_forward_hooks
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="read again, got a tuple_iterator"):
+        create(model).summary(iter((batch_of(4),)))
     with pytest.raises(ValueError, match=r"depth must be .* at least 0, got -1"):
         create(model).summary(batch_of(4), depth=-1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from pytorch_accelerated import checks, data, distributed
+from pytorch_accelerated import checks, data, distributed, plotting
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.errors import StopTrainingError
 from pytorch_accelerated.means import LossTracker
-from pytorch_accelerated.rehearsal import Rehearsal
+from pytorch_accelerated.rehearsal import rehearsal
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -66,11 +65,6 @@ class LearningRateCurve:
     suggestion: float | None = None
     reason: str = ""
 
-    @property
-    def smoothed_losses(self) -> tuple[float, ...]:
-        """The losses, averaged over their neighbours by a Gaussian."""
-        return tuple(_smooth(self.losses).tolist())
-
     def __repr__(self) -> str:
         outcome = self.reason or f"suggestion={self.suggestion:.3g}"
         return f"LearningRateCurve({len(self.losses)} updates, {outcome})"
@@ -88,8 +82,8 @@ class LearningRateCurve:
             ImportError: If matplotlib is not installed.
         """
         if ax is None:
-            ax = _pyplot().subplots()[1]
-        smoothed = self.smoothed_losses
+            ax = plotting.new_axes()
+        smoothed = _smooth(self.losses)
         ax.plot(self.learning_rates, self.losses, alpha=0.4, label="loss of an update")
         ax.plot(self.learning_rates, smoothed, label="smoothed")
         if self.suggestion is not None:
@@ -119,29 +113,18 @@ def find_learning_rate(
             f"min_lr={min_lr!r} and max_lr={max_lr!r}."
         )
     _check_arguments(method, arguments)
-    if isinstance(dataset, Iterator):
-        raise ValueError(
-            f"{method} needs data that can be read again, got a "
-            f"{type(dataset).__name__}, which a look uses up. Pass a dataset or a "
-            "DataLoader."
-        )
-    checks.check_optimizer(trainer.model, trainer.optimizer)
-    groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
+    groups = getattr(trainer.optimizer, "param_groups", ())
     if any(group.get("lr") is None for group in groups):
         raise ValueError(
             f"{method} sets the learning rate 'lr' of the optimizer's parameter groups,"
             f" but {type(trainer.optimizer).__name__} has one without."
         )
-    test = _RangeTest(np.geomspace(min_lr, max_lr, num_updates).tolist())
-    with Rehearsal(trainer, method, dataset, test):
-        trainer.train(
-            dataset,
-            num_epochs=num_updates,
-            max_num_train_steps=num_updates,
-            **arguments,
-        )
-        test.read()
-    return test.curve()
+    rates = np.geomspace(min_lr, max_lr, num_updates).tolist()
+    test = _RangeTest(rates)
+    with rehearsal(trainer, method, dataset, test):
+        trainer.train(dataset, max_num_train_steps=num_updates, **arguments)
+        losses = test.losses()
+    return _curve_of(rates, losses)
 
 
 def find_batch_size(
@@ -149,7 +132,6 @@ def find_batch_size(
     dataset: Any,
     max_batch_size: int | None,
     margin: float,
-    refine: bool,
     arguments: TrainArguments,
 ) -> int:
     """Do what the trainer's method of this name says."""
@@ -174,14 +156,17 @@ def find_batch_size(
     # The second batch of an update finds the gradients of the first, the second update
     # the state of the optimizer; more would need no more memory.
     steps = min(arguments.get("gradient_accumulation_steps", 1), 2)
-    trial: TrainArguments = {**arguments, "gradient_accumulation_steps": steps}
-    trial["train_dataloader_kwargs"] = loader_kwargs
 
     def largest_up_to(size: int) -> int:
-        trial["per_device_batch_size"] = size
+        trial: TrainArguments = {
+            **arguments,
+            "per_device_batch_size": size,
+            "gradient_accumulation_steps": steps,
+            "train_dataloader_kwargs": loader_kwargs,
+        }
         trainer.train(
             dataset,
-            num_epochs=2 * steps,
+            num_epochs=2,
             max_num_train_steps=2,
             halve_batch_if_out_of_memory=True,
             **trial,
@@ -190,16 +175,12 @@ def find_batch_size(
 
     most = max(1, len(dataset) // trainer._accelerator.num_processes)
     most = min(most, most if max_batch_size is None else max_batch_size)
-    with Rehearsal(trainer, method, dataset):
-        tried = min(trial.get("per_device_batch_size", 8), most)
+    with rehearsal(trainer, method, dataset):
+        tried = min(arguments.get("per_device_batch_size", 8), most)
         found = largest_up_to(tried)
         while found == tried < most:
             tried = min(2 * tried, most)
             found = max(found, largest_up_to(tried))
-        while refine and tried - found >= max(4, found // 4):
-            middle = (found + tried) // 4 * 2
-            fits = largest_up_to(middle) == middle
-            found, tried = (middle, tried) if fits else (found, middle)
     return max(1, int(found * (1 - margin)))
 
 
@@ -213,15 +194,6 @@ def _check_arguments(method: str, arguments: TrainArguments) -> None:
         )
 
 
-def _pyplot() -> Any:
-    try:
-        return importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
-        raise ImportError(
-            "plot() needs matplotlib: pip install 'pytorch-accelerated[plot]'"
-        ) from error
-
-
 class _RangeTest(TrainerCallback):
     """Sets the learning rate of each update, and keeps its loss.
 
@@ -231,16 +203,15 @@ class _RangeTest(TrainerCallback):
 
     def __init__(self, rates: list[float]) -> None:
         self._rates = rates
-        self._losses: list[float] = []
-        self._window = LossTracker()
-        self._unread: list[LossTracker] = []
+        self._updates: list[LossTracker] = []
+        self._next = LossTracker()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Note how the learning rates of the groups relate to each other."""
         groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
         rates = [float(group["lr"]) for group in groups]
         self._shares = [rate / max(rates) if max(rates) else 1.0 for rate in rates]
-        self._set_rate(trainer)
+        self._set_rate(trainer, self._rates[0])
 
     def on_train_step_end(
         self,
@@ -256,40 +227,29 @@ class _RangeTest(TrainerCallback):
         Raises:
             StopTrainingError: If the loss has diverged, or no update is applied.
         """
-        run = trainer._run
-        self._window.update(batch_output["loss"], run.items_of(batch_output, step)[0])
+        run, num_due = trainer._run, len(self._rates)
+        self._next.update(batch_output["loss"], run.items_of(batch_output, step)[0])
         num_updates = run.progress.num_updates
-        if num_updates > len(self._losses) + len(self._unread):
-            self._unread.append(self._window)
-            self._window = LossTracker()
-            if len(self._unread) == _UPDATES_BETWEEN_READS:
-                self.read()
-            if num_updates < len(self._rates):
-                self._set_rate(trainer)
+        if num_updates > len(self._updates):
+            self._updates.append(self._next)
+            self._next = LossTracker()
+            if num_updates < num_due:
+                self._set_rate(trainer, self._rates[num_updates])
+            if num_updates % max(_UPDATES_BETWEEN_READS, num_due // 10) == 0:
+                losses = self.losses()
+                if _num_before_divergence(losses) < len(losses):
+                    raise StopTrainingError
         # A scaled update of which the gradients overflow is not applied.
-        most = 2 * len(self._rates) * run.accumulation.num_steps
-        has_diverged = _num_before_divergence(self._losses) < len(self._losses)
-        if run.progress.num_steps > most or has_diverged:
+        if run.progress.num_steps > 2 * num_due * run.accumulation.num_steps:
             raise StopTrainingError
 
-    def read(self) -> None:
-        """Read the losses from the device. Collective."""
-        totals = {str(n): each.totals() for n, each in enumerate(self._unread)}
+    def losses(self) -> list[float]:
+        """Read the losses of the updates from the device. Collective."""
+        totals = {str(n): each.totals() for n, each in enumerate(self._updates)}
         summed = distributed.sum_over_processes(totals).values()
-        self._losses += [
-            total / count if count else math.nan for total, count in summed
-        ]
-        self._unread = []
+        return [total / count if count else math.nan for total, count in summed]
 
-    def curve(self) -> LearningRateCurve:
-        """Return the losses before they diverged."""
-        end = _num_before_divergence(self._losses)
-        losses = self._losses[:end]
-        found = _suggest(self._rates, losses)
-        return LearningRateCurve(tuple(self._rates[:end]), tuple(losses), *found)
-
-    def _set_rate(self, trainer: Trainer) -> None:
-        rate = self._rates[len(self._losses) + len(self._unread)]
+    def _set_rate(self, trainer: Trainer, rate: float) -> None:
         groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
         for group, share in zip(groups, self._shares, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -298,58 +258,55 @@ class _RangeTest(TrainerCallback):
                 group["lr"] = rate * share
 
 
-def _width(losses: Any) -> float:
+def _width(losses: Sequence[float]) -> float:
     """Return the standard deviation of the Gaussian that losses are smoothed with."""
     return max(1.0, len(losses) / 30)
 
 
-def _smooth(losses: Any) -> npt.NDArray[np.float64]:
-    if not len(losses):
-        return np.zeros(0)
-    width = _width(losses)
-    positions = np.arange(-math.ceil(3 * width), math.ceil(3 * width) + 1)
-    kernel = np.exp(-0.5 * (positions / width) ** 2)
-    half = len(positions) // 2
-
-    def convolve(values: Any) -> Any:
-        return np.convolve(values, kernel)[half : half + len(losses)]
-
-    smoothed: npt.NDArray[np.float64] = convolve(losses) / convolve(
-        np.ones(len(losses))
-    )
+def _smooth(losses: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Return losses averaged over their neighbours by a Gaussian."""
+    places = np.arange(len(losses))
+    distances = (places[:, None] - places) / _width(losses)
+    weights = np.exp(-0.5 * distances**2)
+    smoothed: npt.NDArray[np.float64] = weights @ losses / weights.sum(axis=1)
     return smoothed
 
 
 def _num_before_divergence(losses: list[float]) -> int:
     """Return how many losses come before one that is not finite, or far too high."""
-    finite = list(map(math.isfinite, losses))
-    end = finite.index(False) if False in finite else len(losses)
-    if end <= _UPDATES_BETWEEN_READS:
-        return end
+    finite = np.isfinite(losses)
+    end = len(losses) if finite.all() else int(finite.argmin())
+    if end == 0:
+        return 0
     smoothed = _smooth(losses[:end])
     best = smoothed.min()
-    limit = best + 3 * max(abs(best), abs(smoothed[0]))
-    too_high = np.flatnonzero(smoothed > limit)
-    return int(too_high[0]) if len(too_high) else end
+    is_too_high = smoothed > best + 3 * max(abs(best), abs(smoothed[0]))
+    return int(is_too_high.argmax()) if is_too_high.any() else end
 
 
-def _suggest(rates: list[float], losses: list[float]) -> tuple[float | None, str]:
-    """Return a learning rate, or why there is none.
+def _curve_of(rates: list[float], losses: list[float]) -> LearningRateCurve:
+    """Return the curve up to where it diverged, with what it suggests.
 
     Args:
-        rates: Those of all updates.
-        losses: Those before the loss diverged.
+        rates: Those of all updates that were to be tried.
+        losses: Those of the updates that were made.
     """
+    losses = losses[: _num_before_divergence(losses)]
+    tried = rates[: len(losses)]
+
+    def without_suggestion(reason: str) -> LearningRateCurve:
+        return LearningRateCurve(tuple(tried), tuple(losses), reason=reason)
+
     if len(losses) < _FEWEST_UPDATES:
-        return None, f"only {len(losses)} updates had a finite loss: lower min_lr"
+        return without_suggestion(
+            f"the loss diverged after {len(losses)} updates: lower min_lr"
+        )
     smoothed = _smooth(losses)
-    lowest = int(smoothed.argmin())
-    until = slice(0, lowest + 1)
+    until = slice(0, int(smoothed.argmin()) + 1)
     noise = float(np.std(losses[until] - smoothed[until]))
-    if smoothed[0] - smoothed[lowest] <= 2 * noise:
-        return None, "the loss did not fall, beyond its noise"
-    slopes = np.gradient(smoothed, np.log(rates[: len(losses)]))[until]
-    steepest = int(slopes.argmin())
-    if len(losses) == len(rates) and steepest >= len(losses) - 1 - 2 * _width(losses):
-        return None, "the loss fell fastest at the end: raise max_lr"
-    return rates[steepest], ""
+    if smoothed[0] - smoothed.min() <= 2 * noise:
+        return without_suggestion("the loss did not fall, beyond its noise")
+    steepest = int(np.gradient(smoothed, np.log(tried))[until].argmin())
+    if steepest >= len(rates) - 1 - 2 * _width(rates):
+        return without_suggestion("the loss fell fastest at the end: raise max_lr")
+    return LearningRateCurve(tuple(tried), tuple(losses), rates[steepest])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from pytorch_accelerated import checkpoint, checks
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 _PLAIN_CONTAINERS = (dict, OrderedDict, defaultdict, list)
 
 
-class Rehearsal:
-    """Lets a trainer train for a block, and undoes it: all is as before, bit for bit.
+@contextmanager
+def rehearsal(
+    trainer: Trainer, method: str, data: Any, *listeners: TrainerCallback
+) -> Iterator[None]:
+    """Let a trainer train for a block, and undo it: all is as before, bit for bit.
 
     Undone is what the trainer, its model, its optimizer and other modules among its
     attributes hold: tensors, numbers, lists, dictionaries and random generators; the
@@ -45,59 +49,65 @@ class Rehearsal:
         data: The dataset or loader of the block.
         *listeners: The callbacks that take part.
     """
-
-    def __init__(
-        self, trainer: Trainer, method: str, data: Any, *listeners: TrainerCallback
-    ) -> None:
-        self._trainer = trainer
-        self._method = method
-        self._data = data
-        self._listeners = listeners
-        self._undo: list[Callable[[], object]] = []
-        # Kept alive, so that no other object gets their ids.
-        self._seen: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        """Copy everything, and let nobody listen."""
-        trainer = self._trainer
-        self._check_can_be_undone()
-        checks.warn_of_misspelt_names(trainer)  # while its callbacks are there
-        torch.empty(0, device=trainer.device)  # an unused one would have no states
-        self._random_states = checkpoint.get_random_states()
-        try:
-            self._begin()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def _begin(self) -> None:
-        trainer, handler = self._trainer, self._trainer.callback_handler
-        self._copy_data(self._data)
-        self._undo.append(partial(_refill, vars(trainer), dict(vars(trainer))))
+    _check_can_be_undone(trainer, method, data)
+    checks.warn_of_misspelt_names(trainer)  # while its callbacks are there
+    torch.empty(0, device=trainer.device)  # an unused one would have no states
+    with ExitStack() as undo:
+        undo.callback(checkpoint.set_random_states, checkpoint.get_random_states())
+        undo.callback(_refill, vars(trainer), dict(vars(trainer)))
+        handler = trainer.callback_handler
         movers = [c for c in handler if isinstance(c, MoveModulesToDeviceCallback)]
-        trainer.callback_handler = CallbackHandler([*movers, *self._listeners])
+        trainer.callback_handler = CallbackHandler([*movers, *listeners])
         trainer.run_history = InMemoryRunHistory()
         vars(trainer)["print"] = lambda *args, **kwargs: None
         if not trainer._engine.computes_alone:
-            self._shard_weights()
-        self._copy(vars(trainer))
-        if trainer._accelerator.scaler is not None:
-            self._copy(vars(trainer._accelerator.scaler))
+            _shard_weights(trainer)
+        before = _Before(undo)
+        before.note_data(data)
+        before.note(vars(trainer))
+        before.note(trainer._accelerator.scaler)
+        yield
 
-    def __exit__(self, *error: object) -> None:
-        """Put everything back."""
-        for undo in reversed(self._undo):
-            undo()
-        checkpoint.set_random_states(self._random_states)
 
-    def _shard_weights(self) -> None:
-        """Let FSDP replace the weights by parts of them, as any run does for good."""
-        checks.check_optimizer(self._trainer.model, self._trainer.optimizer)
-        run = Run(is_training=True)
-        with UnderWay(self._trainer, run):
-            run.prepare_model_and_optimizer(self._trainer)
+def _check_can_be_undone(trainer: Trainer, method: str, data: Any) -> None:
+    if trainer._run.is_under_way:
+        raise RuntimeError(
+            f"{method} was called amid a run, by a callback or a method of the trainer."
+            " Call it before the run."
+        )
+    if trainer._engine.owns_gradients:
+        raise ValueError(
+            f"{method} cannot be used with DeepSpeed, whose state cannot be put back. "
+            "Use it without, for example with a smaller model."
+        )
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"{method} needs data that can be read again, got a {type(data).__name__}, "
+            "which a look uses up. Pass a dataset or a DataLoader."
+        )
 
-    def _copy(self, value: Any) -> None:
+
+def _shard_weights(trainer: Trainer) -> None:
+    """Let FSDP replace the weights by parts of them, as any run does for good."""
+    checks.check_optimizer(trainer.model, trainer.optimizer)
+    run = Run(is_training=True)
+    with UnderWay(trainer, run):
+        run.prepare_model_and_optimizer(trainer)
+
+
+class _Before:
+    """Copies values, so that they can go back to where they were.
+
+    Args:
+        undo: What is called to put them back.
+    """
+
+    def __init__(self, undo: ExitStack) -> None:
+        self._undo = undo.callback
+        # Kept alive, so that no other object gets their ids.
+        self._seen: dict[int, Any] = {}
+
+    def note(self, value: Any) -> None:
         """Copy a value and all that is in it.
 
         What has no values of its own here (functions, callbacks, datasets) stays.
@@ -106,63 +116,51 @@ class Rehearsal:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
-            self._undo.append(_undo_of_tensor(value))
-            self._copy(value.grad if value.is_leaf else None)
-        elif isinstance(value, nn.Module | Optimizer):
-            self._copy(vars(value))
-        elif type(value) in _PLAIN_CONTAINERS or isinstance(value, tuple):
+            self._note_tensor(value)
+        elif isinstance(value, nn.Module | Optimizer | GradScaler):
+            self.note(vars(value))
+        elif isinstance(value, tuple) or type(value) in _PLAIN_CONTAINERS:
             if not isinstance(value, tuple):
-                self._undo.append(partial(_refill, value, value.copy()))
+                self._undo(_refill, value, value.copy())
             for member in value.values() if isinstance(value, dict) else value:
-                self._copy(member)
+                self.note(member)
         else:
-            self._copy_generator(value)
+            self._note_generator(value)
 
-    def _copy_data(self, data: Any) -> None:
+    def note_data(self, data: Any) -> None:
         """Note the members of a dataset or loader, which is too large to be copied."""
         members = getattr(data, "__dict__", {})
-        self._undo.append(partial(_refill, members, dict(members)))
+        self._undo(_refill, members, dict(members))
         for name, member in members.items():
             if name in ("dataset", "sampler", "batch_sampler"):
-                self._copy_data(member)
-            self._copy_generator(member)
+                self.note_data(member)
+            self._note_generator(member)
 
-    def _copy_generator(self, value: Any) -> None:
+    def _note_generator(self, value: Any) -> None:
         """Copy the state of a random generator; leave everything else."""
         if isinstance(value, torch.Generator | np.random.RandomState):
-            self._undo.append(partial(value.set_state, value.get_state()))  # type: ignore[arg-type]
+            self._undo(value.set_state, value.get_state())  # type: ignore[arg-type]
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator
-            self._undo.append(partial(setattr, bits, "state", bits.state))
+            self._undo(setattr, bits, "state", bits.state)
         elif type(value) is random.Random:
-            self._undo.append(partial(value.setstate, value.getstate()))
+            self._undo(value.setstate, value.getstate())
 
-    def _check_can_be_undone(self) -> None:
-        if self._trainer._run.is_under_way:
-            raise RuntimeError(
-                f"{self._method} was called amid a run, by a callback or a method of "
-                "the trainer. Call it before the run."
-            )
-        if self._trainer._engine.owns_gradients:
-            raise ValueError(
-                f"{self._method} cannot be used with DeepSpeed, whose state cannot be "
-                "put back. Use it without, for example with a smaller model."
-            )
+    def _note_tensor(self, tensor: Tensor) -> None:
+        values = _local(tensor).detach().to("cpu", copy=True)
+        grad = tensor.grad if tensor.is_leaf else None
+        self._undo(_put_back, tensor, values, tensor.requires_grad, grad)
+        self.note(grad)
 
 
-def _undo_of_tensor(tensor: Tensor) -> Callable[[], None]:
-    grad = tensor.grad if tensor.is_leaf else None
-    requires_grad = tensor.requires_grad
-    copy = _local(tensor).detach().to("cpu", copy=True)
-
-    def undo() -> None:
-        with torch.no_grad():
-            _local(tensor).copy_(copy)
-        if tensor.is_leaf:
-            tensor.requires_grad_(requires_grad)
-            tensor.grad = grad
-
-    return undo
+@torch.no_grad()
+def _put_back(
+    tensor: Tensor, values: Tensor, requires_grad: bool, grad: Tensor | None
+) -> None:
+    _local(tensor).copy_(values)
+    if tensor.is_leaf:
+        tensor.requires_grad_(requires_grad)
+        tensor.grad = grad
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pytorch_accelerated import checks, data
 from pytorch_accelerated.callbacks import TrainerCallback
-from pytorch_accelerated.rehearsal import Rehearsal
+from pytorch_accelerated.rehearsal import rehearsal
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -170,9 +170,8 @@ def summarize(
     is_data = is_dataset or data.yields_batches(batch)
     counter = FlopCounterMode(display=False)
     step = _MeasuredStep(counter)
-    rehearsal = Rehearsal(trainer, "summary()", batch if is_data else None, step)
     with (
-        rehearsal,
+        rehearsal(trainer, "summary()", batch if is_data else None, step),
         torch.compiler.set_stance("force_eager"),  # which works from when it is made
         warnings.catch_warnings(),
         counter,

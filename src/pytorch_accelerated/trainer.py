@@ -491,7 +491,6 @@ class Trainer:
         dataset: Any,
         max_batch_size: int | None = None,
         margin: float = 0.0,
-        refine: bool = False,
         **train_arguments: Unpack[finders.TrainArguments],
     ) -> int:
         """Find the largest batch that memory suffices to train on, in powers of two.
@@ -506,8 +505,6 @@ class Trainer:
             max_batch_size: Where the search ends; by default with all samples. Needed
                 on a CPU.
             margin: The share of the result to leave out, for other memory needs.
-            refine: Whether to look between the last two sizes as well, until they
-                differ by less than a quarter.
             **train_arguments: As for :meth:`find_learning_rate`.
 
         Returns:
@@ -517,7 +514,7 @@ class Trainer:
             torch.OutOfMemoryError: If not even one sample fits.
         """
         return finders.find_batch_size(
-            self, dataset, max_batch_size, margin, refine, train_arguments
+            self, dataset, max_batch_size, margin, train_arguments
         )
 
     def summary(
