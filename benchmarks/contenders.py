@@ -8,6 +8,7 @@ that a process imports only what it measures.
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -42,9 +43,11 @@ def _loader(job: Job, dataset: Any = None) -> Any:
     return DataLoader(dataset, job.batch_size, **job.loader_options)
 
 
-def _refuse_background(job: Job) -> None:
+def _refuse_what_is_ours_alone(job: Job) -> None:
     if job.saves_in_background:
         raise NotOfferedError("writes a checkpoint while the loop waits")
+    if job.with_accuracy:
+        raise NotOfferedError("only this library is compared with the loop by hand")
 
 
 # ------------------------------------------------------------------------ loops by hand
@@ -64,10 +67,10 @@ def by_hand(job: Job) -> Any:
 
     if job.in_bf16:
         calculate_loss = torch.autocast(job.device.type, torch.bfloat16)(calculate_loss)
-    loader = _loader(job)
+    loader, metric = _loader(job), _accuracy(job)
     num_updates = 0
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(job.num_epochs):
+        for epoch in range(job.num_epochs):
             model.train()
             for step, (inputs, targets) in enumerate(loader):
                 inputs = inputs.to(job.device, non_blocking=True)
@@ -89,11 +92,28 @@ def by_hand(job: Job) -> Any:
                         }
                         torch.save(state, f"{folder}/step_{num_updates}.pt")
             if job.eval_dataset is not None:
-                _without_training_by_hand(job, model)
+                loss = _without_training_by_hand(job, model, metric)
+                if metric is not None:
+                    record = {
+                        "epoch": epoch,
+                        "loss": loss,
+                        "accuracy": metric.compute().item(),
+                    }
+                    metric.reset()
+                    with open(f"{folder}/history.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
     return None
 
 
-def _without_training_by_hand(job: Job, model: Any) -> Any:
+def _accuracy(job: Job) -> Any:
+    if not job.with_accuracy:
+        return None
+    from torchmetrics.classification import MulticlassAccuracy
+
+    return MulticlassAccuracy(10).to(job.device)
+
+
+def _without_training_by_hand(job: Job, model: Any, metric: Any = None) -> Any:
     """Return the predictions, or else the mean loss."""
     import torch
 
@@ -109,6 +129,8 @@ def _without_training_by_hand(job: Job, model: Any) -> Any:
                 targets = targets.to(job.device, non_blocking=True)
                 total += job.loss_func(outputs, targets).item() * len(inputs)
                 count += len(inputs)
+                if metric is not None:
+                    metric.update(outputs, targets)
     return torch.cat(predictions) if job.task == "predict" else total / count
 
 
@@ -117,7 +139,7 @@ def accelerate(job: Job) -> Any:
     import torch
     from accelerate import Accelerator
 
-    _refuse_background(job)
+    _refuse_what_is_ours_alone(job)
     accelerator = Accelerator(
         gradient_accumulation_steps=job.accumulation,
         mixed_precision="bf16" if job.in_bf16 else "no",
@@ -176,7 +198,7 @@ def fabric(job: Job) -> Any:
     import torch
     from lightning.fabric import Fabric
 
-    _refuse_background(job)
+    _refuse_what_is_ours_alone(job)
     fabric = Fabric(
         accelerator="cpu" if job.device.type == "cpu" else "auto",
         devices=1,
@@ -234,7 +256,10 @@ def fabric(job: Job) -> Any:
 def pytorch_accelerated(job: Job) -> Any:
     """Train with this library."""
     from pytorch_accelerated import Trainer
-    from pytorch_accelerated.callbacks import SaveTrainingStateCallback
+    from pytorch_accelerated.callbacks import (
+        RecordHistoryCallback,
+        SaveTrainingStateCallback,
+    )
     from pytorch_accelerated.trainer import DEFAULT_CALLBACKS
 
     with tempfile.TemporaryDirectory() as folder:
@@ -248,12 +273,17 @@ def pytorch_accelerated(job: Job) -> Any:
                     asynchronous=job.saves_in_background,
                 )
             )
+        options: dict[str, Any] = {}
+        if job.with_accuracy:
+            callbacks.append(RecordHistoryCallback(f"{folder}/history.jsonl"))
+            options["metrics"] = {"accuracy": _accuracy(job)}
         trainer = Trainer(
             job.model,
             job.loss_func,
             job.optimizer,
             callbacks,
             accelerator_kwargs={"mixed_precision": "bf16"} if job.in_bf16 else None,
+            **options,
         )
         if job.task == "evaluate":
             return trainer.evaluate(job.eval_dataset, job.batch_size)["evaluation_loss"]
@@ -360,7 +390,7 @@ def transformers(job: Job) -> Any:
         inputs, labels = default_collate(samples)
         return {"inputs": inputs, "labels": labels}
 
-    _refuse_background(job)
+    _refuse_what_is_ours_alone(job)
     shows, every = job.shows_progress, job.checkpoint_every
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -413,7 +443,7 @@ def ignite(job: Job) -> Any:
     from ignite.handlers import Checkpoint, EpochOutputStore, ProgressBar
     from ignite.metrics import Loss
 
-    _refuse_background(job)
+    _refuse_what_is_ours_alone(job)
     model, optimizer = job.model.to(job.device), job.optimizer
     if job.eval_dataset is not None:
         metrics = {} if job.task == "predict" else {"loss": Loss(job.loss_func)}
@@ -476,7 +506,7 @@ def skorch(job: Job) -> Any:
     from skorch.hf import AccelerateMixin
     from skorch.scoring import loss_scoring
 
-    _refuse_background(job)
+    _refuse_what_is_ours_alone(job)
 
     class Net(NeuralNet):
         def initialize_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -559,7 +589,7 @@ def fastai(job: Job) -> Any:
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
-    _refuse_background(job)
+    _refuse_what_is_ours_alone(job)
 
     class SaveEveryFewUpdates(Callback):
         # Its own callback for checkpoints works once an epoch.

@@ -78,6 +78,7 @@ WORKLOADS = {
     "a": Workload("perceptron, in memory", rounds_of_a_peer=5),
     "b": Workload("perceptron, sample by sample", rounds_of_a_peer=5),
     "c": Workload("with bars, logs, evaluation", rounds=7, rounds_of_a_peer=4),
+    "c2": Workload("the same with accuracy and a file of records", rounds=7),
     "d": Workload("residual network", rounds=7, rounds_of_a_peer=4),
     "e": Workload("GPT, clipping, accumulation", rounds=7, rounds_of_a_peer=4),
     "f": Workload(

@@ -94,6 +94,8 @@ class Job:
         checkpoint_every: Updates from a checkpoint of model and optimizer to the next.
         saves_in_background: Whether training goes on while a checkpoint is written.
         shows_progress: Whether to show the bars and logs that a library has.
+        with_accuracy: Whether evaluations calculate torchmetrics' accuracy too, and
+            what is recorded is written to a file as the run goes.
         task: "train"; or "evaluate": the loss on ``eval_dataset``, and "predict": the
             outputs for it, both of which are returned.
         in_bf16: Whether to train in mixed precision.
@@ -113,6 +115,7 @@ class Job:
     checkpoint_every: int | None = None
     saves_in_background: bool = False
     shows_progress: bool = False
+    with_accuracy: bool = False
     task: str = "train"
     in_bf16: bool = False
     num_workers: int = 0
@@ -158,10 +161,8 @@ def _mlp_job(size: int, *, one_by_one: bool = False, **options: Any) -> Job:
     )
 
 
-def _with_bars(size: int, *, one_by_one: bool = False) -> Job:
-    return _mlp_job(
-        size, one_by_one=one_by_one, with_eval=True, num_epochs=2, shows_progress=True
-    )
+def _with_bars(size: int, **options: Any) -> Job:
+    return _mlp_job(size, with_eval=True, num_epochs=2, shows_progress=True, **options)
 
 
 def _with_checkpoints(size: int, *, in_background: bool = False) -> Job:
@@ -280,6 +281,10 @@ JOBS: dict[str, tuple[Callable[[], Job], Callable[[], Job]]] = {
         lambda: _mlp_job(20, one_by_one=True),
     ),
     "c": (lambda: _with_bars(200), lambda: _with_bars(20)),
+    "c2": (
+        lambda: _with_bars(200, with_accuracy=True),
+        lambda: _with_bars(20, with_accuracy=True),
+    ),
     "d": (lambda: _cnn_job(40), lambda: _cnn_job(4)),
     "e": (lambda: _gpt_job(80), lambda: _gpt_job(8)),
     "f": (
