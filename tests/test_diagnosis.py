@@ -17,7 +17,7 @@ def advice_on(
     arguments = (1,) if method == "train" else ()
     with pytest.raises(raised) as caught:
         getattr(trainer, method)(dataset, *arguments)
-    return "\n".join(caught.value.__notes__)
+    return "\n".join([str(caught.value), *caught.value.__notes__])
 
 
 def targets(values):
@@ -35,6 +35,13 @@ class Ragged(Dataset):
 @pytest.mark.parametrize("method", ["train", "evaluate"])
 def test_samples_that_cannot_be_stacked_found_104(method):
     assert "give a collate_fn" in advice_on(Ragged(), method=method)
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(3, 2), torch.ones(3, 1)])
+def test_tensors_that_were_to_be_paired(inputs):
+    tensors = (inputs, torch.ones(3, 1))
+    said = advice_on(tensors, nn.MSELoss(), raised=(RuntimeError, TypeError))
+    assert "TensorDataset(inputs, targets)" in said
 
 
 @pytest.mark.parametrize("bad", [3, -1])

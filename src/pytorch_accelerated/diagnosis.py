@@ -33,7 +33,8 @@ _HINTS = {
     r"stack expects each tensor to be equal size": (
         "The samples have different shapes, and the default collate_fn can only stack "
         "equal ones. Bring them to one shape in the dataset, or give a collate_fn: for "
-        "sequences, one that pads with torch.nn.utils.rnn.pad_sequence."
+        "sequences, one that pads with torch.nn.utils.rnn.pad_sequence. A tuple of "
+        "tensors has these as samples; TensorDataset(inputs, targets) has their rows."
     ),
     r"Target -?\d+ is out of bounds|device-side assert triggered": (
         "Cross entropy takes classes from 0 to n - 1, where n is the size of dimension "

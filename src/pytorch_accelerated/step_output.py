@@ -64,7 +64,8 @@ def inputs_and_targets_of(batch: Any, loss_func: Any) -> tuple[Any, Any]:
         "The default step takes batches of (inputs, targets), where targets is a "
         f"tensor; got {describe_batch(batch)}. Override calculate_train_batch_loss and "
         "calculate_eval_batch_loss to use it, or pass loss_func=None for a model that "
-        "takes the members of a mapping and returns a loss."
+        "takes the members of a mapping and returns a loss. Of two tensors, "
+        "TensorDataset(inputs, targets) makes a dataset of pairs."
     )
 
 

@@ -60,6 +60,12 @@ def test_something_that_is_no_callback_is_refused(wrong):
         CallbackHandler([wrong])
 
 
+@pytest.mark.parametrize("alone", [Recorder, Recorder()])
+def test_a_callback_that_is_not_in_a_list_is_refused(alone):
+    with pytest.raises(TypeError, match=r"must be a list, got .*Recorder.*put it in"):
+        CallbackHandler(alone)
+
+
 def test_any_event_name_may_be_called_and_callbacks_without_it_are_skipped():
     class Interested(TrainerCallback):
         def on_lunch(self, trainer, dish):

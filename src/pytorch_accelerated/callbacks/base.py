@@ -224,6 +224,10 @@ class CallbackHandler:
 
     def add_callbacks(self, callbacks: Iterable[Any] | None) -> None:
         """Add several callbacks, see :meth:`add_callback`."""
+        if not isinstance(callbacks, Iterable | None):
+            raise TypeError(
+                f"callbacks must be a list, got {callbacks!r}: put it in one."
+            )
         for callback in callbacks or ():
             self.add_callback(callback)
 
