@@ -28,7 +28,6 @@ def test_the_average_weighs_each_loss_with_its_batch_size():
     assert tracker.total_loss == 8.0
     assert tracker.running_count == 4
     assert tracker.totals() == (8.0, 4.0)
-    assert tracker._average == 2.0
 
 
 def test_tensors_numbers_and_tensor_sizes_may_be_mixed():

@@ -173,10 +173,19 @@ def settle(error: BaseException) -> None:
     set_attribute(error, "_is_on_all_processes", False)
 
 
-def add_up(tensor: Tensor, device: torch.device) -> Tensor:
+def add_up(tensor: Tensor) -> Tensor:
     """Return the sum of the tensors that the processes pass. Collective."""
-    total: Tensor = reduce(tensor.to(device), "sum")
+    total: Tensor = reduce(tensor.to(PartialState().device), "sum")
     return total
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this process holds, itself if whole.
+
+    It shares its memory.
+    """
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def same_on_all_processes(tensors: Iterable[Tensor]) -> None:

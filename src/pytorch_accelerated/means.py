@@ -96,7 +96,6 @@ class LossTracker:
     loss_value: float | torch.Tensor
     total_loss: float | torch.Tensor
     running_count: float | torch.Tensor
-    _average: float
 
     def __init__(self) -> None:
         self.reset()
@@ -106,7 +105,6 @@ class LossTracker:
         self.loss_value = 0.0
         self.total_loss = 0.0
         self.running_count = 0
-        self._average = math.nan
 
     def update(
         self,
@@ -153,8 +151,7 @@ class LossTracker:
         Reading it waits for the device once, if the losses are on one.
         """
         total, count = self.totals()
-        self._average = total / count if count else math.nan
-        return self._average
+        return total / count if count else math.nan
 
     def totals(self) -> tuple[float, float]:
         """Return the sum of loss times batch size, and the sum of the batch sizes.

@@ -138,7 +138,7 @@ class BatchShrinker:
             gradient_accumulation_steps=accumulation,
             train_dl_kwargs={**(config.train_dl_kwargs or {}), "batch_size": smaller},
         )
-        run.accumulation = run.accumulation.with_num_steps(accumulation)
+        run.accumulation = replace(run.accumulation, num_steps=accumulation)
         self._start = None
         return (
             f"Memory was exhausted with batches of {config.train_per_device_batch_size}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from pytorch_accelerated import checkpoint, checks
+from pytorch_accelerated import checkpoint, checks, distributed
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     MoveModulesToDeviceCallback,
@@ -168,7 +168,7 @@ def _local(tensor: Tensor) -> Tensor:
 
     Of a tensor that shows the same elements many times, they are in it once.
     """
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    part = distributed.own_part(tensor)
     strides = part.stride() if part.layout is torch.strided else ()
     for dim, stride in enumerate(strides):
         if stride == 0 and part.shape[dim] > 1:

@@ -12,7 +12,6 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 from operator import attrgetter
 from types import MappingProxyType
@@ -615,8 +614,6 @@ def create_accumulation(trainer: Trainer) -> Accumulation:
         trainer.run_config.gradient_accumulation_steps,
         accelerator.num_processes,
         accelerator.process_index,
-        largest=distributed.largest,
-        add_up=partial(distributed.add_up, device=accelerator.device),
         corrects_gradients=not trainer._engine.owns_gradients,
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytorch_accelerated import compat
+from pytorch_accelerated import compat, distributed
 from pytorch_accelerated.data import BatchPlan
 from pytorch_accelerated.errors import warn
 from pytorch_accelerated.step_output import NumItems
@@ -72,10 +72,7 @@ class Window:
             yield step, batch
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
+@dataclass(eq=False)
 class Accumulation:
     """Weights the losses of windows so that their updates are those of large batches.
 
@@ -90,46 +87,24 @@ class Accumulation:
         num_steps: Batches of one process in a full window.
         num_processes: Processes whose gradients are averaged.
         process_index: Which of them this is.
-        largest: Returns the largest of the numbers that the processes pass. Collective.
-        add_up: Adds a 0-dim tensor up over all processes. Collective.
         corrects_gradients: Whether gradients can be changed before the update. If not,
             and items must be counted, each step counts as much as the others of its
             window.
     """
 
-    def __init__(
-        self,
-        num_steps: int,
-        num_processes: int = 1,
-        process_index: int = 0,
-        largest: Callable[[float], float] = _as_it_is,
-        add_up: Callable[[Tensor], Tensor] = _as_it_is,
-        corrects_gradients: bool = True,
-    ) -> None:
-        self.num_steps = num_steps
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self._largest = largest
-        self._add_up = add_up
-        self._corrects_gradients = corrects_gradients
-        self._is_one_batch = num_steps == 1 and num_processes == 1
+    num_steps: int
+    num_processes: int = 1
+    process_index: int = 0
+    corrects_gradients: bool = True
+
+    def __post_init__(self) -> None:
+        self.state: WindowState = WindowState()
+        self._is_one_batch = self.num_steps == 1 and self.num_processes == 1
         self._plan: BatchPlan | None = None
         self._is_exact = True
         self._num_batches: int | None = None
         self._is_in_epoch = False
         self._has_warned = False
-        self.state: WindowState = WindowState()
-
-    def with_num_steps(self, num_steps: int) -> Accumulation:
-        """Return one for other windows, of which nothing is done."""
-        return Accumulation(
-            num_steps,
-            self.num_processes,
-            self.process_index,
-            self._largest,
-            self._add_up,
-            self._corrects_gradients,
-        )
 
     def start_epoch(
         self, plan: BatchPlan | None, num_batches: int | None, *, is_exact: bool = True
@@ -173,7 +148,7 @@ class Accumulation:
                 "num_items_in_batch was returned for this batch but not for the first "
                 "one of the run. Return it for every batch, on every process."
             )
-        if self.state.counts_items and not self._corrects_gradients:
+        if self.state.counts_items and not self.corrects_gradients:
             return loss * self._share_of_step(step, num_items)
         self.state.items = self.state.items + num_items
         weight = num_items / self._unit_of(step)
@@ -191,7 +166,7 @@ class Accumulation:
         # An override of the step may have weighted the losses itself.
         if self._is_one_batch or self.state.counts_items is None:
             return
-        if self.state.counts_items and not self._corrects_gradients:
+        if self.state.counts_items and not self.corrects_gradients:
             return
         factor = self._correction(step)
         self.state.items = 0
@@ -199,7 +174,7 @@ class Accumulation:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            compat.foreach_mul_([_local(g) for g in gradients], factor)
+            compat.foreach_mul_([distributed.own_part(g) for g in gradients], factor)
 
     def _choose_whether_to_count(
         self, step: int, num_items: NumItems, are_samples: bool
@@ -221,9 +196,9 @@ class Accumulation:
             self._choose_together(must_count=0.0, num_items=0.0)
 
     def _choose_together(self, must_count: float, num_items: float) -> None:
-        self.state.counts_items = self._largest(must_count) > 0
+        self.state.counts_items = distributed.largest(must_count) > 0
         if self.state.counts_items:
-            items = max(1.0, self._largest(num_items))
+            items = max(1.0, distributed.largest(num_items))
             self.state.unit = 2.0 ** round(math.log2(items * self.num_steps))
 
     def _unit_of(self, step: int) -> float:
@@ -233,7 +208,7 @@ class Accumulation:
 
     def _share_of_step(self, step: int, num_items: NumItems) -> Tensor:
         """Return the weight of a batch, where all steps of a window count the same."""
-        total = self._add_up(torch.as_tensor(num_items, dtype=torch.float64))
+        total = distributed.add_up(torch.as_tensor(num_items, dtype=torch.float64))
         first, last = self._window_around(step)
         share = num_items * self.num_processes / (total + (total == 0))
         return share / (last - first + 1)
@@ -253,7 +228,7 @@ class Accumulation:
         if self.state.counts_items:
             total = _in_double_precision(self.state.items)
             if self.num_processes > 1:
-                total = self._add_up(torch.as_tensor(total, dtype=torch.float64))
+                total = distributed.add_up(torch.as_tensor(total, dtype=torch.float64))
             # A window without items has no gradient: any factor will do.
             return self.state.unit * self.num_processes / (total + (total == 0))
         if self.num_processes == 1:
@@ -288,9 +263,3 @@ def _in_double_precision(number: NumItems) -> float | Tensor:
     if not isinstance(number, Tensor):
         return float(number)
     return number.to(torch.float32 if number.device.type == "mps" else torch.float64)
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """Return the part of a sharded gradient that this process holds."""
-    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return part

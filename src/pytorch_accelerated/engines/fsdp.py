@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pytorch_accelerated import checkpoint, compat
+from pytorch_accelerated.distributed import own_part
 from pytorch_accelerated.engines.plain import Engine
 
 _SHAPE, _OFFSET, _PART = "shape of the whole", "offset of the part", "part"
@@ -156,7 +157,7 @@ def load_model(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """
     for name, target in model.state_dict().items():
         if isinstance(target, Tensor):
-            _local(target).copy_(_local(_like(state_dict[name], target)))
+            own_part(target).copy_(own_part(_like(state_dict[name], target)))
         else:
             module, _, _ = name.rpartition("._extra_state")
             model.get_submodule(module).set_extra_state(state_dict[name])
@@ -199,8 +200,3 @@ def _like(value: Any, reference: Tensor) -> Any:
             src_data_rank=None,
         )
     return value
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
