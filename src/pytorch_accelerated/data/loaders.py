@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -91,6 +92,14 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     return list(unique.values())
 
 
+def with_parts(loader: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
+    """Return a loader as it is, but for some of its parts."""
+    changed = copy.copy(loader)
+    vars(changed).update(parts)
+    compat.forget_iterator(changed)
+    return changed
+
+
 class _OnDevice:
     """What the loaders of a trainer have in common.
 
@@ -138,34 +147,26 @@ class PlannedLoader(_OnDevice):
         super().__init__(loader, device)
         assert isinstance(loader.dataset, Sized)
         assert loader.batch_size is not None
-        self._plan_at_start = BatchPlan(
+        plan = BatchPlan(
             len(loader.dataset),
             loader.batch_size,
             num_processes,
             loader.drop_last,
             even,
         )
+        is_shuffled = type(loader.sampler) is RandomSampler
         self.batch_sampler: PlannedBatchSampler = PlannedBatchSampler(
-            self._plan_at_start,
-            process_index,
-            seed,
-            type(loader.sampler) is RandomSampler,
+            plan, process_index, seed, is_shuffled
         )
         self._batches = BatchDataset(loader.dataset, loader.collate_fn)
-        self._loader: DataLoader[Any] = DataLoader(
-            self._batches,
+        self._loader = with_parts(
+            loader,
+            dataset=self._batches,
             batch_sampler=self.batch_sampler,
             collate_fn=_as_it_is,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
             # A generator of its own: without one, each epoch would draw a number from
             # the global generator, which belongs to the model.
             generator=torch.Generator().manual_seed(derive_seed(seed)),
-            prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
-            persistent_workers=loader.persistent_workers,
         )
 
     @property
@@ -245,8 +246,7 @@ class PlannedLoader(_OnDevice):
     def _follow_dataset(self) -> None:
         """Plan for the length that the dataset has now, unless amid an epoch."""
         if self.batch_sampler.first_step == 0 and self.plan.first == 0:
-            plan = replace(self._plan_at_start, length=len(self.dataset))
-            self.batch_sampler.plan = plan.with_batch_size(self.plan.batch_size)
+            self.batch_sampler.plan = replace(self.plan, length=len(self.dataset))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -86,7 +86,8 @@ class BatchPlan:
         even: Spread the samples evenly; has no effect in a single process.
         first: Position of the first sample: those before it are left out, because a
             resumed run has seen them in other batches. Not for ``even``.
-        past_last: Position after the last sample, if the last ones are left out.
+        first_batch_size: The batch size that says what is left out with ``drop_last``,
+            if the batches have become smaller since.
 
     Raises:
         ValueError: If ``even`` is asked for and there are too few samples to give every
@@ -99,7 +100,7 @@ class BatchPlan:
     drop_last: bool = False
     even: bool = False
     first: int = 0
-    past_last: int | None = None
+    first_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         slots = len(self) * self.num_processes
@@ -121,12 +122,14 @@ class BatchPlan:
 
     @cached_property
     def _end(self) -> int:
-        return self.length if self.past_last is None else self.past_last
+        if not self.drop_last or self.first_batch_size is None:
+            return self.length
+        return self.length - self.length % (self.first_batch_size * self.num_processes)
 
     def with_batch_size(self, batch_size: int) -> BatchPlan:
         """Return a plan for the same samples in batches of another size."""
-        end = len(replace(self, first=0)) * self._step_size if self.drop_last else None
-        return replace(self, batch_size=batch_size, past_last=end)
+        first_batch_size = self.first_batch_size or self.batch_size
+        return replace(self, batch_size=batch_size, first_batch_size=first_batch_size)
 
     def __len__(self) -> int:
         """Return the number of steps, which is the number of batches of a process."""

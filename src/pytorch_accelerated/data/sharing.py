@@ -13,7 +13,6 @@ weight; in evaluation it is emptied.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -24,9 +23,14 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_in
 from torch.utils.data.datapipes.datapipe import IterDataPipe
 from torch.utils.data.graph import traverse_dps
 
-from pytorch_accelerated import compat, distributed
+from pytorch_accelerated import distributed
 from pytorch_accelerated.data.fetching import seeded
-from pytorch_accelerated.data.loaders import DeviceLoader, LookAhead, length_of
+from pytorch_accelerated.data.loaders import (
+    DeviceLoader,
+    LookAhead,
+    length_of,
+    with_parts,
+)
 from pytorch_accelerated.data.order import Share, derive_seed, share_bounds
 
 # That are taken from a sampler which may have no end.
@@ -150,16 +154,13 @@ class SharedLoader(DeviceLoader):
         super().__init__(loader, device)
         self._source = source
         self._is_evaluation = is_evaluation
-        # The loader as it is, but for what it loads.
-        self._iterable = copy.copy(loader)
-        vars(self._iterable).update(source.parts_of_loader())
-        compat.forget_iterator(self._iterable)
+        self._iterable: DataLoader[Any] = with_parts(loader, **source.parts_of_loader())
         if self._keeps_place is loader:
             self._keeps_place = self._iterable
 
     def __len__(self) -> int:
         """Return the number of batches of this process; TypeError if it is unknown."""
-        return len(self._iterable)  # type: ignore[arg-type]
+        return len(self._iterable)
 
     def share_of(self, step: int) -> Share:
         """Return what this process has of a step that has been loaded."""
