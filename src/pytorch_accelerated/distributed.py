@@ -329,7 +329,7 @@ def local_process_zero_only(
 
     All processes wait for it to end.
     """
-    return _only_where("is_local_main_process", func)
+    return _first("is_local_main_process", func, others_follow=False)
 
 
 def world_process_zero_only(
@@ -339,21 +339,7 @@ def world_process_zero_only(
 
     All processes wait for it to end.
     """
-    return _only_where("is_main_process", func)
-
-
-def _only_where(
-    is_chosen: str, func: Callable[..., Result]
-) -> Callable[..., Result | None]:
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Result | None:
-        state = PartialState()
-        try:
-            return func(*args, **kwargs) if getattr(state, is_chosen) else None
-        finally:  # also when it raises: the others would wait for ever
-            state.wait_for_everyone()
-
-    return wrapper
+    return _first("is_main_process", func, others_follow=False)
 
 
 def local_process_zero_first(func: Callable[..., Result]) -> Callable[..., Result]:
@@ -361,13 +347,18 @@ def local_process_zero_first(func: Callable[..., Result]) -> Callable[..., Resul
 
     All processes get their own result. Use it for a download that others then find.
     """
+    return _first("is_local_main_process", func, others_follow=True)
 
+
+def _first(
+    is_chosen: str, func: Callable[..., Any], *, others_follow: bool
+) -> Callable[..., Any]:
     @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Result:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         state = PartialState()
-        if not state.is_local_main_process:
+        if not getattr(state, is_chosen):
             state.wait_for_everyone()
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if others_follow else None
         try:
             return func(*args, **kwargs)
         finally:  # also when it raises: the others would wait for ever

@@ -181,7 +181,7 @@ class Run:
             )
         if is_split or num_processes == 1:
             return data.DeviceLoader(loader, device)
-        return sharing.share(
+        return sharing.SharedLoader(
             loader,
             device,
             self.data_seed,

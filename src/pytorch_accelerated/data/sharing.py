@@ -13,7 +13,8 @@ weight; in evaluation it is emptied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -92,16 +93,8 @@ def _pipes_of(graph: Mapping[int, Any]) -> Iterator[Any]:
         yield from _pipes_of(sources)
 
 
-def share(
-    loader: Any,
-    device: torch.device,
-    seed: int,
-    num_processes: int,
-    process_index: int,
-    *,
-    is_evaluation: bool = False,
-) -> SharedLoader:
-    """Return a loader that yields this process's share of the batches of another one.
+class SharedLoader(DeviceLoader):
+    """Yields this process's share of the batches of a loader, on the device.
 
     Args:
         loader: A ``DataLoader`` that is the same on all processes.
@@ -114,47 +107,40 @@ def share(
     Raises:
         ValueError: If the batches come ready, so that the last ones cannot be shared.
     """
-    is_torchs = isinstance(loader, DataLoader)
-    is_stream = is_torchs and isinstance(loader.dataset, IterableDataset)
-    if not is_torchs or (is_stream and loader.batch_size is None):
-        kind = type(loader.dataset if is_torchs else loader).__name__
-        kind += " with batch_size=None" if is_torchs else ""
-        raise ValueError(
-            f"Batches that come ready, from a {kind}, cannot be shared by "
-            f"{num_processes} processes. Pass a dataset of samples, or a DataLoader "
-            "that makes the batches. If what each process is given belongs to it "
-            "alone, and all have the same number of batches, say so: set the attribute "
-            "is_split_by_process = True on it or on its dataset."
-        )
-    source: SharedStream | SharedBatches
-    if is_stream:
-        source = SharedStream(loader, seed, num_processes, process_index)
-    else:
-        source = SharedBatches(loader, num_processes, process_index)
-    return SharedLoader(loader, device, source, is_evaluation)
-
-
-class SharedLoader(DeviceLoader):
-    """Yields a process's share of the batches of a loader, on the device.
-
-    Args:
-        loader: The loader, which is the same on all processes.
-        device: Where the batches go.
-        source: What makes the shares.
-        is_evaluation: Whether a batch that only keeps company is emptied.
-    """
 
     def __init__(
         self,
-        loader: DataLoader[Any],
+        loader: Any,
         device: torch.device,
-        source: SharedStream | SharedBatches,
-        is_evaluation: bool,
+        seed: int,
+        num_processes: int,
+        process_index: int,
+        *,
+        is_evaluation: bool = False,
     ) -> None:
         super().__init__(loader, device)
-        self._source = source
         self._is_evaluation = is_evaluation
-        self._iterable: DataLoader[Any] = with_parts(loader, **source.parts_of_loader())
+        is_torchs = isinstance(loader, DataLoader)
+        is_stream = is_torchs and isinstance(loader.dataset, IterableDataset)
+        if not is_torchs or (is_stream and loader.batch_size is None):
+            kind = type(loader.dataset if is_torchs else loader).__name__
+            kind += " with batch_size=None" if is_torchs else ""
+            raise ValueError(
+                f"Batches that come ready, from a {kind}, cannot be shared by "
+                f"{num_processes} processes. Pass a dataset of samples, or a "
+                "DataLoader that makes the batches. If what each process is given "
+                "belongs to it alone, and all have the same number of batches, say "
+                "so: set the attribute is_split_by_process = True on it or on its "
+                "dataset."
+            )
+        self._source: SharedStream | SharedBatches
+        if is_stream:
+            self._source = SharedStream(loader, seed, num_processes, process_index)
+        else:
+            self._source = SharedBatches(loader, num_processes, process_index)
+        self._iterable: DataLoader[Any] = with_parts(
+            loader, **self._source.parts_of_loader()
+        )
         if self._keeps_place is loader:
             self._keeps_place = self._iterable
 
@@ -255,7 +241,9 @@ class SharedBatches(Sampler[Any]):
                 if len(group) < each:
                     if self._drop_last:
                         return
-                    group = self._spread([*chain(*group)])
+                    indices = [*chain(*group)]
+                    bounds = [share_bounds(len(indices), each, p) for p in range(each)]
+                    group = [indices[first:last] for first, last in bounds]
                 own = group[self._process_index]
                 self.shares[step] = Share(sum(map(len, group)), is_filler=not own)
                 yield own or next(batch for batch in group if batch)[-1:]
@@ -282,13 +270,6 @@ class SharedBatches(Sampler[Any]):
                 f"indices, got {batch!r}. Pass a batch_sampler, or a batch_size."
             )
         return list(batch)
-
-    def _spread(self, indices: list[Any]) -> list[list[Any]]:
-        bounds = (
-            share_bounds(len(indices), self._num_processes, process)
-            for process in range(self._num_processes)
-        )
-        return [indices[first:last] for first, last in bounds]
 
     def share_of(self, step: int) -> Share:
         """Return what this process has of a step."""
@@ -346,7 +327,7 @@ class SharedStream(IterableDataset[Any]):
 
     def parts_of_loader(self) -> dict[str, Any]:
         """Return what takes the place of parts of the loader, by their names."""
-        return {"dataset": self, "collate_fn": _MarkingCollate(self._collate)}
+        return {"dataset": self, "collate_fn": partial(_collate, self._collate)}
 
     def __len__(self) -> int:
         """Return the number of samples of this process; TypeError if it is unknown."""
@@ -397,18 +378,12 @@ class SharedStream(IterableDataset[Any]):
             step += 1
 
 
-class _MarkingCollate:
-    """Collates the samples of a step that is not full to a batch that says so."""
-
-    def __init__(self, collate_fn: Any) -> None:
-        self._collate_fn = collate_fn
-
-    def __call__(self, samples: Any) -> Any:
-        first = samples[0]
-        if not isinstance(first, _OfLastStep):
-            return self._collate_fn(samples)
-        batch = self._collate_fn([each.content for each in samples])
-        return _OfLastStep(batch, first.share)
+def _collate(collate_fn: Callable[[Any], Any], samples: Any) -> Any:
+    """Make a batch; one of the samples of a step that is not full says so."""
+    first = samples[0]
+    if not isinstance(first, _OfLastStep):
+        return collate_fn(samples)
+    return _OfLastStep(collate_fn([each.content for each in samples]), first.share)
 
 
 def emptied(batch: Any) -> Any:
