@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 Parameters = ParamSpec("Parameters")
@@ -41,6 +41,12 @@ _ALIKE = 0.7
 _parameters: dict[str, list[str]] = {}
 
 
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like this one; None if none is like it."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
 def names_what_was_meant(
     func: Callable[Parameters, Result],
 ) -> Callable[Parameters, Result]:
@@ -64,10 +70,10 @@ def names_what_was_meant(
 def _advice(name: str, argument: str) -> str:
     """Say what was probably meant by an argument that a function does not have."""
     meant, known = _OTHER_NAMES.get(argument, argument), _parameters[name]
-    near = difflib.get_close_matches(meant, known, n=1, cutoff=_ALIKE)
-    if not near:
+    near = closest(meant, known, _ALIKE)
+    if near is None:
         for owner, parameters in _parameters.items():
             if meant in parameters:
                 return f"Did you mean {meant}, an argument of {owner}()?"
-        near = difflib.get_close_matches(meant, known, n=1)
-    return f"Did you mean {near[0]}?" if near else f"It takes: {', '.join(known)}."
+        near = closest(meant, known)
+    return f"Did you mean {near}?" if near else f"It takes: {', '.join(known)}."

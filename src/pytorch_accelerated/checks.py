@@ -6,7 +6,6 @@ for the whole run, is warned of where nothing that is meant looks the same.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import inspect
 import numbers
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
+from pytorch_accelerated.arguments import closest
 from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
 from pytorch_accelerated.data import batch_size_of_loader, length_of
 from pytorch_accelerated.errors import warn
@@ -295,8 +295,7 @@ def _warn_of_names(
     owner: type, own: set[str], mentioned: set[str], called: set[str], cutoff: float
 ) -> None:
     for name in sorted(own - called - mentioned):
-        near = difflib.get_close_matches(name, sorted(called), n=1, cutoff=cutoff)
-        meant = _OTHER_NAMES.get(name, near[0] if near else None)
+        meant = _OTHER_NAMES.get(name) or closest(name, called, cutoff)
         if meant is not None and meant not in own:
             warn(
                 f"{owner.__name__}.{name} is not what the trainer calls. Did you mean "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import re
@@ -23,6 +22,7 @@ from accelerate.utils import LoggerType
 from torch.nn.parameter import is_lazy
 
 from pytorch_accelerated import tracking
+from pytorch_accelerated.arguments import closest
 from pytorch_accelerated.callbacks.base import event_with_data
 from pytorch_accelerated.callbacks.history import Recorder
 from pytorch_accelerated.errors import warn
@@ -338,7 +338,7 @@ def _checked(trackers: Any) -> Iterator[Any]:
         if name == "all":
             yield from available
         elif isinstance(name, str) and name not in KNOWN:
-            near = "".join(difflib.get_close_matches(name, KNOWN, n=1))
+            near = closest(name, KNOWN)
             raise ValueError(
                 f"There is no tracker {name!r}."
                 + (f" Did you mean {near!r}?" if near else "")
