@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
-from torch.utils.data import TensorDataset
+from toys import At, create_trainer, ones, overriding
 
 from pytorch_accelerated.callbacks import (
     ConvertSyncBatchNormCallback,
@@ -24,28 +24,6 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.errors import StopTrainingError
 from pytorch_accelerated.trainer import Trainer
-
-
-def samples(count):
-    return TensorDataset(torch.ones(count, 1), torch.zeros(count, 1))
-
-
-class Keeps(TrainerCallback):
-    """Notes the events of the end, and raises nothing."""
-
-    may_stop_alone = False
-
-    def __init__(self):
-        self.ends = []
-
-    def on_stop_training_error(self, trainer, **kwargs):
-        self.ends.append("stop")
-
-    def on_exception(self, trainer, exception, **kwargs):
-        self.ends.append("exception")
-
-    def on_training_run_end(self, trainer, **kwargs):
-        self.ends.append("end")
 
 
 class RaisesOnOneProcess(TrainerCallback):
@@ -63,18 +41,23 @@ class RaisesOnOneProcess(TrainerCallback):
 
 def train(callbacks, trainer_class=Trainer, **kwargs):
     """Train; return all that tells how the run ended."""
-    model = kwargs.pop("model", nn.Linear(1, 1))
-    dataset = kwargs.pop("dataset", samples(20))
-    keeps = Keeps()
-    trainer = trainer_class(
-        model,
-        nn.MSELoss(),
-        torch.optim.SGD(model.parameters(), lr=0.01),
-        [*callbacks, keeps],
+    model = kwargs.pop("model", None) or nn.Linear(1, 1)
+    dataset, ends = kwargs.pop("dataset", ones(20)), []
+    notes = At(
+        on_stop_training_error=lambda trainer, **_: ends.append("stop"),
+        on_exception=lambda trainer, **_: ends.append("exception"),
+        on_training_run_end=lambda trainer, **_: ends.append("end"),
+        may_stop_alone=False,
+    )
+    trainer = create_trainer(
+        [*callbacks, notes],
+        lr=0.01,
+        model=model,
+        trainer_class=trainer_class,
         accelerator_kwargs=kwargs.pop("accelerator_kwargs", None),
     )
     error, printed = None, io.StringIO()
-    arguments = {"num_epochs": 3, "eval_dataset": samples(8), **kwargs}
+    arguments = {"num_epochs": 3, "eval_dataset": ones(8), **kwargs}
     with contextlib.redirect_stdout(printed):
         try:
             trainer.train(dataset, per_device_batch_size=1, **arguments)
@@ -84,7 +67,7 @@ def train(callbacks, trainer_class=Trainer, **kwargs):
         "updates": trainer.num_updates,
         "error": type(error).__name__,
         "message": str(error),
-        "ends": keeps.ends,
+        "ends": ends,
         "printed": printed.getvalue(),
         "epoch": trainer.run_history.current_epoch,
         "is plain": trainer.model is model,
@@ -101,11 +84,11 @@ def check_stopped(runs, updates, message):
     assert message in runs[0]["printed"]
 
 
-def check_failed(runs, updates, message, failing=1, error="ValueError"):
+def check_failed(runs, updates, message, failing=1):
     """All failed after so many updates, and all say why."""
     for process, run in enumerate(runs):
         assert run["updates"] == updates
-        assert run["error"] == (error if process == failing else "RuntimeError")
+        assert run["error"] == ("ValueError" if process == failing else "RuntimeError")
         assert message in run["message"]
         assert run["ends"] == ["exception"]
         assert run["is plain"]
@@ -153,64 +136,56 @@ def test_a_stop_that_reaches_the_caller_reaches_that_of_both(on_processes):
     assert [run["ends"] for run in runs] == [["stop", "end"]] * 2
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_an_error_in_a_callback_is_raised_on_both_at_that_update(on_processes, process):
-    """Defect 40; the other process says where the error comes from."""
-
-    def run():
-        error = ValueError("a wrong turn")
-        callback = RaisesOnOneProcess("on_train_step_end", error, 5, process)
-        return train([callback])
-
-    runs = on_processes(2, run)
-    check_failed(runs, 5, "a wrong turn", failing=process)
-    assert f"Process {process} raised ValueError" in runs[1 - process]["message"]
-
-
-# The updates that are done when an event happens for the first time; 10 an epoch.
+# The updates that are done when an event or a hook happens first; 10 an epoch.
 EVENTS = {
     "on_training_run_start": 0,
     "on_train_epoch_start": 0,
     "on_train_step_start": 1,  # the window is finished first
-    "on_train_epoch_end": 10,
-    "on_eval_epoch_start": 10,
-    "on_eval_step_start": 10,
-    "on_eval_step_end": 10,
-    "on_eval_epoch_end": 10,
-    "on_training_run_epoch_end": 10,
+    "on_train_step_end": 1,
+    **dict.fromkeys(
+        (
+            *("on_train_epoch_end", "on_eval_epoch_start", "on_eval_step_start"),
+            *("on_eval_step_end", "on_eval_epoch_end", "on_training_run_epoch_end"),
+        ),
+        10,
+    ),
 }
-
-
 HOOKS = {
-    "training_run_start": 0,
-    "train_epoch_start": 0,
-    "train_epoch_end": 10,
-    "eval_epoch_start": 10,
-    "eval_epoch_end": 10,
+    **dict.fromkeys(("training_run_start", "train_epoch_start"), 0),
+    **dict.fromkeys(("train_epoch_end", "eval_epoch_start", "eval_epoch_end"), 10),
     "training_run_epoch_end": 10,
 }
 
 
-def test_an_error_in_any_event_or_hook_between_steps_is_raised_on_both(on_processes):
-    """Defect 39."""
+def test_an_error_in_any_event_or_hook_is_raised_on_both(on_processes):
+    """Defects 39 and 40; the other process says where the error comes from."""
 
     def failing_in(hook):
         def fail(trainer):
             if trainer._accelerator.process_index == 1:
                 raise ValueError(hook)
 
-        return type("Fails", (Trainer,), {hook: fail})
+        return overriding(**{hook: fail})
 
     def run():
         return [
-            *(train([RaisesOnOneProcess(name, ValueError(name))]) for name in EVENTS),
+            *(
+                train([RaisesOnOneProcess(name, ValueError(name), 1, process)])
+                for process in (0, 1)
+                for name in EVENTS
+            ),
             *(train([], failing_in(hook)) for hook in HOOKS),
         ]
 
-    expected = [*EVENTS.items(), *HOOKS.items()]
+    expected = [
+        *((0, *each) for each in EVENTS.items()),
+        *((1, *each) for each in (EVENTS | HOOKS).items()),
+    ]
     runs = zip(*on_processes(2, run), strict=True)
-    for of_both, (name, updates) in zip(runs, expected, strict=True):
-        check_failed(of_both, updates, name)
+    for of_both, (failing, name, updates) in zip(runs, expected, strict=True):
+        check_failed(of_both, updates, name, failing)
+        other = of_both[1 - failing]["message"]
+        assert f"Process {failing} raised ValueError" in other
 
 
 def test_callbacks_that_communicate_still_meet_when_another_one_fails(on_processes):
@@ -280,19 +255,15 @@ def test_a_loss_that_is_nan_on_one_process_stops_both(on_processes):
             assert "at step 0" in result["message"]
 
 
-class SavesEveryUpdate(TrainerCallback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_update_end(self, trainer, num_updates, **kwargs):
-        trainer.save_checkpoint(self.folder / f"{num_updates}.pt")
-
-
 def test_nothing_is_saved_when_the_loss_of_one_process_is_nan(on_processes, tmp_path):
     """The save looks itself, on all processes; the fifth update has the NaN."""
 
+    def save(trainer, num_updates, **kwargs):
+        trainer.save_checkpoint(tmp_path / f"{num_updates}.pt")
+
     def run():
-        return train([TerminateOnNaNCallback(), SavesEveryUpdate(tmp_path)], BadLater)
+        saves = At(on_train_update_end=save)
+        return train([TerminateOnNaNCallback(), saves], BadLater)
 
     for result in on_processes(2, run):
         assert result["error"] == "NonFiniteLossError"
@@ -342,7 +313,7 @@ def test_what_cannot_work_is_refused_on_both_with_the_reason(on_processes, tmp_p
         model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
         return [
             train([ConvertSyncBatchNormCallback()], model=model)["message"],
-            train([], dataset=samples(1))["message"],
+            train([], dataset=ones(1))["message"],
             train([], resume_from=tmp_path / "nowhere")["message"],
         ]
 
@@ -391,16 +362,13 @@ def count_collectives(callbacks=(), trainer_class=Trainer, num_epochs=1, **kwarg
             self.counts = (*self.counts, calls)
             super().optimizer_zero_grad()
 
-    model = nn.Linear(1, 1)
-    trainer = CountsPerUpdate(
-        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.01), callbacks
-    )
-    arguments = {"eval_dataset": samples(8), "per_device_batch_size": 1, **kwargs}
+    trainer = create_trainer(callbacks, lr=0.01, trainer_class=CountsPerUpdate)
+    arguments = {"eval_dataset": ones(8), "per_device_batch_size": 1, **kwargs}
     with contextlib.ExitStack() as patches:
         for name in COLLECTIVES:
             counted = counting(getattr(torch.distributed, name))
             patches.enter_context(mock.patch.object(torch.distributed, name, counted))
-        trainer.train(samples(200), num_epochs, **arguments)
+        trainer.train(ones(200), num_epochs, **arguments)
     in_updates = [after - before for before, after in pairwise(trainer.counts)]
     return {"in updates": in_updates, "in all": calls, "largest": max(sizes)}
 
@@ -416,7 +384,7 @@ def test_collectives_cost_what_docs_scaling_says(on_processes, tmp_path):
 
     def run():
         listens = RaisesOnOneProcess("on_train_step_end", None, 10**6)
-        usual = [TerminateOnNaNCallback(), ProgressBarCallback(), Keeps()]
+        usual = [TerminateOnNaNCallback(), ProgressBarCallback()]
         saves = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
         return {
             "plain": count_collectives(),
@@ -445,30 +413,24 @@ def test_collectives_cost_what_docs_scaling_says(on_processes, tmp_path):
 # ----------------------------------------------------------------- a process that hangs
 
 
-class HangsInACallback(TrainerCallback):
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        hang_on_one_process(trainer)
-
-
-class HangsInAStep(Trainer):
-    def calculate_train_batch_loss(self, batch):
-        hang_on_one_process(self)
-        return super().calculate_train_batch_loss(batch)
-
-
-def hang_on_one_process(trainer):
+def hang_on_one_process(trainer, **kwargs):
     if trainer._accelerator.process_index == 1 and trainer.num_steps == 2:
         time.sleep(6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hangs_in", ["a callback", "a step"])
-def test_nobody_waits_longer_than_the_timeout_of_the_user(on_processes, hangs_in):
+@pytest.mark.parametrize("event", ["on_train_step_end", "a step"])
+def test_nobody_waits_longer_than_the_timeout_of_the_user(on_processes, event):
+    def step(self, batch):
+        hang_on_one_process(self)
+        return Trainer.calculate_train_batch_loss(self, batch)
+
     def run():
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
+        is_step = event == "a step"
         result = train(
-            [HangsInACallback()] if hangs_in == "a callback" else [],
-            Trainer if hangs_in == "a callback" else HangsInAStep,
+            [] if is_step else [At(**{event: hang_on_one_process})],
+            overriding(calculate_train_batch_loss=step) if is_step else Trainer,
             accelerator_kwargs={"kwargs_handlers": [timeout]},
         )
         torch.distributed.destroy_process_group()

@@ -5,25 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from toys import At, Keeps, Stream, create_trainer, ones
 
-from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
+from pytorch_accelerated.callbacks import LimitBatchesCallback
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
-
-
-class Recorder(TrainerCallback):
-    def __init__(self):
-        self.updates, self.epochs, self.steps = [], [], []
-
-    def on_train_update_end(self, trainer, num_updates, **kwargs):
-        self.updates.append(num_updates)
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        self.steps.append(kwargs["step"])
-
-    def on_training_run_epoch_end(self, trainer, **kwargs):
-        self.epochs.append(trainer.run_history.current_epoch)
 
 
 class CountsOptimizerSteps(Trainer):
@@ -49,45 +34,48 @@ class KeepsArguments:
 
 PLACEHOLDERS = {member.name: member for member in TrainerPlaceholderValues}
 
-
-def samples(count):
-    return TensorDataset(torch.ones(count, 1), torch.zeros(count, 1))
-
-
-def create_trainer(callbacks=()):
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return CountsOptimizerSteps(model, nn.MSELoss(), optimizer, callbacks)
+create_trainer = partial(create_trainer, lr=0.1, trainer_class=CountsOptimizerSteps)
 
 
 def count(num_samples, num_epochs, callbacks=(), **kwargs):
-    recorder = Recorder()
-    trainer = create_trainer([recorder, *callbacks])
+    kept = {
+        "numbers of updates": Keeps("on_train_update_end", read_num_updates),
+        "numbers of steps": Keeps("on_train_step_end", lambda _, step, **__: step),
+        "epochs": Keeps("on_training_run_epoch_end", read_epoch),
+    }
+    trainer = create_trainer([*kept.values(), *callbacks])
     history = trainer.train(
-        samples(num_samples),
+        ones(num_samples),
         num_epochs,
-        eval_dataset=samples(8),
+        eval_dataset=ones(8),
         create_scheduler_fn=partial(KeepsArguments, **PLACEHOLDERS),
         **kwargs,
     )
+    config = trainer.run_config
     return {
+        **{name: keeps.kept for name, keeps in kept.items()},
         "updates": trainer.num_updates,
         "optimizer steps": trainer.num_optimizer_steps,
         "steps": trainer.num_steps,
         "samples": trainer.num_samples_seen,
-        "numbers of updates": recorder.updates,
-        "numbers of steps": recorder.steps,
-        "epochs": recorder.epochs,
-        "planned epochs": trainer.run_config.num_epochs,
-        "per epoch": trainer.run_config.num_update_steps_per_epoch,
-        "per epoch too": trainer.run_config.num_local_update_steps_per_epoch,
-        "limit": trainer.run_config.max_num_train_steps,
-        "total batch size": trainer.run_config.train_total_batch_size,
+        "planned epochs": config.num_epochs,
+        "per epoch": config.num_update_steps_per_epoch,
+        "per epoch too": config.num_local_update_steps_per_epoch,
+        "limit": config.max_num_train_steps,
+        "total batch size": config.train_total_batch_size,
         "placeholders": trainer.scheduler.arguments,
         "train losses": len(history.get_metric_values("train_loss_epoch")),
         "eval losses": len(history.get_metric_values("eval_loss_epoch")),
         "next epoch": history.current_epoch,
     }
+
+
+def read_num_updates(trainer, num_updates, **kwargs):
+    return num_updates
+
+
+def read_epoch(trainer, **kwargs):
+    return trainer.run_history.current_epoch
 
 
 # The arguments of a run, with batches of 4 samples over all processes.
@@ -105,7 +93,7 @@ GRID = [
 ]
 
 
-def check(counts, case, num_processes):
+def check(counts, case):
     steps = math.ceil(case["num_samples"] / 4)
     accumulation = case["gradient_accumulation_steps"]
     per_epoch = math.ceil(steps / accumulation)
@@ -113,39 +101,37 @@ def check(counts, case, num_processes):
     whole_epochs, rest = divmod(total, per_epoch)
     num_epochs = math.ceil(total / per_epoch)
     # In an epoch that is cut short, all windows are full ones.
-    num_steps = whole_epochs * steps + rest * accumulation
-    num_samples = whole_epochs * case["num_samples"] + rest * accumulation * 4
-    assert counts["updates"] == counts["optimizer steps"] == total, case
-    assert counts["steps"] == num_steps, case
-    assert counts["samples"] == num_samples, case
-    assert counts["numbers of updates"] == list(range(1, total + 1)), case
-    assert counts["numbers of steps"] == [
-        *list(range(steps)) * whole_epochs,
-        *range(rest * accumulation),
-    ], case
-    assert counts["epochs"] == list(range(1, num_epochs + 1)), case
-    # Also an epoch that was cut short has its loss and its evaluation.
-    assert counts["train losses"] == counts["eval losses"] == num_epochs, case
-    assert counts["next epoch"] == num_epochs + 1, case
-    assert counts["planned epochs"] == num_epochs, case
-    assert counts["per epoch"] == counts["per epoch too"] == per_epoch, case
-    assert counts["total batch size"] == 4 * accumulation, case
-    assert counts["limit"] == total, case  # found 99: one more, without a limit
-    placeholders = counts["placeholders"]
-    assert placeholders["NUM_EPOCHS"] == pytest.approx(total / per_epoch), case
-    assert placeholders["TRAIN_DATALOADER_LEN"] == steps, case
-    assert placeholders["EVAL_DATALOADER_LEN"] == 2, case
+    numbers_of_steps = [*range(steps)] * whole_epochs + [*range(rest * accumulation)]
+    placeholders = counts.pop("placeholders")
+    assert placeholders.pop("NUM_EPOCHS") == pytest.approx(total / per_epoch), case
     # Together with the epochs, which are exact beside it, the length of the run.
-    assert (
-        placeholders["NUM_UPDATE_STEPS_PER_EPOCH"]
-        == placeholders["PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH"]
-    ), case
+    of_epoch = placeholders.pop("NUM_UPDATE_STEPS_PER_EPOCH")
+    assert placeholders.pop("PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH") == of_epoch, case
+    assert placeholders == {"TRAIN_DATALOADER_LEN": steps, "EVAL_DATALOADER_LEN": 2}
+    assert counts == {
+        "updates": total,
+        "optimizer steps": total,
+        "steps": len(numbers_of_steps),
+        "samples": whole_epochs * case["num_samples"] + rest * accumulation * 4,
+        "numbers of updates": list(range(1, total + 1)),
+        "numbers of steps": numbers_of_steps,
+        "epochs": list(range(1, num_epochs + 1)),
+        # Also an epoch that was cut short has its loss and its evaluation.
+        "train losses": num_epochs,
+        "eval losses": num_epochs,
+        "next epoch": num_epochs + 1,
+        "planned epochs": num_epochs,
+        "per epoch": per_epoch,
+        "per epoch too": per_epoch,
+        "total batch size": 4 * accumulation,
+        "limit": total,  # found 99: one more, without a limit
+    }, case
 
 
 def test_one_process_counts_what_it_did():
     """Defects 15, 17 and 58."""
     for case in GRID:
-        check(count(**case, per_device_batch_size=4), case, 1)
+        check(count(**case, per_device_batch_size=4), case)
 
 
 def test_two_processes_count_what_the_job_did(on_processes):
@@ -155,17 +141,13 @@ def test_two_processes_count_what_the_job_did(on_processes):
     )
     for process in runs:
         for counts, case in zip(process, GRID, strict=True):
-            check(counts, case, 2)
+            check(counts, case)
 
 
 def test_the_samples_of_a_run_that_is_never_whole_are_still_counted():
-    case = {"num_samples": 7, "num_epochs": 2}
-    assert count(**case, per_device_batch_size=2)["samples"] == 14
-    dropped = count(
-        **case, per_device_batch_size=2, train_dataloader_kwargs={"drop_last": True}
-    )
-    assert dropped["samples"] == 12
-    assert dropped["per epoch"] == 3
+    dropped = {"drop_last": True}
+    counts = count(7, 2, per_device_batch_size=2, train_dataloader_kwargs=dropped)
+    assert (counts["samples"], counts["per epoch"]) == (12, 3)
 
 
 def test_a_limit_of_batches_is_part_of_all_counts():
@@ -188,10 +170,10 @@ def test_limits_are_those_of_each_call():
     """Defect 7: a run that went on stopped early."""
     trainer = create_trainer()
     arguments = {"per_device_batch_size": 2, "reset_run_history": False}
-    trainer.train(samples(8), 2, **arguments)
-    trainer.train(samples(8), 6, **arguments)
+    trainer.train(ones(8), 2, **arguments)
+    trainer.train(ones(8), 6, **arguments)
     assert trainer.num_updates == 24
-    trainer.train(samples(8), 9, max_num_train_steps=5, **arguments)
+    trainer.train(ones(8), 9, max_num_train_steps=5, **arguments)
     assert trainer.num_updates == 5
     assert trainer.num_optimizer_steps == 8 + 24 + 5
     history = trainer.run_history
@@ -202,18 +184,15 @@ def test_limits_are_those_of_each_call():
     )
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(samples(10))
-
-
 def test_a_stream_of_unknown_length_ends_by_itself_or_at_the_limit():
     trainer = create_trainer()
-    trainer.train(Stream(), 2, per_device_batch_size=3, gradient_accumulation_steps=3)
+    trainer.train(
+        Stream(ones(10)), 2, per_device_batch_size=3, gradient_accumulation_steps=3
+    )
     # Batches of 3, 3, 3 and 1: two windows in each epoch.
     assert (trainer.num_steps, trainer.num_updates) == (8, 4)
     assert trainer.num_samples_seen == 20
-    trainer.train(Stream(), 100, per_device_batch_size=3, max_num_train_steps=6)
+    trainer.train(Stream(ones(10)), 100, per_device_batch_size=3, max_num_train_steps=6)
     assert (trainer.num_steps, trainer.num_updates) == (6, 6)
     assert trainer.run_config.num_update_steps_per_epoch is None
 
@@ -221,23 +200,12 @@ def test_a_stream_of_unknown_length_ends_by_itself_or_at_the_limit():
 # ------------------------------------------------------------ without num_epochs
 
 
-class Shrinking(IterableDataset):
-    """Has fewer samples each time, and none in the end."""
-
-    def __init__(self, count=8):
-        self.count = count
-
-    def __iter__(self):
-        self.count -= 4
-        return iter(samples(self.count)) if self.count > 0 else iter(())
-
-
 def count_updates_alone():
     whole = count(10, None, max_num_train_steps=8, per_device_batch_size=2)
     placeholders = {"epochs": PLACEHOLDERS["NUM_EPOCHS"]}
     trainer = create_trainer()
     trainer.train(
-        Stream(),
+        Stream(ones(10)),
         max_num_train_steps=9,
         per_device_batch_size=2,
         create_scheduler_fn=partial(KeepsArguments, **placeholders),
@@ -268,13 +236,18 @@ def test_without_a_number_of_epochs_there_are_as_many_as_the_updates_take(
 
 def test_neither_a_number_of_epochs_nor_of_updates_is_refused():
     with pytest.raises(ValueError, match=r"neither num_epochs nor max_num_train_steps"):
-        create_trainer().train(samples(4))
+        create_trainer().train(ones(4))
 
 
 def test_without_a_number_of_epochs_a_run_that_can_make_no_updates_ends():
-    trainer = create_trainer()
+    stream = Stream(ones(4))
+
+    def leave_nothing(trainer, **kwargs):
+        stream.dataset = ones(0)
+
+    trainer = create_trainer([At(on_train_epoch_end=leave_nothing)])
     with pytest.raises(ValueError, match="yielded no batch"):
-        trainer.train(Shrinking(), max_num_train_steps=9, per_device_batch_size=2)
+        trainer.train(stream, max_num_train_steps=9, per_device_batch_size=2)
     assert trainer.num_updates == 2
 
     class Own(Trainer):
@@ -284,25 +257,24 @@ def test_without_a_number_of_epochs_a_run_that_can_make_no_updates_ends():
             self.num_passes += 1
             return self.num_passes == 3
 
-    own = Own(trainer.model, trainer.loss_func, trainer.optimizer, None)
+    own = create_trainer(trainer_class=Own)
     with pytest.raises(ValueError, match="Give num_epochs"):
-        own.train(samples(2), max_num_train_steps=2)
+        own.train(ones(2), max_num_train_steps=2)
     with pytest.warns(UserWarning, match="max_num_train_steps=100"):
-        own.train(samples(2), 3, max_num_train_steps=100)
+        own.train(ones(2), 3, max_num_train_steps=100)
 
 
 def test_without_a_number_of_epochs_a_resumed_run_makes_the_updates_left(tmp_path):
-    class Saves(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            if trainer.num_updates == 3:  # the last one of the first epoch
-                trainer.save_training_state(tmp_path / "state")
-                raise KeyboardInterrupt
+    def save(trainer, **kwargs):
+        if trainer.num_updates == 3:  # the last one of the first epoch
+            trainer.save_training_state(tmp_path / "state")
+            raise KeyboardInterrupt
 
     arguments = {"max_num_train_steps": 7, "per_device_batch_size": 2}
     with pytest.raises(KeyboardInterrupt):
-        create_trainer([Saves]).train(samples(6), **arguments)
+        create_trainer([At(on_train_step_end=save)]).train(ones(6), **arguments)
     trainer = create_trainer()
-    trainer.train(samples(6), resume_from=tmp_path / "state", **arguments)
+    trainer.train(ones(6), resume_from=tmp_path / "state", **arguments)
     assert (trainer.num_updates, trainer.num_optimizer_steps) == (7, 4)
     assert len(trainer.run_history.get_metric_values("train_loss_epoch")) == 3
 
@@ -316,18 +288,10 @@ class SkipsFirst(CountsOptimizerSteps):
         return accelerator
 
 
-@pytest.mark.parametrize("is_hopeless", [False, True])
-def test_updates_that_fp16_skips_are_made_up_for_unless_all_are(is_hopeless):
-    model = nn.Linear(1, 1)
-    nn.init.ones_(model.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = SkipsFirst(model, nn.MSELoss(), optimizer, None)
-    inputs = torch.full((2, 1), torch.inf if is_hopeless else 3.0)
-    data = TensorDataset(inputs, torch.zeros(2, 1))
-    if is_hopeless:
-        with pytest.raises(ValueError, match="made no update"):
-            trainer.train(data, max_num_train_steps=2)
-    else:
-        trainer.train(data, max_num_train_steps=2)
-        assert trainer.num_updates == 2
-        assert trainer.run_history.current_epoch > 3
+def test_updates_that_fp16_skips_are_made_up_for_unless_all_are():
+    trainer = create_trainer(trainer_class=SkipsFirst)
+    trainer.train(ones(2, 3.0), max_num_train_steps=2)
+    assert trainer.num_updates == 2
+    assert trainer.run_history.current_epoch > 3
+    with pytest.raises(ValueError, match="made no update"):
+        trainer.train(ones(2, torch.inf), max_num_train_steps=2)

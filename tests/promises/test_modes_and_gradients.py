@@ -6,26 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from toys import At, Keeps, create_trainer, one_weight, ones
 
-from pytorch_accelerated.callbacks import StepBasedEvaluationCallback, TrainerCallback
+from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
 from pytorch_accelerated.errors import StopTrainingError, TrainingWarning
 from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import Trainer
-
-
-def samples(count, inputs=1.0):
-    return TensorDataset(torch.full((count, 1), inputs), torch.zeros(count, 1))
-
-
-def one_weight(weight=1.0):
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, weight)
-    return model
-
-
-def sgd(model, lr=0.25):
-    return torch.optim.SGD(model.parameters(), lr=lr)
-
 
 # ------------------------------------------------------------------------------ modes
 
@@ -40,69 +26,50 @@ def with_batch_norms():
     )
 
 
-class KeepsModes(TrainerCallback):
-    def __init__(self):
-        self.training, self.evaluating = [], []
-
-    def on_train_step_start(self, trainer, **kwargs):
-        self.training.append([m.training for m in trainer.get_model()])
-
-    def on_eval_step_start(self, trainer, **kwargs):
-        self.evaluating.append([m.training for m in trainer.get_model()])
+def modes_of_layers(trainer, **kwargs):
+    return [layer.training for layer in trainer.get_model()]
 
 
 def train_with_a_frozen_batch_norm():
     model = with_batch_norms()
     model[1].eval()
-    keeps = KeepsModes()
-    trainer = Trainer(
-        model, nn.MSELoss(), sgd(model), [StepBasedEvaluationCallback(1), keeps]
-    )
-    trainer.train(
-        samples(8), num_epochs=2, eval_dataset=samples(4), per_device_batch_size=2
-    )
+    training = Keeps("on_train_step_start", modes_of_layers)
+    evaluating = Keeps("on_eval_step_start", modes_of_layers)
+    callbacks = [StepBasedEvaluationCallback(1), training, evaluating]
+    trainer = create_trainer(callbacks, model=model)
+    trainer.train(ones(8), 2, ones(4), per_device_batch_size=2)
     means = [model[1].running_mean.clone(), model[3].running_mean.clone()]
-    return keeps.training, keeps.evaluating, [m.training for m in model], means
+    return training.kept, evaluating.kept, modes_of_layers(trainer), means
 
 
 FROZEN = [True, False, True, True, True]
 
 
-def check_modes(result):
-    training, evaluating, left, (frozen_mean, mean) = result
-    assert all(modes == FROZEN for modes in training)
-    assert not any(any(modes) for modes in evaluating)
-    assert left == FROZEN
-    assert torch.equal(frozen_mean, torch.zeros(2))
-    assert not torch.equal(mean, torch.zeros(2))
-
-
-def test_a_frozen_batch_norm_stays_frozen_through_evaluations_amid_an_epoch():
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_frozen_batch_norm_stays_frozen_through_evaluations_amid_an_epoch(
+    on_processes, num_processes
+):
     """Defects 12 and 46."""
-    check_modes(train_with_a_frozen_batch_norm())
-
-
-def test_a_frozen_batch_norm_stays_frozen_on_both_processes(on_processes):
-    for result in on_processes(2, train_with_a_frozen_batch_norm):
-        check_modes(result)
+    for training, evaluating, left, (frozen_mean, mean) in on_processes(
+        num_processes, train_with_a_frozen_batch_norm
+    ):
+        assert all(modes == FROZEN for modes in training)
+        assert not any(any(modes) for modes in evaluating)
+        assert left == FROZEN
+        assert torch.equal(frozen_mean, torch.zeros(2))
+        assert not torch.equal(mean, torch.zeros(2))
 
 
 def test_modes_come_back_when_an_evaluation_fails():
-    class Fails(Trainer):
-        def calculate_eval_batch_loss(self, batch):
-            raise ZeroDivisionError
+    def fail(trainer, **kwargs):
+        raise ZeroDivisionError
 
     model = with_batch_norms()
     model[1].eval()
+    trainer = create_trainer([At(on_eval_step_end=fail)], model=model)
     with pytest.raises(ZeroDivisionError):
-        Fails(model, nn.MSELoss(), None, ()).evaluate(samples(4))
-    assert [m.training for m in model] == FROZEN
-
-
-def test_evaluate_leaves_a_model_in_evaluation_mode_as_it_was():
-    model = with_batch_norms().eval()
-    Trainer(model, nn.MSELoss(), None, ()).evaluate(samples(4))
-    assert not any(m.training for m in model.modules())
+        trainer.evaluate(ones(4))
+    assert modes_of_layers(trainer) == FROZEN
 
 
 class LowRank(nn.Module):
@@ -133,10 +100,9 @@ def test_a_module_that_overrides_train_is_told_after_each_evaluation_found_61(
 ):
     """Each update halves a weight that is merged while it is evaluated only."""
     model = nn.Sequential(LowRank())
-    optimizer = torch.optim.SGD([model[0].b], lr=0.25)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks)
-    history = trainer.train(samples(2), 3, eval_dataset=samples(1))
-    trainer.evaluate(samples(1))
+    trainer = create_trainer(callbacks, model=model)
+    history = trainer.train(ones(2), 3, eval_dataset=ones(1))
+    trainer.evaluate(ones(1))
 
     assert history.get_metric_values("train_loss_epoch") == [1, 0.25, 0.25**2]
     assert history.get_metric_values("eval_loss_epoch") == [0.25, 0.25**2, 0.25**3]
@@ -151,13 +117,13 @@ class FreezesItsNorm(nn.Sequential):
         return self
 
 
-@pytest.mark.parametrize("eval_dataset", [None, samples(2)])
+@pytest.mark.parametrize("eval_dataset", [None, ones(2)])
 def test_a_model_that_freezes_a_norm_in_train_is_asked_at_each_epoch_found_61(
     eval_dataset,
 ):
     model = FreezesItsNorm(*with_batch_norms())
-    trainer = Trainer(model, nn.MSELoss(), sgd(model, 0.01), ())
-    trainer.train(samples(8), 2, eval_dataset=eval_dataset, per_device_batch_size=4)
+    trainer = create_trainer(model=model, lr=0.01)
+    trainer.train(ones(8), 2, eval_dataset=eval_dataset, per_device_batch_size=4)
 
     assert torch.equal(model[1].running_mean, torch.zeros(2))
     assert not torch.equal(model[3].running_mean, torch.zeros(2))
@@ -165,14 +131,15 @@ def test_a_model_that_freezes_a_norm_in_train_is_asked_at_each_epoch_found_61(
 
 def test_modes_of_an_evaluation_on_its_own_are_those_of_before_found_61():
     """Also those that the model's train() would set in another way."""
-    model = FreezesItsNorm(*with_batch_norms())
-    model[2].eval()
-    before = [module.training for module in model.modules()]
-    trainer = Trainer(model, nn.MSELoss(), None, ())
-    trainer.evaluate(samples(2))
-    trainer.predict(samples(2))
+    own = FreezesItsNorm(*with_batch_norms())
+    own[2].eval()
+    for model in (own, with_batch_norms().eval()):
+        before = [module.training for module in model.modules()]
+        trainer = create_trainer(model=model)
+        trainer.evaluate(ones(2))
+        trainer.predict(ones(2))
 
-    assert [module.training for module in model.modules()] == before
+        assert [module.training for module in model.modules()] == before
 
 
 class WithBackbone(nn.Module):
@@ -186,9 +153,9 @@ class WithBackbone(nn.Module):
 
 
 def train_on_a_backbone(model, trainer_class=Trainer):
-    trainer = trainer_class(model, nn.MSELoss(), sgd(model, 0.01), ())
-    trainer.train(samples(4), 1)
-    trainer.train(samples(4), 1)
+    trainer = create_trainer(model=model, lr=0.01, trainer_class=trainer_class)
+    trainer.train(ones(4), 1)
+    trainer.train(ones(4), 1)
 
 
 def test_a_backbone_that_arrives_in_evaluation_mode_is_warned_of_found_61():
@@ -247,61 +214,40 @@ def test_a_backbone_whose_mode_is_set_by_a_hook_is_not_warned_of_found_61():
 
 
 def test_a_gradient_that_was_left_does_not_enter_the_first_update():
-    """Defect 29."""
+    """Defect 29: by the user, or by a run that was stopped inside a window."""
     model = one_weight()
     model.weight.grad = torch.tensor([[100.0]])
-    Trainer(model, nn.MSELoss(), sgd(model), ()).train(samples(1), 1)
+    create_trainer(model=model).train(ones(1), 1)
     assert model.weight.item() == 0.5
 
+    def stop_once(trainer, **kwargs):
+        trainer.callback_handler.clear_callbacks()
+        raise StopTrainingError("in the middle of a window")
 
-class StopsInsideAWindow(TrainerCallback):
-    is_armed = True
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        if self.is_armed:
-            self.is_armed = False
-            raise StopTrainingError("in the middle of a window")
-
-
-def test_the_gradient_of_a_run_stopped_inside_a_window_does_not_enter_the_next():
-    """Defect 29."""
-    model = one_weight()
-    trainer = Trainer(model, nn.MSELoss(), sgd(model), [StopsInsideAWindow()])
+    trainer = create_trainer([At(on_train_step_end=stop_once)])
     arguments = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2}
-    trainer.train(samples(2), 1, **arguments)
-    assert model.weight.item() == 1.0
-    trainer.train(samples(2), 1, **arguments)
-    assert model.weight.item() == 0.5
+    trainer.train(ones(2), 1, **arguments)
+    assert trainer.model.weight.item() == 1.0
+    trainer.train(ones(2), 1, **arguments)
+    assert trainer.model.weight.item() == 0.5
 
 
 # --------------------------------------------------------------------------- clipping
 
 
-class KeepsNorms(TrainerCallback):
-    def __init__(self):
-        self.norms = []
-
-    def on_train_update_end(self, trainer, **kwargs):
-        self.norms.append(trainer.gradient_norm)
-
-
-def opposed():
-    """Two samples whose gradients for a weight of 1 are 8 and -7: their mean is 0.5."""
-    return TensorDataset(torch.ones(2, 1), torch.tensor([[-3.0], [4.5]]))
-
-
 def train_on_opposed(num_processes=1, **clip):
-    model, keeps = one_weight(), KeepsNorms()
-    trainer = Trainer(model, nn.MSELoss(), sgd(model), [keeps])
+    """Train on gradients of 8 and -7 for a weight of 1, whose mean is 0.5."""
+    keeps = Keeps("on_train_update_end", lambda trainer, **_: trainer.gradient_norm)
+    trainer = create_trainer([keeps])
     trainer.train(
-        opposed(),
+        TensorDataset(torch.ones(2, 1), torch.tensor([[-3.0], [4.5]])),
         1,
         per_device_batch_size=1,
         gradient_accumulation_steps=2 // num_processes,
         train_dataloader_kwargs={"shuffle": False},
         **clip,
     )
-    return model.weight.item(), keeps.norms
+    return trainer.model.weight.item(), keeps.kept
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from toys import At, Stream, create_trainer, ones
 
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
@@ -27,7 +28,6 @@ from pytorch_accelerated.callbacks import (
     SwaCallback,
     ThroughputCallback,
     TrackerCallback,
-    TrainerCallback,
     UnfreezeCallback,
 )
 from pytorch_accelerated.checkpoint import save_weights
@@ -64,17 +64,12 @@ class OddHistory(InMemoryRunHistory):
         self._metrics[self._full_name(metric_name)].append(metric_value)
 
 
-class RecordsOddValues(TrainerCallback):
-    VALUES = (torch.tensor(1 + 2j), np.array("text"), dict, 10**400, "text", None)
-
-    def on_train_epoch_end(self, trainer, **kwargs):
-        for number, value in enumerate(self.VALUES):
-            trainer.run_history.update_metric(f"précision {number}", value)
+ODD = (torch.tensor(1 + 2j), np.array("text"), dict, 10**400, "text", None)
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(torch.ones(1), torch.zeros(1))] * 4)
+def record_odd_values(trainer, **kwargs):
+    for number, value in enumerate(ODD):
+        trainer.run_history.update_metric(f"précision {number}", value)
 
 
 class Tee:
@@ -93,10 +88,10 @@ class Tee:
 @pytest.mark.parametrize("history", [InMemoryRunHistory, OddHistory])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_odd_values_streams_and_histories_end_no_run(
-    create_trainer, samples, monkeypatch, tmp_path, history, stream
+    monkeypatch, tmp_path, history, stream
 ):
     callbacks = [
-        RecordsOddValues(),
+        At(on_train_epoch_end=record_odd_values),
         *DEFAULT_CALLBACKS,
         ThroughputCallback(),
         TrackerCallback(Sends()),
@@ -105,13 +100,11 @@ def test_odd_values_streams_and_histories_end_no_run(
     trainer = create_trainer(callbacks, run_history=history())
     monkeypatch.setattr(sys, stream, Tee())
     # The length of the loader is that of a stream without one.
-    trainer.train(samples(4), 2, DataLoader(Stream(), batch_size=2))
+    trainer.train(ones(4), 2, DataLoader(Stream(ones(4)), batch_size=2))
     assert len(list(trainer.run_history.get_metric_values("eval_loss_epoch"))) == 2
 
 
-def test_all_that_look_at_a_run_do_so_together(
-    create_trainer, samples, capsys, tmp_path
-):
+def test_all_that_look_at_a_run_do_so_together(capsys, tmp_path):
     """Names of one were missing in the report of another."""
     path = tmp_path / "report.html"
     callbacks = [
@@ -123,8 +116,8 @@ def test_all_that_look_at_a_run_do_so_together(
         ReportCallback(path),
     ]
     trainer = create_trainer(callbacks)
-    trainer.train(samples(4), 2, samples(2), 2)
-    trainer.evaluate(samples(2))
+    trainer.train(ones(4), 2, ones(2), 2)
+    trainer.evaluate(ones(2))
     header = next(
         line for line in capsys.readouterr().out.splitlines() if "latest" in line
     )
@@ -136,23 +129,21 @@ def test_all_that_look_at_a_run_do_so_together(
         assert label.removesuffix("_epoch").removeprefix("train_") in page
 
 
-def test_a_report_says_the_words_of_an_error_and_gives_warnings_back(
-    create_trainer, samples, tmp_path
-):
-    class Fails(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            warnings.showwarning("by hand", UserWarning, "file", 1, file=sys.stderr)
-            raise RuntimeError("nothing was running there")
+def test_a_report_says_the_words_of_an_error_and_gives_warnings_back(tmp_path):
+    def fail(trainer, **kwargs):
+        warnings.showwarning("by hand", UserWarning, "file", 1, file=sys.stderr)
+        raise RuntimeError("nothing was running there")
 
     show = warnings.showwarning
-    trainer = create_trainer([ReportCallback(tmp_path / "report.html"), Fails()])
+    report = ReportCallback(tmp_path / "report.html")
+    trainer = create_trainer([report, At(on_train_epoch_end=fail)])
     with pytest.raises(RuntimeError):
-        trainer.train(samples(1), 1)
+        trainer.train(ones(1), 1)
     assert "nothing was running there" in (tmp_path / "report.html").read_text()
     assert warnings.showwarning is show
 
 
-def test_a_resumed_run_logs_and_sends_what_is_new(create_trainer, samples, tmp_path):
+def test_a_resumed_run_logs_and_sends_what_is_new(tmp_path):
     class Log(LogMetricsCallback):
         logged = ()
 
@@ -168,45 +159,41 @@ def test_a_resumed_run_logs_and_sends_what_is_new(create_trainer, samples, tmp_p
         def load_state_dict(self, state):
             self._current_epoch = state["current_epoch"]
 
-    class Ends(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            if trainer.num_updates == 3:
-                raise KeyboardInterrupt
+    def end(trainer, **kwargs):
+        if trainer.num_updates == 3:
+            raise KeyboardInterrupt
 
     def train(history, *others, **kwargs):
         log, sends = Log(), Sends()
         saving = SaveTrainingStateCallback(tmp_path / history.__name__, 1)
         callbacks = [log, TrackerCallback(sends), saving, *others]
         trainer = create_trainer(callbacks, run_history=history())
-        trainer.train(samples(1), 4, samples(1), **kwargs)
+        trainer.train(ones(1), 4, ones(1), **kwargs)
         return log.logged, sends.steps
 
     for history in (InMemoryRunHistory, Elsewhere):
         with pytest.raises(KeyboardInterrupt):
-            train(history, Ends())
+            train(history, At(on_train_step_end=end))
         logged, steps = train(history, resume_from="auto")
         assert [list(metrics) for metrics in logged[:1]] == [["train_loss_epoch"]]
         assert sum("train_loss_epoch" in metrics for metrics in logged) == 2
         assert steps == [3, 4]
 
 
-def test_an_evaluation_that_fails_amid_a_run_ends_nothing_of_it(
-    create_trainer, samples, tmp_path
-):
+def test_an_evaluation_that_fails_amid_a_run_ends_nothing_of_it(tmp_path):
     """What was caught made the run one that has failed: nothing final was saved."""
     saving = SaveTrainingStateCallback(tmp_path / "states")
     bar, signals = ProgressBarCallback(), PreemptionCallback()
     seen = []
 
-    class Evaluates(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            with pytest.raises(TypeError):
-                trainer.evaluate([1])
-            is_there = (tmp_path / "states" / ".lock").exists()
-            seen.append((is_there, bar.pbar is not None, bool(signals._replaced)))
+    def evaluate(trainer, **kwargs):
+        with pytest.raises(TypeError):
+            trainer.evaluate([1])
+        is_there = (tmp_path / "states" / ".lock").exists()
+        seen.append((is_there, bar.pbar is not None, bool(signals._replaced)))
 
-    trainer = create_trainer([saving, bar, signals, Evaluates()])
-    trainer.train(samples(1), 1)
+    trainer = create_trainer([saving, bar, signals, At(on_train_step_end=evaluate)])
+    trainer.train(ones(1), 1)
     assert seen == [(True, True, True)]
     assert not trainer.has_failed
     assert os.listdir(tmp_path / "states") == ["final"]
@@ -218,16 +205,13 @@ def test_empty_tensors_are_each_in_the_file(tmp_path):
     assert load_file(tmp_path / "weights.safetensors").keys() == state.keys()
 
 
-def test_what_cannot_be_rehearsed_leaves_the_trainer_as_it_was(create_trainer, samples):
-    class Breaks(TrainerCallback):
-        pass
-
-    trainer = create_trainer([Breaks()])
+def test_what_cannot_be_rehearsed_leaves_the_trainer_as_it_was():
+    trainer = create_trainer()
     trainer.odd = {"values": torch.ones(1).expand(3)}  # cannot be put back
     trainer.lazy = nn.LazyLinear(1)
     history, handler = trainer.run_history, trainer.callback_handler
     with pytest.raises(ValueError, match="uninitialized"):
-        trainer.summary(samples(1))
+        trainer.summary(ones(1))
     assert "print" not in vars(trainer)
     assert trainer.run_history is history
     assert trainer.callback_handler is handler
@@ -247,9 +231,7 @@ class OnlyOnTheFirst(IterableDataset):
 
 
 def evaluate_on_one(function):
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.ones_(model.weight)
-    trainer = Trainer(model, nn.MSELoss(), None, (), metrics={"f": function})
+    trainer = create_trainer(metrics={"f": function})
     return trainer.evaluate(DataLoader(OnlyOnTheFirst(), batch_size=None))
 
 
@@ -275,15 +257,13 @@ def test_inputs_of_metrics_hold_no_graph_and_are_copied_by_reference():
     assert twin._inputs[0] is metrics._inputs[0]
 
 
-def test_a_metric_that_changes_what_it_is_given_changes_no_other(
-    create_trainer, samples
-):
+def test_a_metric_that_changes_what_it_is_given_changes_no_other():
     metrics = {
         "zeroed": lambda predictions, targets: predictions.zero_().sum(),
         "sum": lambda predictions, targets: predictions.sum(),
     }
     trainer = create_trainer(metrics=metrics)
-    assert trainer.evaluate(samples(3))["evaluation_sum"] == 3
+    assert trainer.evaluate(ones(3))["evaluation_sum"] == 3
 
 
 def test_a_callback_that_adds_parameters_later_has_them_in_the_schedule():
@@ -291,11 +271,10 @@ def test_a_callback_that_adds_parameters_later_has_them_in_the_schedule():
     freezer = ModelFreezer(model)
     freezer.freeze()
     optimizer = torch.optim.SGD(freezer.get_trainable_parameters(), lr=0.1)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=())
-    trainer.callback_handler.add_callback(UnfreezeCallback(freezer, {2: 0}))
-    data = TensorDataset(torch.ones(1, 1), torch.zeros(1, 1))
+    callbacks = [UnfreezeCallback(freezer, {2: 0})]
+    trainer = create_trainer(callbacks, model=model, optimizer=optimizer)
     create_scheduler_fn = partial(LambdaLR, lr_lambda=lambda number: 1 / (1 + number))
-    trainer.train(data, 3, create_scheduler_fn=create_scheduler_fn)
+    trainer.train(ones(1), 3, create_scheduler_fn=create_scheduler_fn)
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.025]
 
 
@@ -310,35 +289,32 @@ def test_batch_norms_keep_their_momentum_if_measuring_them_fails():
             return super().calculate_train_batch_loss(batch)
 
     model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Fails(model, nn.MSELoss(), optimizer, [SwaCallback(1)])
+    trainer = create_trainer([SwaCallback(1)], model=model, trainer_class=Fails)
     data = TensorDataset(torch.randn(4, 1), torch.zeros(4, 1))
     with pytest.raises(RuntimeError, match="measuring fails"):
         trainer.train(data, 2)
     assert model[0].momentum == 0.1
 
 
-def test_the_file_of_a_history_has_what_is_left_after_a_deletion(
-    create_trainer, samples, tmp_path
-):
-    class Deletes(TrainerCallback):
-        def on_training_run_epoch_end(self, trainer, **kwargs):
-            if trainer.run_history.current_epoch == 3:
-                trainer.run_history.delete_metric("train_loss_epoch")
+def test_the_file_of_a_history_has_what_is_left_after_a_deletion(tmp_path):
+    def delete(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 3:
+            trainer.run_history.delete_metric("train_loss_epoch")
 
     path = tmp_path / "history.jsonl"
-    trainer = create_trainer([RecordHistoryCallback(path), Deletes()])
-    history = trainer.train(samples(1), 5)
+    deletes = At(on_training_run_epoch_end=delete)
+    trainer = create_trainer([RecordHistoryCallback(path), deletes])
+    history = trainer.train(ones(1), 5)
     written = InMemoryRunHistory.load_jsonl(path).records("train_loss_epoch")
     assert written == history.records("train_loss_epoch")
     assert [record.epoch for record in written] == [4, 5]
 
 
-def test_a_run_that_cannot_be_made_forgets_no_history(create_trainer, samples):
+def test_a_run_that_cannot_be_made_forgets_no_history():
     trainer = create_trainer()
-    trainer.train(samples(1), 1)
+    trainer.train(ones(1), 1)
     with pytest.raises(ValueError, match="num_workers"):
-        trainer.train(samples(1), 1, train_dataloader_kwargs={"num_workers": -1})
+        trainer.train(ones(1), 1, train_dataloader_kwargs={"num_workers": -1})
     assert trainer.run_history.get_metric_values("train_loss_epoch") == [1.0]
 
 
@@ -348,10 +324,8 @@ def count_items(folder):
             output = super().calculate_train_batch_loss(batch)
             return {**output, "num_items_in_batch": len(batch[0])}
 
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Counts(model, nn.MSELoss(), optimizer, [ThroughputCallback()])
-    trainer.train(TensorDataset(torch.ones(7, 1), torch.zeros(7, 1)), 1, None, 3)
+    trainer = create_trainer([ThroughputCallback()], trainer_class=Counts)
+    trainer.train(ones(7), 1, None, 3)
     history = trainer.run_history
     items = history.get_latest_metric("train_items_per_second")
     return items / history.get_latest_metric("train_samples_per_second")

@@ -6,12 +6,9 @@ from functools import partial
 import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import Dataset, TensorDataset
+from toys import Keeps, Numbers, overriding
 
-from pytorch_accelerated.callbacks import (
-    ProgressBarCallback,
-    TrainerCallback,
-)
+from pytorch_accelerated.callbacks import ProgressBarCallback, TrainerCallback
 from pytorch_accelerated.data import epoch_order
 from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -92,17 +89,18 @@ def described(value):
     return "loader" if hasattr(value, "dataset") else value
 
 
-@pytest.mark.parametrize("method", CALLS)
-def test_each_method_is_called_with_the_documented_arguments(
-    create_trainer, samples, method
-):
-    calls = []
+def test_each_method_is_called_with_the_documented_arguments(create_trainer, samples):
+    calls = {method: [] for method in CALLS}
 
-    def note(self, *args, **kwargs):
-        calls.append((tuple(map(described, args)), kwargs))
-        return getattr(Trainer, method)(self, *args, **kwargs)
+    def noting(method):
+        def note(self, *args, **kwargs):
+            calls[method].append((tuple(map(described, args)), kwargs))
+            return getattr(Trainer, method)(self, *args, **kwargs)
 
-    trainer = create_trainer(trainer_class=type("Notes", (Trainer,), {method: note}))
+        return note
+
+    notes = overriding(**{method: noting(method) for method in CALLS})
+    trainer = create_trainer(trainer_class=notes)
     trainer.train(
         samples(4),
         num_epochs=1,
@@ -116,7 +114,7 @@ def test_each_method_is_called_with_the_documented_arguments(
     )
     trainer.evaluate(samples(2), 8, dataloader_kwargs={"batch_size": 2})
 
-    assert calls == CALLS[method]
+    assert calls == CALLS
 
 
 def test_an_override_of_load_training_state_says_where_to_go_on(
@@ -129,16 +127,13 @@ def test_an_override_of_load_training_state_says_where_to_go_on(
             self.model.weight.data.fill_(0.5)
             return {"current_epoch": 3}
 
-    epochs = []
-
-    class KeepsEpochs(TrainerCallback):
-        def on_train_epoch_start(self, trainer, **kwargs):
-            epochs.append(trainer.run_history.current_epoch)
-
-    trainer = create_trainer([KeepsEpochs], trainer_class=FromElsewhere)
+    epochs = Keeps(
+        "on_train_epoch_start", lambda trainer, **_: trainer.run_history.current_epoch
+    )
+    trainer = create_trainer([epochs], trainer_class=FromElsewhere)
     trainer.train(samples(2), num_epochs=4, resume_from="cloud://state")
 
-    assert epochs == [3, 4]
+    assert epochs.kept == [3, 4]
     assert trainer.model.weight.item() == 0.5**3
 
 
@@ -179,8 +174,7 @@ def test_own_losses_are_used_for_training_and_evaluation(create_trainer, samples
 def test_an_override_of_a_part_of_the_update(
     create_trainer, samples, method, override, weight
 ):
-    trainer_class = type("Own", (Trainer,), {method: override})
-    trainer = create_trainer(trainer_class=trainer_class)
+    trainer = create_trainer(trainer_class=overriding(**{method: override}))
 
     num_updates = 2 if method in ("optimizer_zero_grad", "training_run_start") else 1
     clip = {"gradient_clip_value": 1e-3} if method == "_clip_gradients" else {}
@@ -189,53 +183,50 @@ def test_an_override_of_a_part_of_the_update(
     assert trainer.model.weight.item() == weight
 
 
-def test_an_override_of_the_schedule(create_trainer, samples):
-    class Creates(Trainer):
-        def create_scheduler(self):
-            return StepLR(self.optimizer, step_size=1, gamma=0.5)
+def halve_by_hand(trainer):
+    trainer.optimizer.param_groups[0]["lr"] *= 0.5
 
-    class Completes(Trainer):
-        def create_scheduler(self):
-            return self.create_scheduler_fn(optimizer=self.optimizer, gamma=0.5)
 
-    class HalvesByHand(Trainer):
-        def scheduler_step(self):
-            self.optimizer.param_groups[0]["lr"] *= 0.5
+@pytest.mark.parametrize(
+    ("override", "create"),
+    [
+        (
+            {"create_scheduler": lambda self: StepLR(self.optimizer, 1, gamma=0.5)},
+            None,  # scripts pass the method itself as a mark that there is a schedule
+        ),
+        (
+            {
+                "create_scheduler": lambda self: self.create_scheduler_fn(
+                    optimizer=self.optimizer, gamma=0.5
+                )
+            },
+            partial(StepLR, step_size=1),
+        ),
+        ({"scheduler_step": halve_by_hand}, partial(StepLR, step_size=100)),
+    ],
+)
+def test_an_override_of_the_schedule(create_trainer, samples, override, create):
+    trainer = create_trainer(trainer_class=overriding(**override))
+    create = create or trainer.create_scheduler
+    trainer.train(samples(3), 1, per_device_batch_size=1, create_scheduler_fn=create)
 
-    for trainer_class in (Creates, Completes, HalvesByHand):
-        trainer = create_trainer(trainer_class=trainer_class)
-        create = partial(StepLR, step_size=1)
-        if trainer_class is Creates:
-            # Scripts pass the method itself as a mark that there is a schedule.
-            create = trainer.create_scheduler
-        elif trainer_class is HalvesByHand:
-            create = partial(StepLR, step_size=100)
-        trainer.train(
-            samples(3), 1, per_device_batch_size=1, create_scheduler_fn=create
-        )
-
-        assert trainer.optimizer.param_groups[0]["lr"] == 0.25 * 0.5**3
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.25 * 0.5**3
 
 
 def test_overrides_of_the_modes_of_the_model(create_trainer, samples):
     modes = []
 
-    class StaysInEvaluationMode(Trainer):
-        def train_epoch_start(self):
-            self.model.eval()
+    def note(trainer):
+        modes.append(trainer.model.training)
 
-        def eval_epoch_start(self):
-            self.model.train()
-
-        def train_epoch_end(self):
-            modes.append(self.model.training)
-
-        def eval_epoch_end(self):
-            modes.append(self.model.training)
-
-    create_trainer(trainer_class=StaysInEvaluationMode).train(
-        samples(1), 1, eval_dataset=samples(1)
+    stays_in_evaluation_mode = overriding(
+        train_epoch_start=lambda self: self.model.eval(),
+        eval_epoch_start=lambda self: self.model.train(),
+        train_epoch_end=note,
+        eval_epoch_end=note,
     )
+    trainer = create_trainer(trainer_class=stays_in_evaluation_mode)
+    trainer.train(samples(1), 1, eval_dataset=samples(1))
 
     assert modes == [False, True]
 
@@ -244,21 +235,8 @@ def test_the_run_config_may_be_made_from_the_arguments_of_the_published_version(
     create_trainer, samples
 ):
     class Own(Trainer):
-        def _create_run_config(
-            self,
-            num_epochs,
-            gradient_accumulation_steps,
-            max_num_train_steps,
-            per_device_batch_size,
-            gradient_clip_value,
-        ):
-            config = super()._create_run_config(
-                2 * num_epochs,
-                gradient_accumulation_steps,
-                max_num_train_steps,
-                per_device_batch_size,
-                gradient_clip_value,
-            )
+        def _create_run_config(self, num_epochs, *args, **kwargs):
+            config = super()._create_run_config(2 * num_epochs, *args, **kwargs)
             values = {
                 field.name: getattr(config, field.name)
                 for field in dataclasses.fields(config)
@@ -307,31 +285,33 @@ def test_an_epoch_of_the_user_s_own(create_trainer, samples):
 # --- subclasses written for 0.1.61
 
 
+class OfThePublishedVersion(Trainer):
+    def _perform_forward_and_backward_passes(self, batch, step):
+        batch_output = self.calculate_train_batch_loss(batch)
+        loss = batch_output["loss"] / self.run_config.gradient_accumulation_steps
+        self._update_loss_tracker(batch_output["loss"], batch_output["batch_size"])
+        self.callback_handler.call_event(
+            "on_train_step_end", self, batch_output=batch_output, batch=batch, step=step
+        )
+        self.backward_step(loss)
+
+
+class AroundOurs(Trainer):
+    def _perform_forward_and_backward_passes(self, batch, step):
+        super()._perform_forward_and_backward_passes(batch, step)
+
+
 @pytest.mark.parametrize("num_accumulated", [1, 2])
-def test_a_step_of_the_published_version_that_calls_the_event_itself(
-    create_trainer, samples, num_accumulated
+@pytest.mark.parametrize("trainer_class", [OfThePublishedVersion, AroundOurs])
+def test_a_step_of_one_s_own_that_returns_nothing(
+    create_trainer, samples, trainer_class, num_accumulated
 ):
-    steps = []
-
-    class Own(Trainer):
-        def _perform_forward_and_backward_passes(self, batch, step):
-            batch_output = self.calculate_train_batch_loss(batch)
-            loss = batch_output["loss"] / self.run_config.gradient_accumulation_steps
-            self._update_loss_tracker(batch_output["loss"], batch_output["batch_size"])
-            self.callback_handler.call_event(
-                "on_train_step_end",
-                self,
-                batch_output=batch_output,
-                batch=batch,
-                step=step,
-            )
-            self.backward_step(loss)
-
-    class KeepsSteps(TrainerCallback):
-        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            steps.append(kwargs["step"])
-
-    trainer = create_trainer([KeepsSteps], trainer_class=Own)
+    """As in the published version; it may call the event itself, or ours."""
+    steps = Keeps(
+        "on_train_step_end",
+        lambda trainer, batch_output, step, **_: (step, batch_output["batch_size"]),
+    )
+    trainer = create_trainer([steps], trainer_class=trainer_class)
     trainer.train(
         samples(8),
         1,
@@ -339,29 +319,9 @@ def test_a_step_of_the_published_version_that_calls_the_event_itself(
         gradient_accumulation_steps=num_accumulated,
     )
 
-    assert steps == [0, 1, 2, 3]
+    assert steps.kept == [(0, 2), (1, 2), (2, 2), (3, 2)]
+    assert trainer.num_samples_seen == 8
     assert trainer.model.weight.item() == 0.5 ** (4 // num_accumulated)
-
-
-def test_a_step_around_that_of_the_trainer_that_returns_nothing(
-    create_trainer, samples
-):
-    """As in the published version, where the step returned nothing."""
-    steps = []
-
-    class Measures(Trainer):
-        def _perform_forward_and_backward_passes(self, batch, step):
-            super()._perform_forward_and_backward_passes(batch, step)
-
-    class KeepsSteps(TrainerCallback):
-        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            steps.append((kwargs["step"], batch_output["batch_size"]))
-
-    trainer = create_trainer([KeepsSteps], trainer_class=Measures)
-    trainer.train(samples(4), 1, per_device_batch_size=2)
-
-    assert steps == [(0, 2), (1, 2)]
-    assert trainer.num_samples_seen == 4
 
 
 def test_a_copy_of_the_trainer_for_timm_that_counts_updates_itself(
@@ -457,20 +417,12 @@ def test_optimisation_by_hand_found_113(create_trainer, samples):
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            return {
-                "loss": loss.detach(),
-                "model_outputs": None,
-                "batch_size": len(targets),
-            }
+            return {"loss": loss.detach(), "batch_size": len(targets)}
 
-        def backward_step(self, loss):
+        def backward_step(self, *loss):
             pass
 
-        def optimizer_step(self):
-            pass
-
-        def optimizer_zero_grad(self):
-            pass
+        optimizer_step = optimizer_zero_grad = backward_step
 
     trainer = create_trainer(trainer_class=ByHand)
     history = trainer.train(samples(4), 2, per_device_batch_size=2)
@@ -486,28 +438,31 @@ def test_optimisation_by_hand_found_113(create_trainer, samples):
 # --- loops of the user's own
 
 
-class OwnLoop(Trainer):
-    """Trains as the published documentation shows, and keeps the inputs it sees."""
+class KeepsOrders(Trainer):
+    """Keeps the inputs of each epoch."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.orders = []
 
+    def calculate_train_batch_loss(self, batch):
+        self.orders[-1] += batch[0].flatten().tolist()
+        return super().calculate_train_batch_loss(batch)
+
+
+class OwnLoop(KeepsOrders):
+    """Trains as the published documentation shows."""
+
     def _run_train_epoch(self, train_dl):
         self.orders.append([])
         for batch in train_dl:
-            self.orders[-1] += batch[0].flatten().tolist()
             self.calculate_train_batch_loss(batch)["loss"].backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
 
-class OwnRun(Trainer):
+class OwnRun(KeepsOrders):
     """Runs the epochs of the published version by itself."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.orders = []
 
     def _run_training(self):
         for _ in range(self.run_config.num_epochs):
@@ -516,16 +471,6 @@ class OwnRun(Trainer):
             self._run_eval_epoch(self._eval_dataloader)
             self.run_history._increment_epoch()
 
-    def calculate_train_batch_loss(self, batch):
-        self.orders[-1] += batch[0].flatten().tolist()
-        return super().calculate_train_batch_loss(batch)
-
-
-def numbered(count):
-    return TensorDataset(
-        torch.arange(count, dtype=torch.float32)[:, None], torch.zeros(count, 1)
-    )
-
 
 @pytest.mark.parametrize("trainer_class", [OwnLoop, OwnRun])
 def test_each_epoch_of_a_loop_of_one_s_own_has_its_own_order_found_68(
@@ -533,9 +478,7 @@ def test_each_epoch_of_a_loop_of_one_s_own_has_its_own_order_found_68(
 ):
     """The order that the trainer's own loop would see."""
     trainer = create_trainer(lr=0.0, trainer_class=trainer_class, seed=3)
-    history = trainer.train(
-        numbered(8), 3, eval_dataset=numbered(2), per_device_batch_size=2
-    )
+    history = trainer.train(Numbers(8), 3, Numbers(2), per_device_batch_size=2)
 
     expected = [epoch_order(8, 3, epoch).tolist() for epoch in (1, 2, 3)]
     assert trainer.orders == expected
@@ -543,17 +486,14 @@ def test_each_epoch_of_a_loop_of_one_s_own_has_its_own_order_found_68(
 
 
 def test_augmentation_differs_between_epochs_of_a_loop_of_one_s_own_found_68(
-    create_trainer, samples
+    create_trainer,
 ):
-    class Random(Dataset):
-        def __len__(self):
-            return 2
-
+    class Random(Numbers):
         def __getitem__(self, index):
             return torch.rand(1), torch.zeros(1)
 
     trainer = create_trainer(lr=0.0, trainer_class=OwnLoop, seed=3)
-    trainer.train(Random(), 2)
+    trainer.train(Random(2), 2)
 
     first, second = trainer.orders
     assert not set(first) & set(second)
@@ -576,7 +516,7 @@ def test_what_a_loop_of_one_s_own_does_not_follow_is_warned_of_found_68(
 ):
     trainer = create_trainer(callbacks, trainer_class=OwnLoop)
     with pytest.warns(TrainingWarning, match=f"{ignored}.*super") as caught:
-        trainer.train(numbered(8), 3, **arguments)
+        trainer.train(Numbers(8), 3, **arguments)
 
     assert len(caught) == 1
 
@@ -584,12 +524,11 @@ def test_what_a_loop_of_one_s_own_does_not_follow_is_warned_of_found_68(
 def test_loops_of_one_s_own_that_can_be_counted_are_not_warned_of_found_68(
     create_trainer,
 ):
-    class Around(Trainer):
-        def _run_train_epoch(self, train_dl):
-            return super()._run_train_epoch(train_dl)
-
-    trainer = create_trainer([CountsUpdates], trainer_class=Around)
-    trainer.train(numbered(8), 3, max_num_train_steps=2)
+    around = overriding(
+        _run_train_epoch=lambda self, train_dl: Trainer._run_train_epoch(self, train_dl)
+    )
+    trainer = create_trainer([CountsUpdates], trainer_class=around)
+    trainer.train(Numbers(8), 3, max_num_train_steps=2)
     assert trainer.num_updates == 2
 
-    create_trainer(trainer_class=OwnLoop).train(numbered(8), 3)
+    create_trainer(trainer_class=OwnLoop).train(Numbers(8), 3)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.utils.data import TensorDataset
+from toys import create_trainer, ones
 
 from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
 from pytorch_accelerated.schedulers import (
@@ -37,14 +37,7 @@ UPDATES_PER_EPOCH_TOO = TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PE
 
 
 class Halve(StatefulSchedulerBase):
-    """A scheduler as a user would write it."""
-
-    def get_updated_values(self, num_updates):
-        return LR * 0.5**num_updates
-
-
-class Halved(StatefulSchedulerBase):
-    """Halves the learning rate of each group at each update."""
+    """A scheduler as a user would write it, for each group."""
 
     def get_updated_values(self, num_updates):
         return [lr * 0.5**num_updates for lr in self.base_lr_values]
@@ -161,15 +154,15 @@ class KeepsRates(Trainer):
 
 def train(create_scheduler_fn, trainer_class=KeepsRates, num_processes=1, **kwargs):
     model = nn.Linear(1, 1)
-    trainer = trainer_class(
-        model,
-        nn.MSELoss(),
-        torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9),
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    trainer = create_trainer(
         kwargs.pop("callbacks", ()),
+        model=model,
+        optimizer=optimizer,
+        trainer_class=trainer_class,
     )
-    dataset = TensorDataset(torch.ones(22, 1), torch.zeros(22, 1))
     trainer.train(
-        dataset,
+        ones(22),
         num_epochs=kwargs.pop("num_epochs", 2),
         per_device_batch_size=2 // num_processes,
         create_scheduler_fn=create_scheduler_fn,
@@ -281,9 +274,9 @@ def test_a_skipped_update_leaves_the_learning_rate_of_the_last_one():
     """Found 98."""
     reader = ReadsRates()
     trainer = train(Halve, SkipsUpdates, callbacks=[reader])
-    applied = [rate for k, rate in enumerate(trainer.rates) if k not in (2, 5)]
-    assert reader.after_updates == [[rate] for rate in applied]
-    assert reader.after_steps[1:4] == [[applied[1]], [applied[1]], [applied[2]]]
+    applied = [[rate] for k, rate in enumerate(trainer.rates) if k not in (2, 5)]
+    assert reader.after_updates == applied
+    assert reader.after_steps[1:4] == [applied[1], applied[1], applied[2]]
 
 
 def test_learning_rates_of_all_groups_are_read_also_from_tensors():
@@ -299,10 +292,10 @@ def test_learning_rates_of_all_groups_are_read_also_from_tensors():
     trainer = Trainer(nn.Sequential(first, second), nn.MSELoss(), optimizer, [reader])
     assert trainer.last_lr is None
     trainer.train(
-        TensorDataset(torch.ones(3, 1), torch.zeros(3, 1)),
+        ones(3),
         num_epochs=1,
         per_device_batch_size=1,
-        create_scheduler_fn=Halved,
+        create_scheduler_fn=Halve,
     )
     assert reader.after_steps == [[0.5, 0.25], [0.25, 0.125], [0.125, 0.0625]]
     assert {type(rate) for rates in reader.after_steps for rate in rates} == {float}
@@ -323,13 +316,12 @@ class Plateau(KeepsRates):
 
 
 def rates_on_a_plateau(num_processes):
-    dataset = TensorDataset(torch.ones(4, 1), torch.zeros(4, 1))
     trainer = train(
         partial(ReduceLROnPlateau, factor=0.5, patience=1),
         Plateau,
         num_processes,
         num_epochs=6,
-        eval_dataset=dataset,
+        eval_dataset=ones(4),
     )
     return trainer.rates
 
@@ -404,12 +396,9 @@ def test_schedulers_with_the_interface_of_timm_are_told_the_right_time(on_proces
         for of_run, expected_of_run in zip(rates, expected, strict=True):
             assert of_run == pytest.approx(expected_of_run)
 
-
-def test_evaluate_leaves_a_timm_like_schedule_alone():
-    """Defect 20."""
     trainer = train(partial(TimmLike, total=22, t_in_epochs=False), KeepsRatesOfTimm)
     before = trainer.optimizer.param_groups[0]["lr"]
-    trainer.evaluate(TensorDataset(torch.ones(4, 1), torch.zeros(4, 1)))
+    trainer.evaluate(ones(4))
     assert trainer.optimizer.param_groups[0]["lr"] == before
 
 
