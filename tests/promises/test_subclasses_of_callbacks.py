@@ -291,7 +291,10 @@ CASES = {
         start_epoch=1,
     ),
     "Throughput": Case(
-        _measures, "on_train_epoch_start on_train_epoch_end", peak_flops=1e9
+        _measures,
+        "on_train_epoch_start on_train_epoch_end",
+        peak_flops=1e9,
+        flops_per_sample=1.0,
     ),
     "Tracker": Case(
         _sends_each_run, f"{RUN_START} on_evaluation_run_start", trackers=[Names()]
