@@ -292,7 +292,7 @@ CASES = {
     ),
     "Throughput": Case(
         _measures,
-        "on_train_epoch_start on_train_epoch_end",
+        "on_train_epoch_start on_train_step_end on_train_epoch_end",
         peak_flops=1e9,
         flops_per_sample=1.0,
     ),
