@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerSummary", "ModelSummary"]
 
+_LINE = "{:37.37} {:21.21} {:>11} {:>8}"
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -31,19 +33,17 @@ class LayerSummary:
     Attributes:
         name: Its name in the model, empty for the model itself.
         kind: The name of its class.
-        output_shape: The shape of its last output: a tuple, or a list or dictionary of
-            those of its tensors; None if the module was not called.
-        num_calls: How often it was called.
-        num_parameters: Numbers in its weights, without those of a layer further up that
-            shares them.
-        num_trained: Those of them that are trained.
+        output: The shapes of the tensors in its last output, such as ``"8 x 64"`` or
+            ``"loss: 1 number, logits: 8 x 10"``; empty if it was not called.
+        num_parameters: Numbers in its weights; those that layers share are counted in
+            each of them, and in the model once.
+        num_trained: Those that require a gradient and that the optimizer holds.
         flops: Of its forward passes, for the whole batch.
     """
 
     name: str
     kind: str
-    output_shape: Any
-    num_calls: int
+    output: str
     num_parameters: int
     num_trained: int
     flops: int
@@ -58,13 +58,9 @@ class ModelSummary:
 
     Attributes:
         layers: The modules, the model itself first.
-        num_parameters: Numbers in its weights, shared ones counted once.
-        num_trained: Those that require a gradient and that the optimizer holds.
-        weight_bytes: Memory of the weights.
-        buffer_bytes: Memory of the buffers.
-        gradient_bytes: Memory of the gradients after a backward pass.
-        optimizer_bytes: Memory of the state of the optimizer after an update; None if
-            the update was not applied, since a gradient overflowed.
+        memory: Bytes of the ``"weights"`` and ``"buffers"``, of the ``"gradients"``
+            after a backward pass, and of the state of the ``"optimizer"`` after an
+            update, unless that was not applied, since a gradient overflowed.
         forward_flops: Of a forward pass.
         step_flops: Of forward and backward pass together.
         num_samples: Samples in the batch that they were counted for.
@@ -72,16 +68,21 @@ class ModelSummary:
     """
 
     layers: tuple[LayerSummary, ...]
-    num_parameters: int
-    num_trained: int
-    weight_bytes: int
-    buffer_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int | None
+    memory: Mapping[str, int]
     forward_flops: int
     step_flops: int
     num_samples: int
     depth: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the weights, shared ones counted once."""
+        return self.layers[0].num_parameters
+
+    @property
+    def num_trained(self) -> int:
+        """Those that require a gradient and that the optimizer holds."""
+        return self.layers[0].num_trained
 
     @property
     def flops_per_sample(self) -> float:
@@ -89,76 +90,38 @@ class ModelSummary:
         return self.step_flops / self.num_samples
 
     def __str__(self) -> str:
-        """Return the table, at most 80 columns wide."""
+        """Return the table, 80 columns wide."""
         lines = [_LINE.format("Layer", "Output", "Parameters", "FLOPs"), "-" * 80]
         for layer in self.layers:
             path = layer.name.split(".") if layer.name else []
-            if len(path) > self.depth:
-                continue
-            label = "  " * len(path) + ": ".join([*path[-1:], layer.kind])
-            count = f"{layer.num_parameters:,}" if layer.num_parameters else "-"
-            if layer.num_parameters and not layer.num_trained:
-                count = f"({count})"
-            shape = "-" if layer.num_calls == 0 else _as_text(layer.output_shape)
-            shape += f" x{layer.num_calls}" if layer.num_calls > 1 else ""
-            flops = _short(layer.flops) if layer.flops else "-"
-            lines.append(_LINE.format(_cut(label, 37), _cut(shape, 21), count, flops))
-        memory = {
-            "weights": self.weight_bytes,
-            "buffers": self.buffer_bytes,
-            "gradients": self.gradient_bytes,
-            "optimizer": self.optimizer_bytes,
-        }
-        texts = [
-            f"{what} {'unknown' if size is None else _short(size, 'B')}"
-            for what, size in memory.items()
-        ]
+            if len(path) <= self.depth:
+                label = "  " * len(path) + ": ".join([*path[-1:], layer.kind])
+                count = f"{layer.num_parameters:,}" if layer.num_parameters else "-"
+                if layer.num_parameters and not layer.num_trained:
+                    count = f"({count})"
+                flops = _short(layer.flops) if layer.flops else "-"
+                lines.append(_LINE.format(label, layer.output or "-", count, flops))
         num_frozen = self.num_parameters - self.num_trained
+        memory = (f"{what} {_short(size, 'B')}" for what, size in self.memory.items())
+        forward, step = _short(self.forward_flops), _short(self.step_flops)
         return "\n".join(
             [
                 *lines,
                 "-" * 80,
                 f"Parameters  {self.num_trained:,} trained, {num_frozen:,} (frozen)",
-                f"Memory      {', '.join(texts)}",
-                f"FLOPs       forward {_short(self.forward_flops)}, with backward "
-                f"{_short(self.step_flops)}, for this batch",
+                f"Memory      {', '.join(memory)}",
+                f"FLOPs       forward {forward}, with backward {step}, for this batch",
             ]
         )
 
 
-_LINE = "{:37} {:21} {:>11} {:>8}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def _short(number: float, unit: str = "") -> str:
     """Return a number with three digits, in thousands, millions ... of a unit."""
-    prefixes = iter("kMGTPEZY")
-    prefix = ""
+    power = 0
     while number >= 999.5:
-        number, prefix = number / 1000, next(prefixes)
+        number, power = number / 1000, power + 1
+    prefix = " kMGTPEZY"[power].strip()
     return f"{number:.3g} {prefix}{unit}".rstrip()
-
-
-def _as_text(shape: Any) -> str:
-    if isinstance(shape, dict):
-        return ", ".join(f"{name}: {_as_text(each)}" for name, each in shape.items())
-    if isinstance(shape, list):
-        return ", ".join(map(_as_text, shape))
-    return " x ".join(map(str, shape)) or "1 number"
-
-
-def _shape_of(output: Any) -> Any:
-    """Return the shape of a tensor, or those of the tensors in a structure."""
-    if isinstance(output, Tensor):
-        return tuple(output.shape)
-    if isinstance(output, Mapping):
-        shapes = {name: _shape_of(member) for name, member in output.items()}
-        return {name: shape for name, shape in shapes.items() if shape != []}
-    members = output if isinstance(output, list | tuple) else ()
-    return [shape for shape in map(_shape_of, members) if shape != []]
 
 
 def summarize(
@@ -168,13 +131,12 @@ def summarize(
     checks.check_is_at_least("depth", depth, 0)
     is_dataset = isinstance(batch, Dataset) or hasattr(batch, "__getitems__")
     is_data = is_dataset or data.yields_batches(batch)
-    counter = FlopCounterMode(display=False)
-    step = _MeasuredStep(counter)
+    step = _MeasuredStep()
     with (
         rehearsal(trainer, "summary()", batch if is_data else None, step),
         torch.compiler.set_stance("force_eager"),  # which works from when it is made
         warnings.catch_warnings(),
-        counter,
+        step.counter,
     ):
         warnings.filterwarnings("ignore", r"Using `torch\.compile")  # it is not used
         if trainer.optimizer is None:
@@ -185,7 +147,7 @@ def summarize(
             max_num_train_steps=1,
             per_device_batch_size=per_device_batch_size,
         )
-        return step.summary(depth)
+        return step.summary(trainer, depth)
 
 
 class _OneBatch:
@@ -203,50 +165,35 @@ class _OneBatch:
 class _MeasuredStep(TrainerCallback):
     """Looks at the passes of a step, and at what is there after them.
 
-    Args:
-        counter: Counts what torch computes meanwhile.
+    Attributes:
+        counter: Counts what torch computes while it is entered.
     """
 
-    optimizer_bytes: int | None = None
-
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self._total_flops = counter.get_total_flops
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
         self._starts: list[int] = []
         self._flops: Counter[str] = Counter()
-        self._num_calls: Counter[str] = Counter()
-        self._shapes: dict[str, Any] = {}
+        self._outputs: dict[str, str] = {}
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Listen to each call of a module, and to the backward pass."""
-        self._model = trainer.get_model(keep_torch_compile=False)
-        groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
-        self._held = {id(p) for group in groups for p in group["params"]}
-        hooks = [
-            hook
-            for name, module in self._model.named_modules()
-            for hook in (
-                module.register_forward_pre_hook(self._note_start),
-                module.register_forward_hook(partial(self._note_end, name)),
-            )
-        ]
-        backward_step = trainer.backward_step
+        model = trainer.get_model(keep_torch_compile=False)
+        backward_step, num_flops = trainer.backward_step, self.counter.get_total_flops
+        hooks = []
+        for name, module in model.named_modules():
+            note_end = partial(self._note_end, name)
+            hooks.append(module.register_forward_pre_hook(self._note_start))
+            hooks.append(module.register_forward_hook(note_end))
 
         def measured_backward_step(loss: Tensor) -> None:
             for hook in hooks:  # checkpointed layers are called again
                 hook.remove()
-            self._forward_flops = self._total_flops()
+            self._forward_flops = num_flops()
             backward_step(loss)
-            self._step_flops = self._total_flops()
-            self._gradient_bytes = _num_bytes(p.grad for p in self._model.parameters())
+            self._step_flops = num_flops()
+            self._gradient_bytes = _num_bytes(p.grad for p in model.parameters())
 
         vars(trainer)["backward_step"] = measured_backward_step
-
-    def on_train_update_end(
-        self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
-    ) -> None:
-        """Look at the state of the optimizer."""
-        states = trainer.optimizer.state.values()  # type: ignore[union-attr]
-        self.optimizer_bytes = _num_bytes(v for s in states for v in s.values())
 
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
@@ -255,51 +202,58 @@ class _MeasuredStep(TrainerCallback):
         self._num_samples = int(batch_output["batch_size"])
 
     def _note_start(self, module: nn.Module, args: Any) -> None:
-        self._starts.append(self._total_flops())
+        self._starts.append(self.counter.get_total_flops())
 
     def _note_end(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._num_calls[name] += 1
-        self._flops[name] += self._total_flops() - self._starts.pop()
-        self._shapes[name] = _shape_of(output)
+        self._flops[name] += self.counter.get_total_flops() - self._starts.pop()
+        self._outputs[name] = _shapes_in(output)
 
-    def summary(self, depth: int) -> ModelSummary:
-        """Return what was seen."""
-        parameters = dict(self._model.named_parameters())  # shared ones once
-        trained = [
-            name
-            for name, parameter in parameters.items()
-            if parameter.requires_grad and id(parameter) in self._held
-        ]
-
-        def num_in(module: str, names: Iterable[str]) -> int:
-            prefix = f"{module}." if module else ""
-            return sum(parameters[n].numel() for n in names if n.startswith(prefix))
-
-        layers = tuple(
-            LayerSummary(
-                name,
-                type(module).__name__,
-                self._shapes.get(name),
-                self._num_calls[name],
-                num_in(name, parameters),
-                num_in(name, trained),
-                self._flops[name],
+    def summary(self, trainer: Trainer, depth: int) -> ModelSummary:
+        """Return what was seen, and what is there after the run of the step."""
+        model = trainer.get_model(keep_torch_compile=False)
+        optimizer: Any = trainer.optimizer
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = []
+        for name, module in model.named_modules():
+            parameters = list(module.parameters())  # shared ones once
+            trained = [p for p in parameters if p.requires_grad and id(p) in held]
+            layers.append(
+                LayerSummary(
+                    name=name,
+                    kind=type(module).__name__,
+                    output=self._outputs.get(name, ""),
+                    num_parameters=sum(p.numel() for p in parameters),
+                    num_trained=sum(p.numel() for p in trained),
+                    flops=self._flops[name],
+                )
             )
-            for name, module in self._model.named_modules()
-        )
+        memory = {
+            "weights": _num_bytes(model.parameters()),
+            "buffers": _num_bytes(model.buffers()),
+            "gradients": self._gradient_bytes,
+        }
+        if trainer.num_updates:
+            states = optimizer.state.values()
+            memory["optimizer"] = _num_bytes(v for s in states for v in s.values())
         return ModelSummary(
-            layers,
-            layers[0].num_parameters,
-            layers[0].num_trained,
-            _num_bytes(parameters.values()),
-            _num_bytes(self._model.buffers()),
-            self._gradient_bytes,
-            self.optimizer_bytes,
-            self._forward_flops,
-            self._step_flops,
-            self._num_samples,
-            depth,
+            layers=tuple(layers),
+            memory=memory,
+            forward_flops=self._forward_flops,
+            step_flops=self._step_flops,
+            num_samples=self._num_samples,
+            depth=depth,
         )
+
+
+def _shapes_in(output: Any) -> str:
+    """Return the shapes of the tensors in a structure, as text."""
+    if isinstance(output, Tensor):
+        return " x ".join(map(str, output.shape)) or "1 number"
+    if isinstance(output, Mapping):
+        texts = {str(name): _shapes_in(member) for name, member in output.items()}
+        return ", ".join(f"{name}: {text}" for name, text in texts.items() if text)
+    members = output if isinstance(output, list | tuple) else ()
+    return ", ".join(filter(None, map(_shapes_in, members)))
 
 
 def _num_bytes(values: Iterable[Any]) -> int:
