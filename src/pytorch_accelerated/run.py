@@ -555,7 +555,6 @@ def of_run(path: str) -> Any:
 def _seed_run(trainer: Trainer) -> int:
     """Seed the generators if the trainer has a seed; return that of the data."""
     accelerator, number = trainer._accelerator, trainer._num_runs
-    trainer._num_runs += 1
     if trainer.seed is None:
         drawn = int(torch.randint(2**63 - 1, ()))
         return distributed.object_from_main_process(drawn)

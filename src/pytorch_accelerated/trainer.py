@@ -338,6 +338,7 @@ class Trainer:
             self.callback_handler.call_event("_forget_earlier_runs", self)
             if create_scheduler_fn is not None:
                 self.scheduler = self.create_scheduler()
+            self._num_runs += 1  # what was refused up to here is no run
             if run.state_to_resume is not None:
                 saving.resume(self)
             start_schedule(self.scheduler)
@@ -738,18 +739,15 @@ class Trainer:
             events.announce(
                 self, "on_eval_epoch_start", is_intermediate=is_intermediate
             )
-            self._run_eval_steps(valid_dl)
+            with torch.no_grad():
+                for batch in islice(valid_dl, self.eval_batch_limit):
+                    self._run_eval_step(batch)
             events.agree_to_go_on(self)
             events.call(self, self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
             if is_training and not is_intermediate:
                 run.progress.finish(Stage.EVALUATION)
             events.announce(self, "on_eval_epoch_end", is_intermediate=is_intermediate)
-
-    def _run_eval_steps(self, valid_dl: Any) -> None:
-        with torch.no_grad():
-            for batch in islice(valid_dl, self.eval_batch_limit):
-                self._run_eval_step(batch)
 
     def _run_eval_step(self, batch: Any) -> None:
         events.tell(self, "on_eval_step_start")
@@ -1029,6 +1027,7 @@ class Trainer:
             arguments["num_workers"] = kwargs["num_workers"] = data.choose_num_workers(
                 dataset, arguments, distributed.num_local_processes()
             )
+        # A name of this module, which scripts replace.
         loader: DataLoader[Any] = DataLoader(dataset=dataset, **arguments)
         self._run.loaders_made.append(loader)
         return loader, kwargs

@@ -75,6 +75,20 @@ def test_parameters_that_the_user_adds_between_runs_are_trained(samples):
 # --- learning rates
 
 
+def test_a_run_that_was_refused_changes_no_seed(create_trainer, samples):
+    def seeds_after(*refused):
+        trainer = create_trainer(seed=3)
+        for kwargs in refused:
+            with pytest.raises((TypeError, ValueError)):
+                trainer.train(samples(4), 1, **kwargs)
+        trainer.train(samples(4), 1)
+        return trainer.run_config.data_seed, torch.initial_seed()
+
+    no_batch = {"train_dataloader_kwargs": {"batch_size": 5, "drop_last": True}}
+    needs_more = {"create_scheduler_fn": StepLR}
+    assert seeds_after(no_batch, needs_more) == seeds_after()
+
+
 def test_the_scheduler_of_an_earlier_run_is_gone(create_trainer, samples):
     """Defect 5: it kept stepping, and overwrote the rate that the user had set."""
     rates = KeepsRates()
