@@ -222,7 +222,6 @@ class SaveTrainingStateCallback(TrainerCallback):
     overwrite: bool = False
     _lock: DirectoryLock | None = None
     _saving: Path | None = None
-    _is_writing: bool = False
     _global_step: int = 0
     _is_checked: bool = False
     _last_save: float = 0.0
@@ -277,8 +276,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self.save_dir = absolute(self.save_dir)
-        self._saving, self._is_writing, self._is_checked = None, False, False
-        self._global_step = 0
+        self._saving, self._is_checked, self._global_step = None, False, 0
         self._last_save = time.monotonic()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -290,10 +288,6 @@ class SaveTrainingStateCallback(TrainerCallback):
         _check_can_be_saved(trainer)
         if trainer._accelerator.is_main_process:
             self._take_over_folder(trainer)
-            # What a longer run left here before is not newer than what comes now.
-            numbers = [each.run_number for each in list_checkpoints(self.save_dir)]
-            run = trainer._run
-            run.number = max([run.number, *(n + 1 for n in numbers)])
         self._global_step = trainer.num_updates or 0
 
     @property
@@ -308,16 +302,13 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._release_lock()
         self._lock = DirectoryLock(self.save_dir, owner=trainer._run_id)
         self._lock.acquire()
+        run, states = trainer._run, list_checkpoints(self.save_dir)
+        # What a longer run left here before is not newer than what comes now.
+        run.number = max([run.number, *(each.run_number + 1 for each in states)])
         if self.overwrite or self._is_gone_on_from(trainer):
             return
-        of_others = [
-            *(
-                each.path
-                for each in list_checkpoints(self.save_dir)
-                if each.run_id != trainer._run_id
-            ),
-            *filter(is_legacy_training_state, self.save_dir.iterdir()),
-        ]
+        of_others = [each.path for each in states if each.run_id != trainer._run_id]
+        of_others += filter(is_legacy_training_state, self.save_dir.iterdir())
         names = [path.name for path in of_others if _NAME.fullmatch(path.name)]
         if names:
             raise CheckpointError(
@@ -395,16 +386,14 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._finish_all(trainer)
         with self._errors_warned_of():
             self._save_state(trainer, name, asynchronous=self.asynchronous)
-            if self.asynchronous:
-                self._is_writing = True
-            else:
+            if not self.asynchronous:
                 self._delete_old_ones(trainer)
 
     def _finish_all(self, trainer: Trainer) -> None:
         """Wait for what is being written; the one that began it hears of its errors."""
         for callback in savers_in(trainer.callback_handler):
-            if callback._is_writing:
-                callback._is_writing = False
+            if callback._saving is not None:
+                callback._saving = None
                 with callback._errors_warned_of():
                     trainer.finish_saving()
                     callback._delete_old_ones(trainer)
@@ -429,7 +418,8 @@ class SaveTrainingStateCallback(TrainerCallback):
                 path, checkpoint_kwargs={"global_step": self._global_step}, **when
             )
         finally:
-            self._saving = None
+            if not asynchronous:
+                self._saving = None
         self._last_save = time.monotonic()
 
     def _delete_old_ones(self, trainer: Trainer) -> None:
