@@ -28,6 +28,7 @@ from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
     NotStorableError,
     check_storable,
+    load_file,
     new_token,
     save_file,
     to_storable,
@@ -43,7 +44,6 @@ from pytorch_accelerated.checkpoint.folder import (
 )
 from pytorch_accelerated.checkpoint.legacy import (
     is_legacy_training_state,
-    load_file,
     read_legacy_training_state,
 )
 from pytorch_accelerated.checkpoint.random_states import (

@@ -16,7 +16,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from pytorch_accelerated import compat
+from pytorch_accelerated.checkpoint.numpy_values import STAND_INS
 from pytorch_accelerated.errors import CheckpointError
 
 _HINTS = {
@@ -247,27 +248,32 @@ def _errno_of(error: BaseException | None) -> int | None:
 # ----------------------------------------------------------------------------- reading
 
 
-def read_file(
-    path: Path, *, mmap: bool = False, checksums: bool = True, extra: Sequence[Any] = ()
+def load_file(
+    path: str | os.PathLike[str], *, mmap: bool = False, checksums: bool | None = None
 ) -> Any:
-    """Load what :func:`save_file` or ``torch.save`` wrote, to the CPU.
+    """Load what :func:`save_file` (or ``torch.save``) wrote, to the CPU.
+
+    Nothing in the file can run code: only tensors, plain values and numpy values of
+    numbers are built, and tensors of classes that were registered with
+    ``torch.serialization.add_safe_globals``; anything else is refused. So is what would
+    take more memory than the size of the file: compressed entries, which ``torch.save``
+    does not write, and tensors larger than their memory.
 
     Args:
         path: The file.
         mmap: Map the file into memory, so that only what is used of it is read.
-        checksums: Whether its checksums are checked; not needed if those of a manifest
-            were.
-        extra: What may be built besides tensors and plain values, as
-            ``torch.serialization.safe_globals`` takes it.
+        checksums: Whether to check the checksums that ``torch.save`` writes; by default
+            unless ``mmap`` is asked for.
 
     Raises:
         CheckpointNotFoundError: If there is no such file.
         CheckpointError: If the file is damaged, needs code to be loaded, or if there is
             not enough memory for it.
     """
+    path = absolute(path)
     with read_errors_explained(path):
-        check_archive(path, checksums=checksums)
-        with torch.serialization.safe_globals(list(extra)):
+        check_archive(path, checksums=not mmap if checksums is None else checksums)
+        with torch.serialization.safe_globals(STAND_INS):
             content = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         _check_tensors(content, path, set())
     return content

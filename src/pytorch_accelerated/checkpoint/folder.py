@@ -28,10 +28,10 @@ from pytorch_accelerated.checkpoint.files import (
     SummedFile,
     absolute,
     list_folder,
+    load_file,
     make_folder,
     new_token,
     read_errors_explained,
-    read_file,
     replaced,
     sync,
     to_storable,
@@ -402,7 +402,7 @@ class Checkpoint:
 
     def load(self, name: str) -> Any:
         """Load a file that ``CheckpointWriter.write`` wrote, to the CPU."""
-        return read_file(self._verified(name), checksums=False)
+        return load_file(self._verified(name), checksums=False)
 
     def load_weights(self) -> OrderedDict[str, Any]:
         """Load what ``CheckpointWriter.write_weights`` wrote, to the CPU."""
@@ -586,7 +586,7 @@ def read_weights(path: Path, *, checksums: bool = True) -> OrderedDict[str, Any]
     """
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    state = read_file(path, checksums=checksums)
+    state = load_file(path, checksums=checksums)
     if not isinstance(state, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(state).__name__} instead of a state dict. Load "

@@ -1,4 +1,4 @@
-"""What version 0.1.61 wrote: training states of Accelerate, and values of numpy."""
+"""Training states that version 0.1.61 wrote, with Accelerate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
     absolute,
     list_folder,
-    read_file,
+    load_file,
 )
 from pytorch_accelerated.checkpoint.folder import (
     MANIFEST_NAME,
@@ -122,69 +122,3 @@ def _convert_random_states(saved: Mapping[str, Any]) -> dict[str, Any]:
             "states": saved["torch_cuda_manual_seed"],
         }
     return states
-
-
-# ---------------------------------------------------------------------- values of numpy
-
-
-def load_file(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
-    """Load what :func:`save_file` (or ``torch.save``) wrote, to the CPU.
-
-    Nothing in the file can run code: only tensors, plain values and numpy values of
-    numbers are built, and tensors of classes that were registered with
-    ``torch.serialization.add_safe_globals``; anything else is refused. So is what would
-    take more memory than the size of the file: compressed entries, which ``torch.save``
-    does not write, and tensors larger than their memory.
-
-    The checksums that ``torch.save`` writes are checked.
-
-    Args:
-        path: The file.
-        mmap: Map the file into memory, so that only what is used of it is read. No
-            checksum is checked then.
-
-    Raises:
-        CheckpointNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, needs code to be loaded, or if there is
-            not enough memory for it.
-    """
-    return read_file(absolute(path), mmap=mmap, checksums=not mmap, extra=_STAND_INS)
-
-
-# Scripts stored numpy numbers and arrays in files of version 0.1.61, where they could
-# be saved but not loaded. What stands for numpy while a file is unpickled makes a value
-# of what the file says; a dtype with forged flags, for one, cannot be made of that.
-
-
-class _Dtype:
-    def __init__(self, code: str, *flags: Any) -> None:
-        if not re.fullmatch(r"[?biufc]\d*", code):
-            raise ValueError(f"numpy values of the dtype {code!r} are not read")
-        self.value: Any = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.value = self.value.newbyteorder(state[1])
-
-
-class _Array(np.ndarray[Any, Any]):
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        version, shape, dtype, *rest = state
-        super().__setstate__((version, shape, dtype.value, *rest))
-
-
-def _create_array(*arguments: Any) -> Any:
-    return _Array(0)
-
-
-def _create_number(dtype: _Dtype, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.value)[0]
-
-
-_STAND_INS = [
-    (_Array, "numpy.ndarray"),
-    (_Dtype, "numpy.dtype"),
-    (_create_array, "numpy.core.multiarray._reconstruct"),
-    (_create_array, "numpy._core.multiarray._reconstruct"),
-    (_create_number, "numpy.core.multiarray.scalar"),
-    (_create_number, "numpy._core.multiarray.scalar"),
-]
