@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -506,14 +506,12 @@ class InMemoryRunHistory(RunHistory):
         ``print(history.summary())`` shows a table;
         ``history.summary()["eval_loss_epoch"].best.epoch`` is the best epoch.
         """
-        summary = HistorySummary()
+        by_name: defaultdict[str, list[MetricRecord]] = defaultdict(list)
         for record in numbers_of(self):
-            last, best = record, summary.get(record.name, (None, None))[1]
-            greater = is_greater_better(record.name)
-            if greater is not None and math.isfinite(record.value):
-                best = (max if greater else min)(best or last, last, key=_value_of)
-            summary[record.name] = MetricSummary(last, best)
-        return summary
+            by_name[record.name].append(record)
+        return HistorySummary(
+            {name: MetricSummary(of[-1], best_of(of)) for name, of in by_name.items()}
+        )
 
     def _names(self) -> list[str]:
         return [name for name, values in self._metrics.items() if values]
@@ -621,13 +619,21 @@ def _is_path(run: Any) -> bool:
     return isinstance(run, str | os.PathLike)
 
 
-def _value_of(record: MetricRecord) -> Any:
-    return record.value
-
-
 def numbers_of(history: InMemoryRunHistory) -> list[MetricRecord]:
     """Return the records whose values are numbers."""
     return [record for record in history.records() if is_number(record.value)]
+
+
+def best_of(records: Sequence[MetricRecord]) -> MetricRecord | None:
+    """Return the best record of a metric, the first of equal ones.
+
+    None if no value is finite, or nobody knows which way is better.
+    """
+    finite = [record for record in records if math.isfinite(record.value)]
+    greater = is_greater_better(finite[0].name) if finite else None
+    if greater is None:
+        return None
+    return (max if greater else min)(finite, key=lambda record: record.value)
 
 
 def write_records(

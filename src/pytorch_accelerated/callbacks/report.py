@@ -16,7 +16,6 @@ from contextlib import suppress
 from datetime import datetime
 from html import escape
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from string import Template
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from pytorch_accelerated.tracking import (
     INTERMEDIATE_PREFIX,
     MetricRecord,
     RunHistory,
-    is_greater_better,
+    best_of,
     is_number,
 )
 
@@ -284,7 +283,7 @@ def _epochs(history: RunHistory, paces: Mapping[int, Mapping[str, str]]) -> str:
     for name in history.get_metric_names():
         records = [r for r in _records(history, name) if r.epoch is not None]
         if not name.startswith(INTERMEDIATE_PREFIX):
-            best[name] = _best(records)
+            best[name] = best_of(records)
             for record in records:
                 rows[record.epoch or 1][name] = record
     labels = labels_of(dict.fromkeys(best))
@@ -293,15 +292,6 @@ def _epochs(history: RunHistory, paces: Mapping[int, Mapping[str, str]]) -> str:
         stars = [labels[name] for name, record in row.items() if record is best[name]]
         table.add({"epoch": str(epoch), **cells, **paces.get(epoch, {})}, stars)
     return table.to_html() if rows else ""
-
-
-def _best(records: Iterable[MetricRecord]) -> MetricRecord | None:
-    """Return the best record of a metric, None if nobody knows which way is better."""
-    finite = list(filter(_is_finite, records))
-    greater = is_greater_better(finite[0].name) if finite else None
-    if greater is None:
-        return None
-    return (max if greater else min)(finite, key=attrgetter("value"))
 
 
 def _charts(history: RunHistory) -> Iterator[str]:
@@ -350,7 +340,7 @@ def chart(title: str, curves: Iterable[Sequence[MetricRecord]]) -> str:
                 # A line of no length is a dot, for a value between two gaps.
                 path += "M{} {}h0".format(*places[0])
                 path += "".join(f"L{across} {down}" for across, down in places[1:])
-        best = _best(records)
+        best = best_of(records)
         drawing += f'<path class="curve {role}" d="{path}"/>'
         legend += f"<div><i class={role}></i>{escape(name)} <b>{brief(last.value)}</b>"
         legend += f" best {brief(best.value)}" if best else ""
