@@ -82,6 +82,7 @@ class Ending:
             distributed.settle(error)
         if isinstance(error, StopTrainingError):
             trainer.print(error)
+            trainer._run.stopped_by = error
             trainer.interrupted = isinstance(error, TrainingInterruptedError)
             stops.append(error)
             self._due.insert(0, partial(announce, trainer, "on_stop_training_error"))

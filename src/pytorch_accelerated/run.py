@@ -120,6 +120,7 @@ class Run:
     gradient_norm: Tensor | None = None
     learning_rates: list[float | Tensor] | None = None
     noted_error: Exception | None = None
+    stopped_by: Exception | None = None
     interrupted: bool = False
     has_failed: bool = False
 

@@ -422,7 +422,10 @@ def _go_on_from(
         data.seed_everything(data.derive_seed(saved.data_seed, num_updates, index))
     run.means = Means(start_metrics(trainer._train_metrics, trainer.device))
     run.means.load_state_dict(process.trackers)
-    if run.means.metrics is not None and run.progress.is_amid_epoch:
+    is_amid_training = run.progress.is_amid_epoch and (
+        run.progress.stage is Stage.TRAINING
+    )
+    if run.means.metrics is not None and is_amid_training:
         run.means.metrics.load_state_dict(process.metrics)
     run.accumulation.state = process.window
     trainer._num_runs = saved.num_runs

@@ -17,6 +17,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.callbacks.report import chart
 from pytorch_accelerated.errors import (
+    NonFiniteLossError,
     StopTrainingError,
     TrainingInterruptedError,
     TrainingWarning,
@@ -165,6 +166,7 @@ class Raises(TrainerCallback):
     [
         (RuntimeError("no <luck>"), "failed: RuntimeError: no <luck>"),
         (KeyboardInterrupt("by the user"), "failed: KeyboardInterrupt: by the user"),
+        (NonFiniteLossError("nan"), "failed: NonFiniteLossError: nan"),
         (StopTrainingError("enough"), "stopped early"),
         (TrainingInterruptedError("a signal"), "interrupted"),
     ],

@@ -180,6 +180,19 @@ def test_a_resumed_run_logs_and_sends_what_is_new(tmp_path):
         assert steps == [3, 4]
 
 
+def test_a_state_of_after_the_training_of_an_epoch_has_lost_no_metric(tmp_path):
+    """That they count only what comes from there was warned of, where nothing came."""
+    saves = At(on_train_epoch_end=lambda t, **_: t.save_training_state(tmp_path / "s"))
+
+    def train(*callbacks, **kwargs):
+        metrics = {"largest": lambda predictions, targets: predictions.max()}
+        trainer = create_trainer(callbacks, train_metrics=metrics)
+        history = trainer.train(ones(2), 2, ones(1), **kwargs)
+        return history.get_metric_values("train_largest_epoch")
+
+    assert train(saves) == train(resume_from=tmp_path / "s")
+
+
 def test_an_evaluation_that_fails_amid_a_run_ends_nothing_of_it(tmp_path):
     """What was caught made the run one that has failed: nothing final was saved."""
     saving = SaveTrainingStateCallback(tmp_path / "states")

@@ -122,14 +122,14 @@ class ReportCallback(TrainerCallback):
         if time.monotonic() >= self._next_write:
             self._write(trainer)
 
-    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Note that the run is ended before its time."""
-        self._status = "interrupted" if trainer.interrupted else "stopped early"
-
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Write the page."""
-        if self._status == "running":
-            self._status = "finished"
+        stopped_by = trainer._run.stopped_by
+        if getattr(stopped_by, "reaches_caller", False):
+            self._status = f"failed: {type(stopped_by).__name__}: {stopped_by}"
+        elif self._status == "running":  # and no other error has ended the run
+            early = "interrupted" if trainer.interrupted else "stopped early"
+            self._status = early if stopped_by else "finished"
         self._stop_listening()
         self._write(trainer)
 
