@@ -395,8 +395,12 @@ def test_learning_rates_shrink_from_layer_to_layer_towards_the_input():
         4.0: {"blocks.1", "blocks.2"},
         8.0: {"head.weight", "head.bias"},
     }
-    whole = parameter_groups(model, weight_decay=0.0, lr=8.0, layer_decay=0.5)
-    assert {group["lr"] for group in whole} == {8.0}
+    member = parameter_groups(model, weight_decay=0.0, lr=8.0, layer_decay=0.5)
+    assert {group["lr"] for group in member} == {8.0}
+    wrapped = nn.ModuleDict({"backbone": vit})
+    assert groups == parameter_groups(
+        wrapped, weight_decay=0.0, lr=8.0, layer_decay=0.5
+    )
 
 
 def test_the_depth_of_a_parameter_can_be_told():

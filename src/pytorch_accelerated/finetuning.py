@@ -11,17 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pytorch_accelerated.compat import Norm
+from pytorch_accelerated.compat import BatchNorm, Norm
 
-BN_MODULES = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.LazyBatchNorm1d,
-    nn.LazyBatchNorm2d,
-    nn.LazyBatchNorm3d,
-    nn.SyncBatchNorm,
-)
+BN_MODULES = (BatchNorm,)  # the base of all of them
 
 
 def _module_is_batch_norm(module: nn.Module) -> bool:
@@ -215,14 +207,10 @@ class ModelFreezer:
         groups = self._get_groups()
         first, last = self._convert_idxs(from_index, to_index)
         for idx in range(first, last + 1):
-            yield (
-                idx,
-                [
-                    member
-                    for member in groups[idx]
-                    if self.freeze_bn or not _module_is_batch_norm(member.module)
-                ],
-            )
+            members = groups[idx]
+            if not self.freeze_bn:
+                members = [m for m in members if not _module_is_batch_norm(m.module)]
+            yield idx, members
 
     def _convert_idxs(self, from_index: int, to_index: int) -> tuple[int, int]:
         """Return the ends of a range of groups, in order and counted from the first."""
@@ -375,10 +363,10 @@ def parameter_groups(
 def _layers_of(model: nn.Module, kept: set[nn.Parameter]) -> dict[nn.Parameter, int]:
     """Return the number of the layer of each parameter."""
     layers: dict[nn.Parameter, int] = {}
-    number = -1
+    number = 0
     for layer in _layers_in(model):
         new = [p for p in layer.parameters() if p not in layers]
-        if number < 0 or not kept.issuperset(new):
+        if not kept.issuperset(new):
             number += 1
         layers.update(dict.fromkeys(new, number))
     for parameter in reversed(list(model.parameters())):
@@ -390,8 +378,8 @@ def _layers_of(model: nn.Module, kept: set[nn.Parameter]) -> dict[nn.Parameter, 
 def _layers_in(module: nn.Module) -> Iterator[nn.Module]:
     is_container = isinstance(module, _CONTAINERS)
     for child in module.children():
-        has_inside = any(isinstance(m, _CONTAINERS) for m in child.modules())
-        if isinstance(child, _CONTAINERS) or (has_inside and not is_container):
+        parts = [child] if is_container else child.modules()
+        if any(isinstance(part, _CONTAINERS) for part in parts):
             yield from _layers_in(child)
         else:
             yield child
