@@ -48,7 +48,6 @@ class ProfilerCallback(TrainerCallback):
     table: str | None = None
     _kwargs: Any = ()
     _profiler: Any = None
-    _num_steps_left: int = 0
 
     def __init__(
         self,
@@ -60,11 +59,6 @@ class ProfilerCallback(TrainerCallback):
         all_processes: bool = False,
         **kwargs: Any,
     ) -> None:
-        if min(wait, warmup, active - 1) < 0:
-            raise ValueError(
-                "wait and warmup must be at least 0 and active at least 1, got "
-                f"wait={wait}, warmup={warmup}, active={active}."
-            )
         self.output_dir = output_dir
         self.wait = wait
         self.warmup = warmup
@@ -72,33 +66,28 @@ class ProfilerCallback(TrainerCallback):
         self.all_processes = all_processes
         self._kwargs = kwargs
 
-    def _forget_earlier_runs(self, trainer: Trainer) -> None:
-        self._stop(trainer)
-        self.table = None
-
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Start the profiler."""
-        if not (self.all_processes or trainer._accelerator.is_main_process):
-            return
-        lengths = {"wait": self.wait, "warmup": self.warmup, "active": self.active}
-        self._num_steps_left = sum(lengths.values())
-        self._profiler = profiler.profile(
-            schedule=profiler.schedule(**lengths, repeat=1),
-            on_trace_ready=partial(self._write, trainer),
-            **dict(self._kwargs),
-        )
-        self._call(trainer, "start")
+        self.table = None
+        if self.all_processes or trainer._accelerator.is_main_process:
+            self._profiler = profiler.profile(
+                schedule=profiler.schedule(
+                    wait=self.wait, warmup=self.warmup, active=self.active, repeat=1
+                ),
+                on_trace_ready=partial(self._write, trainer),
+                **dict(self._kwargs),
+            )
+            self._call(trainer, "start")
 
     @event_with_data
-    def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
-    ) -> None:
+    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Go on to the next step, or end."""
-        self._num_steps_left -= 1
-        self._call(trainer, "step") if self._num_steps_left else self._stop(trainer)
+        self._call(trainer, "step")
+        if self.table is not None:
+            self._stop(trainer)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """End, if this has not happened amid the run."""
+        """End. If the run is over amid the steps, what there is of them is written."""
         self._stop(trainer)
 
     @event_with_data
