@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
-from functools import partial
+from functools import partial, partialmethod
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -36,44 +36,25 @@ _OPERATORS = {
 }
 
 
-def _combine(symbol: str, left: Any, right: Any) -> Any:
-    if isinstance(left, _OPERANDS) and isinstance(right, _OPERANDS):
-        return PlaceholderExpression(symbol, left, right)
-    return NotImplemented
-
-
 class PlaceholderArithmetic:
     """Lets placeholders, numbers and expressions of both be combined freely."""
 
-    def __add__(self, other: Any) -> Any:
-        return _combine("+", self, other)
+    def _combine(self, symbol: str, is_right: bool, other: Any) -> Any:
+        if not isinstance(other, _OPERANDS):
+            return NotImplemented
+        left, right = (other, self) if is_right else (self, other)
+        return PlaceholderExpression(symbol, left, right)
 
-    def __radd__(self, other: Any) -> Any:
-        return _combine("+", other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return _combine("-", self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return _combine("-", other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return _combine("*", self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return _combine("*", other, self)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return _combine("//", self, other)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return _combine("//", other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return _combine("/", self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return _combine("/", other, self)
+    __add__: Any = partialmethod(_combine, "+", False)
+    __radd__: Any = partialmethod(_combine, "+", True)
+    __sub__: Any = partialmethod(_combine, "-", False)
+    __rsub__: Any = partialmethod(_combine, "-", True)
+    __mul__: Any = partialmethod(_combine, "*", False)
+    __rmul__: Any = partialmethod(_combine, "*", True)
+    __floordiv__: Any = partialmethod(_combine, "//", False)
+    __rfloordiv__: Any = partialmethod(_combine, "//", True)
+    __truediv__: Any = partialmethod(_combine, "/", False)
+    __rtruediv__: Any = partialmethod(_combine, "/", True)
 
 
 _OPERANDS = (PlaceholderArithmetic, Real)
