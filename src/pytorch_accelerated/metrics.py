@@ -11,10 +11,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import gather_object, recursively_apply, send_to_device
 from torch import Tensor
 
 from pytorch_accelerated import distributed, step_output
@@ -121,11 +122,6 @@ class EpochMetrics:
 
     def __init__(self, metrics: Mapping[str, Any], device: torch.device) -> None:
         self._device = device
-        self._names = [
-            _join(name, key)
-            for name, metric in metrics.items()
-            for key in (metric.keys() if hasattr(metric, "keys") else [""])
-        ]
         self._functions = {k: v for k, v in metrics.items() if not _has_state(v)}
         # What they are given: for each batch the predictions and the targets.
         self._inputs: list[Any] = []
@@ -139,36 +135,25 @@ class EpochMetrics:
             for part in filter(_has_state, metric.modules()):
                 part.persistent(True)
 
-    def update(
-        self, batch_output: Mapping[str, Any], num_items: NumItems, inputs: Any
-    ) -> None:
+    def update(self, num_items: NumItems, inputs: Any) -> None:
         """Add a batch, without waiting for the device.
 
         Args:
-            batch_output: What the step returned.
             num_items: Items of the batch; 0 if it only keeps other processes company.
             inputs: What metrics are given of it: the predictions and the targets.
 
         Raises:
             ValueError: If a metric does not take the inputs; it names the metric.
         """
-        for name in self._names:
-            if step_output.is_recorded(name, batch_output.get(name)):
-                raise ValueError(
-                    f"The step returns a number named {name!r}, which is a metric of "
-                    "the trainer too. Give one of them another name."
-                )
+        if not isinstance(num_items, Tensor) and num_items == 0:
+            return
         inputs = recursively_apply(Tensor.detach, tuple(inputs))
-        has_items = isinstance(num_items, Tensor) or num_items > 0
-        for name, metric in self._metrics.items() if has_items else ():
+        for name, metric in self._metrics.items():
             with _named(name, inputs), torch.no_grad():
                 metric.update(*inputs)
         if self._functions:
             with _named(" and ".join(self._functions), inputs):
-                inputs = distributed.map_tensors(_detached, inputs)
-            if not has_items:
-                inputs = distributed.map_tensors(lambda each: each[:0], inputs)
-            self._inputs.append(inputs)
+                self._inputs.append(distributed.map_tensors(_detached, inputs))
 
     def compute(self) -> dict[str, Any]:
         """Return the metrics of all batches on all processes, on the CPU. Collective.
@@ -184,21 +169,13 @@ class EpochMetrics:
                 # A process may have had its batches before the run was resumed.
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric")
                 values[name] = recursively_apply(Tensor.cpu, metric.compute())
-        if self._functions:
-            self._take_part()
-        if self._functions and self._inputs:
-            with _named(" and ".join(self._functions), self._inputs[0]):
-                inputs = distributed.gather_uneven(self._own_inputs())
-            inputs = distributed.map_tensors(Tensor.cpu, inputs)
-            self._inputs = []
-            for name, function in self._functions.items():
-                with _named(name, inputs), torch.no_grad():
-                    given = inputs
-                    if len(self._functions) > 1:  # which may change what it is given
-                        given = distributed.map_tensors(Tensor.clone, inputs)
-                    values[name] = function(*given)
-                    if values[name] is None:
-                        raise TypeError("It returned nothing.")
+        inputs = self._inputs_of_all() if self._functions else None
+        for name, function in self._functions.items() if inputs else ():
+            with _named(name, inputs), torch.no_grad():
+                # It may change what it is given.
+                values[name] = function(*distributed.map_tensors(Tensor.clone, inputs))
+                if values[name] is None:
+                    raise TypeError("It returned nothing.")
         return {
             _join(name, key): member
             for name, value in values.items()
@@ -207,26 +184,38 @@ class EpochMetrics:
             ).items()
         }
 
+    def _inputs_of_all(self) -> Any:
+        """Return the inputs of all batches on all processes. Collective."""
+        if distributed.agree(not self._inputs):
+            self._take_part()
+        if not self._inputs:
+            return None
+        with _named(" and ".join(self._functions), self._inputs[0]):
+            inputs = distributed.gather_uneven(self._own_inputs())
+        self._inputs = []
+        return distributed.map_tensors(Tensor.cpu, inputs)
+
     def _take_part(self) -> None:
         """Let a process without batches have what others have, of no samples."""
-        if not distributed.agree(not self._inputs):
-            return
-        empty = [
-            distributed.map_tensors(lambda each: each[:0].cpu(), inputs)
-            for inputs in self._inputs[:1]
-        ]
-        found = [each for own in distributed.objects_of_all(empty) for each in own]
+        # On no device tensors of all kinds can be sent, in structures of all classes.
+        found = gather_object(
+            [
+                distributed.map_tensors(lambda each: each[:0].to("meta"), inputs)
+                for inputs in self._inputs[:1]
+            ]
+        )
         if found and not self._inputs:
-            self._inputs = [send_to_device(found[0], self._device)]
+            create = partial(torch.empty_like, device=self._device)
+            self._inputs = [distributed.map_tensors(create, found[0])]
+
+    def _own_inputs(self) -> Any:
+        return distributed.map_tensors(lambda *each: torch.cat(each), *self._inputs)
 
     def __deepcopy__(self, memo: Any) -> EpochMetrics:
         twin = copy.copy(self)
         twin._metrics = copy.deepcopy(self._metrics, memo)
         twin._inputs = list(self._inputs)  # what is in it never changes
         return twin
-
-    def _own_inputs(self) -> Any:
-        return distributed.map_tensors(lambda *each: torch.cat(each), *self._inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states on this process, as tensors and lists of them."""

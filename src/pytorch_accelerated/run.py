@@ -388,7 +388,7 @@ class Run:
         self.means.add_scalars(batch_output, num_items)
         if self.means.metrics is not None:
             inputs = trainer.calculate_metric_inputs(batch, batch_output)
-            self.means.metrics.update(batch_output, num_items, inputs)
+            self.means.metrics.update(num_items, inputs)
 
     def results_of_epoch(self) -> dict[str, Any]:
         """Return the means over all items, and the metrics, of all processes."""
@@ -397,7 +397,13 @@ class Run:
             name: total / count for name, (total, count) in totals.items() if count > 0
         }
         if self.means.metrics is not None:
-            results.update(self.means.metrics.compute())
+            metrics = self.means.metrics.compute()
+            if clash := metrics.keys() & results.keys():
+                raise ValueError(
+                    f"The step returns a number named {min(clash)!r}, which is a metric"
+                    " of the trainer too. Give one of them another name."
+                )
+            results.update(metrics)
         return results
 
     def random_states(self) -> dict[str, Any]:

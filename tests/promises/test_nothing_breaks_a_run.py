@@ -243,26 +243,32 @@ class OnlyOnTheFirst(IterableDataset):
         return iter([] if rank else [(torch.ones(2, 1), torch.zeros(2, 1))])
 
 
-def evaluate_on_one(function):
-    trainer = create_trainer(metrics={"f": function})
-    return trainer.evaluate(DataLoader(OnlyOnTheFirst(), batch_size=None))
-
-
-def test_a_process_without_batches_takes_part_in_a_metric_of_all(on_processes):
-    """The other one waited for it until the time was over."""
-    results = on_processes(2, evaluate_on_one, lambda p, t: float((p - t).sum()))
-    assert [result["evaluation_f"] for result in results] == [2.0, 2.0]
-
-
 @dataclass
 class Output:
     logits: torch.Tensor
 
 
+class WithOutput(Trainer):
+    def calculate_metric_inputs(self, batch, batch_output):
+        outputs, targets = super().calculate_metric_inputs(batch, batch_output)
+        return Output(outputs), targets
+
+
+def evaluate_on_one(function):
+    trainer = create_trainer(trainer_class=WithOutput, metrics={"f": function})
+    return trainer.evaluate(DataLoader(OnlyOnTheFirst(), batch_size=None))
+
+
+def test_a_process_without_batches_takes_part_in_a_metric_of_all(on_processes):
+    """The other one waited for it until the time was over."""
+    results = on_processes(2, evaluate_on_one, lambda p, t: float((p.logits - t).sum()))
+    assert [result["evaluation_f"] for result in results] == [2.0, 2.0]
+
+
 def test_inputs_of_metrics_hold_no_graph_and_are_copied_by_reference():
     metrics = EpochMetrics({"f": len}, torch.device("cpu"))
     logits = torch.ones(2, requires_grad=True) * 2
-    metrics.update({}, 2, (Output(logits), torch.ones(2)))
+    metrics.update(2, (Output(logits), torch.ones(2)))
     ((output, _),) = metrics._inputs
     assert not output.logits.requires_grad
     twin = copy.deepcopy(metrics)
