@@ -53,7 +53,7 @@ def parameters_as(form):
 
 
 A_LIST_IS_NO_OPTIMIZER = (
-    r"must be a torch.optim.Optimizer, got a (list|list_iterator|generator). "
+    r"must be a torch.optim.Optimizer, got <(list_iterator|generator) .*>\. "
     r"Create it: .*AdamW\(model.parameters\(\), lr="
 )
 
@@ -75,7 +75,7 @@ A_LIST_IS_NO_OPTIMIZER = (
         (
             set_to("optimizer", torch.optim.SGD),
             TypeError,
-            "optimizer must be an instance, got the class",
+            "optimizer must be a .*, got <class .*SGD'>. Create it",
         ),
         (
             set_to("loss_func", nn.MSELoss),

@@ -120,15 +120,6 @@ def whole_number(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be a whole number, got {value!r}.") from None
 
 
-def check_is_instance(name: str, value: Any) -> None:
-    """Raise TypeError if a class was given where an instance of it is due."""
-    if isinstance(value, type):
-        raise TypeError(
-            f"{name} must be an instance, got the class {value.__name__}. Create it: "
-            f"{value.__name__}(...)."
-        )
-
-
 def check_dataset_is_given(dataset: Any) -> None:
     """Raise ValueError if there is no dataset to make a training loader of."""
     if dataset is None:
@@ -138,22 +129,17 @@ def check_dataset_is_given(dataset: Any) -> None:
         )
 
 
-def check_dataset_is_not_empty(dataset: Any, name: str) -> None:
-    """Raise ValueError if a dataset is known to have no samples."""
+def check_size_of_dataset(dataset: Any, name: str, num_processes: int = 1) -> None:
+    """Raise ValueError if a dataset is known to have fewer samples than processes."""
     # Iterable datasets may have a length that is only an estimate.
-    if not isinstance(dataset, IterableDataset) and length_of(dataset) == 0:
+    length = None if isinstance(dataset, IterableDataset) else length_of(dataset)
+    if length == 0:
         raise ValueError(f"{name} is empty: there is nothing to take a batch from.")
-
-
-def check_dataset_serves_all(dataset: Any, num_processes: int) -> None:
-    """Raise ValueError if there are more processes than samples to train on."""
-    num_samples = None if isinstance(dataset, IterableDataset) else length_of(dataset)
-    if isinstance(dataset, DataLoader) or num_samples is None:
-        return
-    if num_samples < num_processes:
+    is_too_small = length is not None and length < num_processes
+    if is_too_small and not isinstance(dataset, DataLoader):
         raise ValueError(
-            f"train_dataset has {num_samples} samples for {num_processes} processes: "
-            "some would have nothing to train on. Start fewer processes."
+            f"{name} has {length} samples for {num_processes} processes: some would "
+            "have nothing to train on. Start fewer processes."
         )
 
 
@@ -163,12 +149,10 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
         raise ValueError(
             "train() needs an optimizer; the trainer was created with None."
         )
-    check_is_instance("optimizer", optimizer)
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
-            "optimizer must be a torch.optim.Optimizer, got a "
-            f"{type(optimizer).__name__}. Create it: for example "
-            "torch.optim.AdamW(model.parameters(), lr=1e-3)."
+            f"optimizer must be a torch.optim.Optimizer, got {optimizer!r:.80}. Create "
+            "it: for example torch.optim.AdamW(model.parameters(), lr=1e-3)."
         )
     if not isinstance(model, nn.Module):
         return
@@ -265,42 +249,36 @@ def warn_of_misspelt_names(trainer: Trainer) -> None:
     if not new:
         return
     _looked_at.update(new)
+    own = {each: list(_members(each, of_library=False)) for each in classes}
     mentioned = {
         word
-        for each in classes
-        for _, value in _members(each, of_library=False)
-        for word in _words_in(_code_of(value))
+        for members in own.values()
+        for _, member in members
+        for word in _words_in(_code_of(member))
     }
+    library = dict(_members(type(trainer), of_library=True))
+    steps = {name for name in library if name.endswith(_ENDINGS)}
     has_own_events = (
         type(trainer.callback_handler) is not CallbackHandler
         or "call_event" in mentioned
     )
-    events = {name for name in dir(TrainerCallback) if name.startswith("on_")}
+    events = set() if has_own_events else set(dir(TrainerCallback))
     for each in new:
-        own = {
+        is_trainer = each is type(trainer)
+        called, start = (steps, "") if is_trainer else (events, "on_")
+        names = {
             name
-            for name, value in _members(each, of_library=False)
-            if name[0] != "_" and inspect.isroutine(value)
+            for name, member in own[each]
+            if name.startswith(start) and name[0] != "_" and inspect.isroutine(member)
         }
-        if each is type(trainer):
-            library = dict(_members(each, of_library=True))
-            steps = {name for name in library if name.endswith(_ENDINGS)}
-            _warn_of_names(each, own, mentioned, steps, _LIKE_A_METHOD)
-        elif not has_own_events:
-            own = {name for name in own if name.startswith("on_")}
-            _warn_of_names(each, own, mentioned, events, _LIKE_AN_EVENT)
-
-
-def _warn_of_names(
-    owner: type, own: set[str], mentioned: set[str], called: set[str], cutoff: float
-) -> None:
-    for name in sorted(own - called - mentioned):
-        meant = _OTHER_NAMES.get(name) or closest(name, called, cutoff)
-        if meant is not None and meant not in own:
-            warn(
-                f"{owner.__name__}.{name} is not what the trainer calls. Did you mean "
-                f"{meant}?"
-            )
+        for name in sorted(names - called - mentioned):
+            cutoff = _LIKE_A_METHOD if is_trainer else _LIKE_AN_EVENT
+            meant = closest(_OTHER_NAMES.get(name, name), called, cutoff)
+            if meant is not None and meant not in names:
+                warn(
+                    f"{each.__name__}.{name} is not what the trainer calls. Did you "
+                    f"mean {meant}?"
+                )
 
 
 def _members(a_class: type, *, of_library: bool) -> Iterator[tuple[str, Any]]:
@@ -354,8 +332,8 @@ def check_can_train(trainer: Trainer, run: Run) -> None:
         check_is_at_least("max_num_train_steps", limit, 1)
     check_clipping(run.gradient_clip_value, run.gradient_clip_norm)
     check_scheduler_fn(run.create_scheduler_fn)
-    check_dataset_is_not_empty(run.train_dataset, "train_dataset")
-    check_dataset_serves_all(run.train_dataset, trainer._accelerator.num_processes)
+    num_processes = trainer._accelerator.num_processes
+    check_size_of_dataset(run.train_dataset, "train_dataset", num_processes)
     if not trainer._engine.knows(model):
         check_optimizer(model, optimizer)
     if not overrides(trainer, "optimizer_step", "_run_train_epoch", "_run_training"):
@@ -364,7 +342,7 @@ def check_can_train(trainer: Trainer, run: Run) -> None:
         run.train_dataset, run.train_dataloader_kwargs, run.batch_size
     )
     trainer._engine.check(run, batch_size)
-    check_dataset_is_not_empty(run.eval_dataset, "eval_dataset")
+    check_size_of_dataset(run.eval_dataset, "eval_dataset")
     if trainer._num_runs == 0 and optimizer is not None:
         warn_of_sleeping_submodules(model, optimizer)
 
@@ -373,7 +351,7 @@ def check_can_evaluate(run: Run) -> None:
     """Raise ValueError if there is nothing to evaluate on."""
     if run.eval_dataset is None:
         raise ValueError("A dataset or a DataLoader is needed, got None.")
-    check_dataset_is_not_empty(run.eval_dataset, "dataset")
+    check_size_of_dataset(run.eval_dataset, "dataset")
 
 
 def check_first_step(trainer: Trainer, batch_output: Any) -> None:
