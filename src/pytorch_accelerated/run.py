@@ -444,7 +444,7 @@ class UnderWay:
         """Begin the run."""
         trainer, run, outer = self._trainer, self._run, self._outer
         accelerator = trainer._accelerator
-        launch.use_precision(accelerator, trainer._mixed_precision)
+        launch.use_precision(trainer._mixed_precision)
         trainer.callback_handler.raises_at_once = accelerator.num_processes == 1
         if run.is_training:
             # Further runs go on with the weights of the first.

@@ -10,6 +10,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated import data
+from pytorch_accelerated.data.fetching import InMemoryDataset
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_the_batches_do_not_share_memory_with_the_dataset():
 
 def test_workers_that_the_user_asks_for_are_used(monkeypatch):
     expected = batches_of(create_dataset())
-    monkeypatch.setattr(data.InMemoryDataset, "batch", None)
+    monkeypatch.setattr(InMemoryDataset, "batch", None)
     assert_same(batches_of(create_dataset(), num_workers=1), expected)
 
 

@@ -20,6 +20,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pytorch_accelerated import data
 from pytorch_accelerated.data import PlannedLoader, loaders
+from pytorch_accelerated.data.fetching import InMemoryDataset
 
 CPU = torch.device("cpu")
 
@@ -102,7 +103,7 @@ def test_random_states_are_put_back_also_where_a_sample_cannot_be_loaded():
     ],
 )
 def test_what_may_do_something_of_its_own_is_not_taken_for_data_in_memory(loader):
-    assert data.InMemoryDataset.of(loader) is None
+    assert InMemoryDataset.of(loader) is None
 
 
 def test_a_planned_loader_has_the_attributes_of_the_loader():

@@ -41,8 +41,8 @@ def test_a_run_of_an_earlier_accelerator_uses_its_own_precision_again():
     first, second = create("bf16"), create("no")
     assert first.mixed_precision == "no"  # of the process, and so of all of them
 
-    use_precision(first, "bf16")
+    use_precision("bf16")
     assert first.mixed_precision == "bf16"
 
-    use_precision(second, "no")
+    use_precision("no")
     assert second.mixed_precision == "no"

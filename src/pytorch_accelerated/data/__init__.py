@@ -12,10 +12,7 @@ was interrupted. The pieces:
 * ``sharing``: samplers, loaders and streams of the user's on several processes.
 """
 
-from pytorch_accelerated.data.fetching import (
-    InMemoryDataset,
-    seed_everything,
-)
+from pytorch_accelerated.data.fetching import seed_everything
 from pytorch_accelerated.data.loaders import (
     LIMIT_BATCHES_ENV_VAR,
     DataLoaderSlice,
@@ -37,7 +34,6 @@ from pytorch_accelerated.data.loaders import (
 )
 from pytorch_accelerated.data.order import (
     BatchPlan,
-    PlannedBatchSampler,
     Share,
     derive_seed,
     epoch_order,
@@ -54,10 +50,8 @@ __all__ = [
     "BatchPlan",
     "DataLoaderSlice",
     "DeviceLoader",
-    "InMemoryDataset",
     "LimitBatches",
     "LookAhead",
-    "PlannedBatchSampler",
     "PlannedLoader",
     "Share",
     "batch_limit_from_environment",

@@ -191,17 +191,16 @@ class InMemoryDataset:
             subset = torch.as_tensor(dataset.indices, dtype=torch.int64)
             index = subset if index is None else subset[index]
             dataset = dataset.dataset
-        if not compat.is_default_collate(loader.collate_fn):
-            return None
-        if type(dataset) is not TensorDataset:
-            return None
-        if any(type(tensor) is not Tensor for tensor in dataset.tensors):
-            return None
-        if len({tensor.device for tensor in dataset.tensors}) != 1:
+        tensors = dataset.tensors if type(dataset) is TensorDataset else ()
+        if (
+            len({tensor.device for tensor in tensors}) != 1
+            or any(type(tensor) is not Tensor for tensor in tensors)
+            or not compat.is_default_collate(loader.collate_fn)
+        ):
             return None
         if index is not None:  # which may count from the end
             index = torch.where(index < 0, index + len(dataset), index)
-        return cls(dataset.tensors, index)
+        return cls(tensors, index)
 
     def rows(self, order: Tensor) -> Tensor:
         """Return the entries of the tensors that an order of the samples stands for."""

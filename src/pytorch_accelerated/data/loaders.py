@@ -200,10 +200,8 @@ class PlannedLoader(_OnDevice):
 
     def share_of(self, step: int) -> Share:
         """Return what this process has of a step."""
-        return Share(
-            self.plan.window_size(step, step),
-            self.plan.is_filler(step, self.batch_sampler.process_index),
-        )
+        num_own = self.plan.size(step, self.batch_sampler.process_index)
+        return Share(self.plan.window_size(step, step), is_filler=num_own == 0)
 
     def use_data_seed(self, seed: int) -> None:
         """Let the order and the random numbers follow from another seed."""

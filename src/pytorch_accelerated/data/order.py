@@ -73,7 +73,9 @@ class BatchPlan:
 
     In training, a step takes ``num_processes * batch_size`` samples, as one process
     with that batch size would; the last one shares what is left. When fewer samples
-    than processes are left, some processes have none (see :meth:`is_filler`).
+    than processes are left, some processes have none. They are given a sample that
+    another process has too, so that they take part in the collectives; the trainer
+    gives such a batch no weight.
 
     With ``even``, as in evaluation, the samples are spread so that the sizes of all
     batches differ by at most one, and none is empty.
@@ -160,14 +162,6 @@ class BatchPlan:
             self.bounds(last_step, self.num_processes - 1)[1]
             - (self.bounds(first_step, 0)[0])
         )
-
-    def is_filler(self, step: int, process: int) -> bool:
-        """Say whether a process has no sample of its own in this step.
-
-        It is given one that another process has too, so that it takes part in the
-        collectives; the trainer gives that batch no weight.
-        """
-        return self.size(step, process) == 0
 
 
 def share_bounds(total: int, parts: int, part: int) -> tuple[int, int]:

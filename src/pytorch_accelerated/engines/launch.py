@@ -167,7 +167,15 @@ def _check_settings(accelerator: Accelerator) -> None:
             "mixed_precision='fp16' has no effect on a CPU: Accelerate trains in fp32 "
             "there. Use 'bf16', which a CPU supports."
         )
-    _refuse_other_ways_to_share(accelerator)
+    loading = accelerator.dataloader_config
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(loading, name) and accelerator.num_processes > 1:
+            raise ValueError(
+                f"DataLoaderConfiguration({name}=True) is not what the trainer does: "
+                "batch sizes are those of one process, and each process loads its own "
+                "batches. Leave it out, and for the same updates divide the batch size "
+                f"by the number of processes, {accelerator.num_processes}."
+            )
     if accelerator.gradient_accumulation_steps != 1:
         # The trainer owns the accumulation window: Accelerate would divide once more.
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -177,18 +185,6 @@ def _check_settings(accelerator: Accelerator) -> None:
                 "not use; give gradient_accumulation_steps to train() instead."
             )
         accelerator.gradient_accumulation_steps = 1
-
-
-def _refuse_other_ways_to_share(accelerator: Accelerator) -> None:
-    config = accelerator.dataloader_config
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(config, name) and accelerator.num_processes > 1:
-            raise ValueError(
-                f"DataLoaderConfiguration({name}=True) is not what the trainer does: "
-                "batch sizes are those of one process, and each process loads its own "
-                "batches. Leave it out, and for the same updates divide the batch size "
-                f"by the number of processes, {accelerator.num_processes}."
-            )
 
 
 @contextmanager
@@ -203,21 +199,16 @@ def precision_of_its_own(precision: str | None) -> Iterator[None]:
     if precision is None and is_ours_to_choose:
         precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision is not None:
-        _set(str(precision))
+        use_precision(str(precision))
     yield
     state[_IS_CHOSEN_BY_TRAINER] = precision is not None
 
 
-def use_precision(accelerator: Accelerator, precision: str) -> None:
-    """Make the precision of a trainer's accelerator that of the process.
+def use_precision(precision: str) -> None:
+    """Make a precision that of the process, where it can be changed.
 
     Another trainer may have changed it since the accelerator was created.
     """
-    if accelerator.mixed_precision != precision:
-        _set(precision)
-
-
-def _set(precision: str) -> None:
     state = compat.shared_state(AcceleratorState)
     if state and state["distributed_type"] not in _FIXED_FOR:
         state["_mixed_precision"] = precision
