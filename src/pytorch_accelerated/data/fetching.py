@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated import compat
-from pytorch_accelerated.data.order import SeededIndices
+from pytorch_accelerated.data.order import SeededBatch
 from pytorch_accelerated.errors import add_note
 
 
@@ -30,10 +30,6 @@ class _Generator(NamedTuple):
     seed: Callable[[int], Any]
     get_state: Callable[[], Any]
     set_state: Callable[[Any], Any]
-
-    def has_moved_from(self, state: Any) -> bool:
-        """Say whether it has been drawn from since it had a state."""
-        return not all(map(np.array_equal, self.get_state(), state))
 
 
 _TORCH = _Generator(
@@ -100,35 +96,37 @@ class BatchDataset(Dataset[Any]):
         self._drawn_from = [_TORCH]
         self._before_epoch: list[tuple[_Generator, Any]] = []
 
-    def __getitems__(self, indices: SeededIndices) -> Any:
+    def __getitems__(self, batch: SeededBatch) -> Any:
         if get_worker_info() is None:
-            return self.fetch_here(indices)
-        seed_everything(indices.seed)
-        return self.collate_fn(self._fetch(indices))
+            return self.fetch_here(batch)
+        seed_everything(batch.seed)
+        return self.collate_fn(self._fetch(batch.indices))
 
-    def fetch_here(self, indices: SeededIndices) -> Any:
+    def fetch_here(self, batch: SeededBatch) -> Any:
         """Fetch in the main process, whose random state stays as it is."""
         if not self.is_first:
-            with seeded(indices.seed, self._drawn_from):
-                return self._collate_here(self._fetch(indices))
+            with seeded(batch.seed, self._drawn_from):
+                return self._collate_here(self._fetch(batch.indices))
         self.is_first = False
         self._note_draws_since(self._before_epoch)
         self._before_epoch = _states()
-        with seeded(indices.seed):
+        with seeded(batch.seed):
             before = _states()
-            batch = self._collate_here(self._fetch(indices))
+            collated = self._collate_here(self._fetch(batch.indices))
             self._note_draws_since(before)
-        return batch
+        return collated
 
     def _note_draws_since(self, states: list[tuple[_Generator, Any]]) -> None:
         for generator, state in states:
-            if generator not in self._drawn_from and generator.has_moved_from(state):
+            if generator not in self._drawn_from and not all(
+                map(np.array_equal, generator.get_state(), state)
+            ):
                 self._drawn_from.append(generator)
 
     def _fetch(self, indices: list[int]) -> Any:
         dataset = self.dataset
         if self._fetches_whole_batches:
-            return dataset.__getitems__(list(indices))
+            return dataset.__getitems__(indices)
         samples: list[Any] = []
         try:
             for index in indices:

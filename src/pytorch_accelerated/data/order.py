@@ -5,10 +5,10 @@ Nothing here loads anything: a loop written by hand can reproduce a run with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,18 +174,14 @@ def share_bounds(total: int, parts: int, part: int) -> tuple[int, int]:
     return first, first + size + (part < larger)
 
 
-class SeededIndices(list[int]):
-    """The indices of a batch, with the seed that its random numbers come from."""
+class SeededBatch(NamedTuple):
+    """The indices of a batch, and the seed that its random numbers come from."""
 
-    def __init__(self, indices: Iterable[int], seed: int) -> None:
-        super().__init__(indices)
-        self.seed = seed
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SeededIndices, (list(self), self.seed)
+    indices: list[int]
+    seed: int
 
 
-class PlannedBatchSampler(Sampler[SeededIndices]):
+class PlannedBatchSampler(Sampler[SeededBatch]):
     """Yields the batches of one process, as a plan and a seed say.
 
     Args:
@@ -226,7 +222,7 @@ class PlannedBatchSampler(Sampler[SeededIndices]):
                 first, last = self.plan.length - 1, self.plan.length
             yield step, first, last
 
-    def __iter__(self) -> Iterator[SeededIndices]:
+    def __iter__(self) -> Iterator[SeededBatch]:
         """Yield the indices of each batch, with the batch's seed."""
         order = self.order().tolist()
         # The seed is derive_seed(seed, epoch, step, process), begun once an epoch. If
@@ -235,4 +231,4 @@ class PlannedBatchSampler(Sampler[SeededIndices]):
         of_epoch = _mix(0, self.seed, self.epoch, *([first] if first else []))
         for step, first, last in self.positions():
             seed = _mix(of_epoch, step, self.process_index) >> 1
-            yield SeededIndices(order[first:last], seed)
+            yield SeededBatch(order[first:last], seed)

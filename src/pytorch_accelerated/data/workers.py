@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from pytorch_accelerated import compat
 from pytorch_accelerated.data.fetching import BatchDataset, InMemoryDataset
-from pytorch_accelerated.data.order import SeededIndices
+from pytorch_accelerated.data.order import SeededBatch
 
 
 class _AutoNumWorkers(int):
@@ -88,7 +88,7 @@ def _send_seconds(sender: Any, batches: BatchDataset, indices: list[int]) -> Non
             len(seconds) < 5 and min(seconds) > HAND_OVER_SECONDS and sum(seconds) < 0.1
         ):
             start = time.perf_counter()
-            batches.fetch_here(SeededIndices(indices, seed=0))
+            batches.fetch_here(SeededBatch(indices, seed=0))
             seconds.append(time.perf_counter() - start)
         sender.send(min(seconds))
 
