@@ -424,8 +424,7 @@ class DataLoaderSlice:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the first batches of the loader, and fetch no others."""
-        first = zip(range(self.slice_size), self.dl, strict=False)
-        return (batch for _, batch in first)
+        return islice(self.dl, self.slice_size)
 
 
 class LimitBatches:
