@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from workloads import Job, _mlp_job
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.data import PlannedLoader
+from pytorch_accelerated.data.loaders import PlannedLoader
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS
 
 NUM_STEPS = 200

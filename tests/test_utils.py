@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pytorch_accelerated import data, distributed, ema, utils
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.utils import (
     LIMIT_BATCHES_ENV_VAR,
     DataLoaderSlice,
@@ -37,20 +38,20 @@ def test_limit_batches_sets_and_restores_the_environment(monkeypatch):
         assert outer.num_batches == 5
         with pytest.raises(RuntimeError), LimitBatches(2):
             raise RuntimeError(os.environ[LIMIT_BATCHES_ENV_VAR])
-        assert data.batch_limit_from_environment() == 5
+        assert loaders.batch_limit_from_environment() == 5
     assert LIMIT_BATCHES_ENV_VAR not in os.environ
 
     monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "None")
     with outer:
-        assert data.batch_limit_from_environment() == 5
-    assert data.batch_limit_from_environment() is None
+        assert loaders.batch_limit_from_environment() == 5
+    assert loaders.batch_limit_from_environment() is None
     assert os.environ[LIMIT_BATCHES_ENV_VAR] == "None"
 
 
 def test_a_limit_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "few")
     with pytest.raises(ValueError, match=r"number of\s+batches or 'none', got 'few'"):
-        data.batch_limit_from_environment()
+        loaders.batch_limit_from_environment()
 
 
 class Stream(IterableDataset):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pytorch_accelerated.arguments import closest
 from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
-from pytorch_accelerated.data import batch_size_of_loader, length_of
+from pytorch_accelerated.data.loaders import batch_size_of_loader, length_of
 from pytorch_accelerated.errors import warn
 from pytorch_accelerated.modes import warn_of_sleeping_submodules
 from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase

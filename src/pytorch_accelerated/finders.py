@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from pytorch_accelerated import checks, data, distributed, plotting
+from pytorch_accelerated import checks, distributed, plotting
 from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.errors import StopTrainingError
 from pytorch_accelerated.means import LossTracker
 from pytorch_accelerated.rehearsal import rehearsal
@@ -137,7 +138,7 @@ def find_batch_size(
     """Do what the trainer's method of this name says."""
     method = "find_batch_size()"
     _check_arguments(method, arguments)
-    if isinstance(dataset, IterableDataset) or data.yields_batches(dataset):
+    if isinstance(dataset, IterableDataset) or loaders.yields_batches(dataset):
         raise ValueError(
             f"{method} needs a dataset of known length, of which the trainer makes "
             f"batches itself, got a {type(dataset).__name__}."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
-from pytorch_accelerated import checkpoint, data, distributed
+from pytorch_accelerated import checkpoint, distributed
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.diagnosis import is_out_of_memory
 from pytorch_accelerated.engines import Engine
 from pytorch_accelerated.means import Means
@@ -171,7 +172,7 @@ class BatchShrinker:
 
     def _check_is_possible(self) -> None:
         reason = ""
-        if not isinstance(self._run.train_dataloader, data.PlannedLoader):
+        if not isinstance(self._run.train_dataloader, loaders.PlannedLoader):
             reason = (
                 "needs batches that the trainer makes itself: a map-style dataset, "
                 "without a sampler or loader of yours, and no limit on the batches"

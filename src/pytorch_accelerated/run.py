@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from pytorch_accelerated import checkpoint, checks, compat, data, distributed, modes
-from pytorch_accelerated.data import sharing
+from pytorch_accelerated.data import loaders, sharing
+from pytorch_accelerated.data.order import Share
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.means import Means
@@ -171,8 +172,8 @@ class Run:
         num_processes, index = accelerator.num_processes, accelerator.process_index
         is_split = num_processes > 1 and sharing.is_split_by_process(loader)
         is_ours = is_evaluation or any(loader is made for made in self.loaders_made)
-        if not is_split and is_ours and data.is_plain(loader):
-            return data.PlannedLoader(
+        if not is_split and is_ours and loaders.is_plain(loader):
+            return loaders.PlannedLoader(
                 loader,
                 device,
                 self.data_seed,
@@ -181,7 +182,7 @@ class Run:
                 even=is_evaluation,
             )
         if is_split or num_processes == 1:
-            return data.DeviceLoader(loader, device)
+            return loaders.DeviceLoader(loader, device)
         return sharing.SharedLoader(
             loader,
             device,
@@ -209,7 +210,7 @@ class Run:
         """Return how the run cuts its epochs; None if it has not come that far."""
         if self.config is None:
             return None
-        plan = data.plan_of(self.train_dataloader)
+        plan = loaders.plan_of(self.train_dataloader)
         return BatchLayout(
             num_samples=None if plan is None else plan.length,
             batch_size=self.config.train_per_device_batch_size,
@@ -262,8 +263,8 @@ class Run:
         resumed, self.resumed = self.resumed, None
         self.set_epoch_of(train_dl, epoch)
         # First, since the length is that of the data at the start of the iteration.
-        batches = data.LookAhead(self._start_iteration(train_dl, resumed), self.pace)
-        plan, num_batches = data.plan_of(train_dl), data.length_of(train_dl)
+        batches = loaders.LookAhead(self._start_iteration(train_dl, resumed), self.pace)
+        plan, num_batches = loaders.plan_of(train_dl), loaders.length_of(train_dl)
         accumulation = self.accumulation
         accumulation.start_epoch(
             plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
@@ -288,7 +289,7 @@ class Run:
         if self.progress.is_at_epoch_start:
             raise ValueError("The training loader yielded no batch: it has no data.")
 
-    def _is_last(self, batches: data.LookAhead) -> bool:
+    def _is_last(self, batches: loaders.LookAhead) -> bool:
         """Say whether there is no other batch, by fetching it ahead.
 
         A state that is saved meanwhile has the random states that it is drawn from.
@@ -299,7 +300,7 @@ class Run:
     def set_epoch_of(self, train_dl: Any, epoch: int) -> None:
         """Tell a training loader which epoch it is to yield, and from where."""
         progress = self.progress
-        if data.plan_of(train_dl) is not None:
+        if loaders.plan_of(train_dl) is not None:
             train_dl.set_epoch(epoch, progress.step, progress.first_sample)
         elif hasattr(train_dl, "set_epoch"):
             train_dl.set_epoch(epoch)
@@ -307,7 +308,7 @@ class Run:
     def _start_iteration(
         self, train_dl: Any, resumed: ProcessState | None
     ) -> Iterator[Any]:
-        if data.plan_of(train_dl) is not None:
+        if loaders.plan_of(train_dl) is not None:
             return iter(train_dl)
         resumed, first_step = resumed or ProcessState(), self.progress.step
         # An order of the user's may follow from the random states at its start.
@@ -320,7 +321,7 @@ class Run:
         _skip_batches(batches, first_step, train_dl)
         return batches
 
-    def share_of(self, step: int) -> data.Share | None:
+    def share_of(self, step: int) -> Share | None:
         """Return what this process has of a step, if it shares the data with others."""
         if self.accumulation.num_processes == 1:
             return None
@@ -350,7 +351,7 @@ class Run:
         if share is not None:
             number = share.total
         else:
-            output = batch_output or {"batch_size": data.num_samples_in(batch)}
+            output = batch_output or {"batch_size": loaders.num_samples_in(batch)}
             # Where nothing is known of the other processes, they have as many.
             number = output.get("batch_size", 0) * self.accumulation.num_processes
         # Not in place: it may be a tensor, and was read by others.
@@ -408,7 +409,7 @@ class Run:
 
     def random_states(self) -> dict[str, Any]:
         """Return those of this process, and of the generators of a user's loader."""
-        generators = data.generators_of(self.train_dataloader)
+        generators = loaders.generators_of(self.train_dataloader)
         return {
             **checkpoint.get_random_states(),
             "loader": [generator.get_state() for generator in generators],
@@ -419,7 +420,7 @@ class Run:
         if states is None:
             return
         checkpoint.set_random_states(states)
-        generators = data.generators_of(self.train_dataloader)
+        generators = loaders.generators_of(self.train_dataloader)
         saved = states.get("loader", [])
         for generator, state in zip(generators, saved, strict=False):
             generator.set_state(state)
@@ -579,10 +580,10 @@ def create_run_config(trainer: Trainer, **asked: Any) -> TrainerRunConfig:
         asked["gradient_accumulation_steps"],
         asked.pop("per_device_batch_size"),
     )
-    train_batch_size = data.batch_size_of_loader(
+    train_batch_size = loaders.batch_size_of_loader(
         run.train_dataloader, run.train_dl_kwargs, batch_size
     )
-    eval_batch_size = data.batch_size_of_loader(
+    eval_batch_size = loaders.batch_size_of_loader(
         run.eval_dataloader, run.eval_dl_kwargs, batch_size
     )
     steps = _count_updates_per_epoch(run.train_dataloader, accumulation)
@@ -627,7 +628,7 @@ def create_accumulation(trainer: Trainer) -> Accumulation:
 def _count_updates_per_epoch(train_dataloader: Any, accumulation: int) -> int | None:
     if train_dataloader is None:
         return 0
-    num_batches = data.length_of(train_dataloader)
+    num_batches = loaders.length_of(train_dataloader)
     if num_batches is None:
         return None
     if num_batches == 0:

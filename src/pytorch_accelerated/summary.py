@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytorch_accelerated import checks, data
+from pytorch_accelerated import checks
 from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.rehearsal import rehearsal
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def summarize(
     """Do what the trainer's method ``summary`` says, and print nothing."""
     checks.check_is_at_least("depth", depth, 0)
     is_dataset = isinstance(batch, Dataset) or hasattr(batch, "__getitems__")
-    is_data = is_dataset or data.yields_batches(batch)
+    is_data = is_dataset or loaders.yields_batches(batch)
     step = _MeasuredStep()
     with (
         rehearsal(trainer, "summary()", batch if is_data else None, step),

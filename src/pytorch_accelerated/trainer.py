@@ -47,7 +47,6 @@ from torch.utils.data import DataLoader
 from pytorch_accelerated import (
     checkpoint,
     checks,
-    data,
     distributed,
     engines,
     events,
@@ -71,6 +70,8 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.callbacks.progress import above_bars
 from pytorch_accelerated.callbacks.tracker import follow_log_with
+from pytorch_accelerated.data import loaders
+from pytorch_accelerated.data.workers import AUTO_NUM_WORKERS, choose_num_workers
 from pytorch_accelerated.engines import launch
 from pytorch_accelerated.loop_shown import loop_of
 from pytorch_accelerated.means import LossTracker, Means
@@ -972,7 +973,7 @@ class Trainer:
         Args:
             batch_size: Samples in a batch of one process.
         """
-        return data.default_dl_kwargs(batch_size, shuffle=True)
+        return loaders.default_dl_kwargs(batch_size, shuffle=True)
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the arguments of the evaluation loader that the user did not give.
@@ -980,7 +981,7 @@ class Trainer:
         Args:
             batch_size: Samples in a batch of one process.
         """
-        return data.default_dl_kwargs(batch_size, shuffle=False)
+        return loaders.default_dl_kwargs(batch_size, shuffle=False)
 
     def create_scheduler(self) -> Any:
         """Create the learning rate scheduler of a run from ``create_scheduler_fn``."""
@@ -990,7 +991,7 @@ class Trainer:
 
     def _create_callback_handler(self) -> CallbackHandler:
         handler = CallbackHandler(self._callbacks)
-        limit = data.batch_limit_from_environment()
+        limit = loaders.batch_limit_from_environment()
         if limit is not None:
             handler.callbacks.insert(0, LimitBatchesCallback(limit))
         return handler
@@ -1018,13 +1019,13 @@ class Trainer:
         given: Mapping[str, Any] | None,
     ) -> tuple[Iterable[Any], dict[str, Any] | None]:
         """Return a loader, and the arguments that it was made with, if it was."""
-        if data.yields_batches(dataset):
+        if loaders.yields_batches(dataset):
             checks.check_no_loader_arguments(given, self.collate_fn)
             return dataset, None
-        kwargs = data.merge_dl_kwargs(dataset, defaults, given)
+        kwargs = loaders.merge_dl_kwargs(dataset, defaults, given)
         arguments = {"collate_fn": self.collate_fn, **kwargs}
-        if kwargs.get("num_workers") is data.AUTO_NUM_WORKERS:
-            arguments["num_workers"] = kwargs["num_workers"] = data.choose_num_workers(
+        if kwargs.get("num_workers") is AUTO_NUM_WORKERS:
+            arguments["num_workers"] = kwargs["num_workers"] = choose_num_workers(
                 dataset, arguments, distributed.num_local_processes()
             )
         # A name of this module, which scripts replace.

@@ -9,7 +9,7 @@ from torch.utils.data import (
     random_split,
 )
 
-from pytorch_accelerated import data
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.data.fetching import InMemoryDataset
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def batches_of(dataset, device=CPU, **kwargs):
     """Return the batches of two epochs, shuffled."""
     plain = DataLoader(dataset, batch_size=4, shuffle=True, **kwargs)
-    loader = data.PlannedLoader(plain, device, seed=5)
+    loader = loaders.PlannedLoader(plain, device, seed=5)
     batches = []
     for epoch in (1, 2):
         loader.set_epoch(epoch)

@@ -18,9 +18,9 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from pytorch_accelerated import data
-from pytorch_accelerated.data import PlannedLoader, loaders
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.data.fetching import InMemoryDataset
+from pytorch_accelerated.data.loaders import PlannedLoader
 
 CPU = torch.device("cpu")
 
@@ -143,14 +143,14 @@ class Stream(IterableDataset):
 def test_a_loader_with_a_sampler_of_the_user_is_not_plain(arguments, expected):
     loader = DataLoader(**{"dataset": range(5), **arguments})
 
-    assert data.is_plain(loader) is expected
+    assert loaders.is_plain(loader) is expected
 
 
 # --- arguments
 
 
 def test_both_sampler_and_shuffle_of_the_user_are_left_for_torch_to_refuse():
-    merged = data.merge_dl_kwargs(range(3), {}, {"sampler": [0], "shuffle": True})
+    merged = loaders.merge_dl_kwargs(range(3), {}, {"sampler": [0], "shuffle": True})
 
     with pytest.raises(ValueError, match="mutually exclusive"):
         DataLoader(range(3), **merged)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated import data
 from pytorch_accelerated.data import workers
 from pytorch_accelerated.data.workers import LastIteration
 
@@ -107,7 +106,7 @@ def test_ctrl_c_ends_a_worker_that_is_starting_as_if_all_were_well(ctrl_c):
 def test_a_dataset_in_memory_needs_no_workers(noise):
     """Defect 30: as many workers as cores, for each loader and in each process."""
     with mock.patch.object(workers, "usable_cores", return_value=64):
-        assert data.choose_num_workers(noise(100), {"batch_size": 8}) == 0
+        assert workers.choose_num_workers(noise(100), {"batch_size": 8}) == 0
 
 
 class Slow(Dataset):
@@ -122,13 +121,13 @@ class Slow(Dataset):
 def test_a_slow_dataset_gets_this_process_s_share_of_the_cores():
     for cores, processes, expected in ((3, 1, 3), (64, 1, 8), (12, 4, 3), (2, 4, 0)):
         with mock.patch.object(workers, "usable_cores", return_value=cores):
-            found = data.choose_num_workers(Slow(), {"batch_size": 2}, processes)
+            found = workers.choose_num_workers(Slow(), {"batch_size": 2}, processes)
         assert found == expected
 
 
 def test_a_quick_dataset_gets_no_workers(one_by_one, noise):
     with mock.patch.object(workers, "HAND_OVER_SECONDS", 60.0):
-        assert data.choose_num_workers(one_by_one(noise(9)), {"batch_size": 2}) == 0
+        assert workers.choose_num_workers(one_by_one(noise(9)), {"batch_size": 2}) == 0
 
 
 class QuickAfterAll(Dataset):
@@ -151,7 +150,7 @@ def test_a_quick_dataset_that_was_held_up_gets_no_workers(monkeypatch):
     dataset = QuickAfterAll()
     monkeypatch.setattr(workers, "usable_cores", lambda: 2)
     monkeypatch.setattr(workers.time, "perf_counter", lambda: dataset.clock)
-    assert data.choose_num_workers(dataset, {"batch_size": 1}) == 0
+    assert workers.choose_num_workers(dataset, {"batch_size": 1}) == 0
 
 
 class WaitsForThread(Dataset):
@@ -190,7 +189,7 @@ def test_measuring_leaves_the_process_as_it_was():
             return torch.rand(1)
 
     state = torch.get_rng_state()
-    data.choose_num_workers(Notes(), {"batch_size": 2})
+    workers.choose_num_workers(Notes(), {"batch_size": 2})
 
     assert fetched_here == []
     assert torch.equal(torch.get_rng_state(), state)
@@ -265,7 +264,7 @@ def test_an_unguarded_script_whose_processes_are_spawned_trains_once(tmp_path):
     out = run_script(
         tmp_path,
         "forks = multiprocessing.get_all_start_methods()[0] == 'fork'\n"
-        "chosen = data.choose_num_workers(Samples(), {'batch_size': 2})\n"
+        "chosen = workers.choose_num_workers(Samples(), {'batch_size': 2})\n"
         "assert chosen == (2 if forks else 0)\n"
         # Measuring has left the choice to the user.
         "multiprocessing.set_start_method('spawn')\n"

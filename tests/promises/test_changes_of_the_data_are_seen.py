@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pytorch_accelerated.callbacks import TrainerCallback
-from pytorch_accelerated.data import LimitBatches, PlannedLoader
+from pytorch_accelerated.data import LimitBatches
+from pytorch_accelerated.data.loaders import PlannedLoader
 from pytorch_accelerated.errors import CheckpointError, StopTrainingError
 from pytorch_accelerated.trainer import Trainer
 

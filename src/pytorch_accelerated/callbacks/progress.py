@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pytorch_accelerated.callbacks.base import TrainerCallback, event_with_data
 from pytorch_accelerated.console import brief, duration, rate
-from pytorch_accelerated.data import length_of
+from pytorch_accelerated.data.loaders import length_of
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer

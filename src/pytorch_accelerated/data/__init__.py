@@ -16,58 +16,20 @@ from pytorch_accelerated.data.fetching import seed_everything
 from pytorch_accelerated.data.loaders import (
     LIMIT_BATCHES_ENV_VAR,
     DataLoaderSlice,
-    DeviceLoader,
     LimitBatches,
-    LookAhead,
-    PlannedLoader,
-    batch_limit_from_environment,
-    batch_size_of_loader,
-    default_dl_kwargs,
-    generators_of,
-    is_plain,
-    length_of,
-    merge_dl_kwargs,
-    num_samples_in,
-    plan_of,
     remove_padding,
-    yields_batches,
 )
-from pytorch_accelerated.data.order import (
-    BatchPlan,
-    Share,
-    derive_seed,
-    epoch_order,
-)
-from pytorch_accelerated.data.workers import (
-    AUTO_NUM_WORKERS,
-    choose_num_workers,
-    worker_init_fn,
-)
+from pytorch_accelerated.data.order import BatchPlan, derive_seed, epoch_order
+from pytorch_accelerated.data.workers import worker_init_fn
 
 __all__ = [
-    "AUTO_NUM_WORKERS",
     "LIMIT_BATCHES_ENV_VAR",
     "BatchPlan",
     "DataLoaderSlice",
-    "DeviceLoader",
     "LimitBatches",
-    "LookAhead",
-    "PlannedLoader",
-    "Share",
-    "batch_limit_from_environment",
-    "batch_size_of_loader",
-    "choose_num_workers",
-    "default_dl_kwargs",
     "derive_seed",
     "epoch_order",
-    "generators_of",
-    "is_plain",
-    "length_of",
-    "merge_dl_kwargs",
-    "num_samples_in",
-    "plan_of",
     "remove_padding",
     "seed_everything",
     "worker_init_fn",
-    "yields_batches",
 ]

@@ -353,9 +353,9 @@ class LookAhead(Iterator[Any]):
         pace: What notes how long they are waited for.
     """
 
-    def __init__(self, batches: Iterator[Any], pace: Pace | None = None) -> None:
+    def __init__(self, batches: Iterator[Any], pace: Pace) -> None:
         self._batches = batches
-        self._pace = pace or Pace()
+        self._pace = pace
         self._ahead: list[Any] = []
 
     def __next__(self) -> Any:

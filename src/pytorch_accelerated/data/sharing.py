@@ -28,7 +28,6 @@ from pytorch_accelerated import distributed
 from pytorch_accelerated.data.fetching import seeded
 from pytorch_accelerated.data.loaders import (
     DeviceLoader,
-    LookAhead,
     length_of,
     with_parts,
 )
@@ -227,8 +226,9 @@ class SharedBatches(Sampler[Any]):
             ValueError: If they are no lists of indices.
         """
         self.shares = {}
-        self._own = LookAhead(self._own_batches())
-        self._own.is_exhausted()  # before others draw from the same generator
+        batches = self._own_batches()
+        # The first one now, before others draw from the same generator.
+        self._own = chain([*islice(batches, 1)], batches)
 
     def _own_batches(self) -> Iterator[list[Any]]:
         undrawn, each, step = iter(self._batches), self._num_processes, 0
