@@ -13,13 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import (
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    TensorDataset,
-)
+from torch.utils.data import RandomSampler, Sampler, TensorDataset
+from toys import At, Keeps, Numbers, OneByOne, Stream, one_weight
 
 from pytorch_accelerated import checkpoint, distributed
 from pytorch_accelerated.callbacks import (
@@ -37,14 +32,8 @@ from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer
 
 
-class Augmented(Dataset):
+class Augmented(OneByOne):
     """Adds random numbers to the samples of another dataset."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, index):
         inputs, target = self.dataset[index]
@@ -179,23 +168,15 @@ def test_a_run_saved_at_the_update_that_a_limit_allows_as_the_last(train, tmp_pa
     assert_same_end(train(resume_from=tmp_path / "state", **limited), train(**limited))
 
 
-class Stream(IterableDataset):
-    def __init__(self, num_samples):
-        self.num_samples = num_samples
-
-    def __iter__(self):
-        for _ in range(self.num_samples):
-            yield torch.ones(1), torch.zeros(1)
-
-
-def test_a_finished_run_on_a_stream_has_nothing_left_to_train(create_trainer, tmp_path):
+def test_a_finished_run_on_a_stream_has_nothing_left_to_train(
+    create_trainer, samples, tmp_path
+):
     arguments = {"per_device_batch_size": 1, "max_num_train_steps": 3}
-    create_trainer([SaveTrainingStateCallback(tmp_path)]).train(
-        Stream(5), 2, **arguments
-    )
+    stream = Stream(samples(5))
+    create_trainer([SaveTrainingStateCallback(tmp_path)]).train(stream, 2, **arguments)
 
     resumed = create_trainer()
-    resumed.train(Stream(5), 2, resume_from=tmp_path / "final", **arguments)
+    resumed.train(stream, 2, resume_from=tmp_path / "final", **arguments)
 
     assert resumed.num_updates == 3
     assert resumed.model.weight.item() == 0.5**3
@@ -358,18 +339,15 @@ def test_what_is_saved_beside_the_state_comes_back(create_trainer, samples, tmp_
 # --- files of one model
 
 
-class SavesAtEnd(TrainerCallback):
-    """Saves while the schedule is there."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def on_training_run_end(self, trainer, **kwargs):
-        trainer.save_checkpoint(self.path, {"loss": 0.5})
+def saves_at_end(path):
+    """Save while the schedule is there."""
+    return At(
+        on_training_run_end=lambda trainer: trainer.save_checkpoint(path, {"loss": 0.5})
+    )
 
 
 def test_a_checkpoint_holds_the_documented_parts(create_trainer, samples, tmp_path):
-    trainer = create_trainer([SavesAtEnd(tmp_path / "all.pt")])
+    trainer = create_trainer([saves_at_end(tmp_path / "all.pt")])
     trainer.train(samples(2), 1, create_scheduler_fn=partial(StepLR, step_size=1))
     trainer.save_checkpoint(
         tmp_path / "model.pt", save_optimizer=False, save_scheduler=False
@@ -393,7 +371,7 @@ def test_a_checkpoint_with_a_schedule_can_be_loaded_without_one(
 ):
     """Defect 24: it was an error before train(), after the model had been loaded."""
 
-    create_trainer([SavesAtEnd(tmp_path / "model.pt")]).train(
+    create_trainer([saves_at_end(tmp_path / "model.pt")]).train(
         samples(2), 1, create_scheduler_fn=partial(StepLR, step_size=1)
     )
 
@@ -410,17 +388,18 @@ def test_the_schedule_of_a_checkpoint_can_be_loaded_within_a_run(
     """Defect 24: there was no way to restore a scheduler from a file."""
 
     create = partial(StepLR, step_size=1)
-    create_trainer([SavesAtEnd(tmp_path / "model.pt")]).train(
+    create_trainer([saves_at_end(tmp_path / "model.pt")]).train(
         samples(2), 3, create_scheduler_fn=create
     )
 
-    class LoadsAtStart(TrainerCallback):
-        def on_training_run_start(self, trainer, **kwargs):
-            trainer.load_checkpoint(tmp_path / "model.pt")
-            assert trainer.scheduler.last_epoch == 3
-            raise StopTrainingError
+    def load(trainer):
+        trainer.load_checkpoint(tmp_path / "model.pt")
+        assert trainer.scheduler.last_epoch == 3
+        raise StopTrainingError
 
-    create_trainer([LoadsAtStart]).train(samples(2), 1, create_scheduler_fn=create)
+    create_trainer([At(on_training_run_start=load)]).train(
+        samples(2), 1, create_scheduler_fn=create
+    )
 
 
 def test_a_model_is_loaded_without_an_optimizer_to_evaluate_it_found_106(
@@ -519,17 +498,8 @@ def test_a_training_state_of_the_published_version_without_a_schedule_is_resumed
     assert trainer.num_updates == 1
 
 
-class Stateful(Dataset):
+class Stateful(Numbers):
     """Remembers things of its own, which are no position in it."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return self.dataset[index]
 
     def state_dict(self):
         return {"path": "images"}
@@ -541,19 +511,11 @@ class Stateful(Dataset):
 def test_the_state_of_a_map_style_dataset_is_no_position_in_it_found_72(
     create_trainer, tmp_path
 ):
-    inputs = torch.arange(8.0).reshape(-1, 1)
-    data = Stateful(TensorDataset(inputs, torch.zeros(8, 1)))
-    seen = []
+    seen = Keeps("on_train_step_end", lambda trainer, batch, **_: batch[0].item())
 
-    class KeepsInputs(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            seen.append(batch[0].item())
-            return super().calculate_train_batch_loss(batch)
-
-    def run(callbacks, resume_from=None):
-        trainer = create_trainer(callbacks, lr=0.0, trainer_class=KeepsInputs)
-        trainer.train(
-            data,
+    def run(*callbacks, resume_from=None):
+        create_trainer([seen, *callbacks], lr=0.0).train(
+            Stateful(8),
             1,
             per_device_batch_size=1,
             train_dataloader_kwargs={"sampler": range(7, -1, -1)},
@@ -561,11 +523,11 @@ def test_the_state_of_a_map_style_dataset_is_no_position_in_it_found_72(
         )
 
     with pytest.raises(Killed):
-        run([StopsAt("on_train_step_end", tmp_path / "state", at=4)])
+        run(StopsAt("on_train_step_end", tmp_path / "state", at=4))
     with pytest.warns(TrainingWarning, match="4 batches again.*sampler is yours"):
-        run((), resume_from=tmp_path / "state")
+        run(resume_from=tmp_path / "state")
 
-    assert seen == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert seen.kept == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
 # --- all or nothing, and as it was saved
@@ -689,20 +651,19 @@ class Picky(StepLR):
 def test_a_scheduler_that_does_not_fit_leaves_the_rest_as_it_was_found_90(
     create_trainer, samples, tmp_path
 ):
-    create_trainer([SavesAtEnd(tmp_path / "model.pt")]).train(
+    create_trainer([saves_at_end(tmp_path / "model.pt")]).train(
         samples(1), 1, create_scheduler_fn=partial(StepLR, step_size=3)
     )
 
-    class Loads(TrainerCallback):
-        def on_training_run_start(self, trainer, **kwargs):
-            with pytest.raises(CheckpointError, match="does not fit the scheduler"):
-                trainer.load_checkpoint(tmp_path / "model.pt")
-            assert trainer.model.weight.item() == 1.0
-            assert trainer.optimizer.param_groups[0]["lr"] == 0.125
-            assert trainer.scheduler.step_size == 7
-            raise StopTrainingError
+    def load(trainer):
+        with pytest.raises(CheckpointError, match="does not fit the scheduler"):
+            trainer.load_checkpoint(tmp_path / "model.pt")
+        assert trainer.model.weight.item() == 1.0
+        assert trainer.optimizer.param_groups[0]["lr"] == 0.125
+        assert trainer.scheduler.step_size == 7
+        raise StopTrainingError
 
-    create_trainer([Loads], lr=0.125).train(
+    create_trainer([At(on_training_run_start=load)], lr=0.125).train(
         samples(1), 1, create_scheduler_fn=partial(Picky, step_size=7)
     )
 
@@ -710,46 +671,35 @@ def test_a_scheduler_that_does_not_fit_leaves_the_rest_as_it_was_found_90(
 # --- after the run
 
 
-class StopsAfter(TrainerCallback):
-    def __init__(self, num_updates):
-        self.num_updates = num_updates
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        if trainer.num_updates == self.num_updates:
-            raise StopTrainingError
-
-
 @pytest.mark.parametrize("own_sampler", [False, True])
 @pytest.mark.parametrize("own_generator", [False, True])
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_what_is_saved_after_a_run_is_that_run_found_93(
-    noise, create_classifier, tmp_path, own_sampler, own_generator, evaluates
+    train, noise, tmp_path, own_sampler, own_generator, evaluates
 ):
     """found 93: it was the evaluation after it; an order of the user's was lost."""
 
-    def train(callbacks=(), **kwargs):
-        torch.manual_seed(4)
-        model = create_classifier()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks, seed=5)
-        data = noise(18)
+    def run(*callbacks, **kwargs):
         if own_sampler:
             generator = torch.Generator().manual_seed(1) if own_generator else None
-            sampler = RandomSampler(data, generator=generator)
+            sampler = RandomSampler(range(18), generator=generator)
             kwargs["train_dataloader_kwargs"] = {"sampler": sampler}
-        trainer.train(data, 2, per_device_batch_size=4, **kwargs)
-        return trainer
+        return train(callbacks, num_epochs=2, eval_dataset=None, **kwargs)
 
-    stopped = train([StopsAfter(8)])
+    def stop(trainer, num_updates, **kwargs):
+        if num_updates == 8:
+            raise StopTrainingError
+
+    stopped = run(At(on_train_update_end=stop))
     if evaluates:
         stopped.evaluate(noise(6))
     stopped.save_training_state(tmp_path / "state")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # batches are loaded again
-        resumed = train(resume_from=tmp_path / "state")
+        resumed = run(resume_from=tmp_path / "state")
 
     torch.testing.assert_close(
-        resumed.model.state_dict(), train().model.state_dict(), rtol=0, atol=0
+        resumed.model.state_dict(), run().model.state_dict(), rtol=0, atol=0
     )
     assert resumed.num_updates == 10
 
@@ -758,25 +708,15 @@ def test_what_is_saved_after_a_run_is_that_run_found_93(
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.filterwarnings("ignore:To find its place")
 def test_a_run_on_a_sampler_and_data_that_draw_numbers_can_be_resumed_found_70(
-    create_classifier, noise, tmp_path, at, accumulation
+    train, tmp_path, at, accumulation
 ):
     """To look for the last batch ahead draws nothing that would be drawn again."""
-    data = Augmented(noise(20))
-
-    def run(callbacks=(), resume_from=None):
-        model = create_classifier(dropout=0.3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks, seed=5)
-        trainer.train(
-            data,
-            2,
-            per_device_batch_size=4,
-            gradient_accumulation_steps=accumulation,
-            train_dataloader_kwargs={"sampler": RandomOrder(data), "num_workers": 0},
-            resume_from=resume_from,
-        )
-        return trainer
-
+    run = partial(
+        train,
+        num_epochs=2,
+        gradient_accumulation_steps=accumulation,
+        train_dataloader_kwargs={"sampler": RandomOrder(range(18)), "num_workers": 0},
+    )
     with pytest.raises(Killed):
         run([StopsAt("on_train_step_end", tmp_path / "state", at)])
 
@@ -826,14 +766,12 @@ def test_an_optimizer_made_of_others_is_loaded_by_its_own_method(
                 each.load_state_dict(own)
 
     def create():
-        trainer = create_trainer()
-        (weight,) = trainer.model.parameters()
-        trainer.optimizer = Both(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
-        return trainer
+        model = one_weight()
+        one = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return create_trainer(model=model, optimizer=Both(one))
 
-    first = create()
+    first, second = create(), create()
     first.save_checkpoint(tmp_path / "both.pt")
-    second = create()
     second.load_checkpoint(tmp_path / "both.pt")
     assert second.optimizer.state_dict() == first.optimizer.state_dict()
 
