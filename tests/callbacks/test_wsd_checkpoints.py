@@ -4,42 +4,41 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toys import At, create_trainer, ones
 
 from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
-    TrainerCallback,
     WSDCheckpointCallback,
 )
 from pytorch_accelerated.checkpoint import Checkpoint
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
+from pytorch_accelerated.trainer import Trainer
 
 # 20 updates: checkpoints after 10 and 20, each after a decay of a fifth of its period.
 SCHEDULE = {"decay_phase_ratio": 0.2, "num_checkpoints": 2}
 
 
-@pytest.fixture
-def train(create_trainer, samples):
-    def train(callback, others=(), epochs=2, **schedule):
-        trainer = create_trainer([callback, *others])
-        trainer.learning_rates = []
-        step = trainer.optimizer_step
+class NotesRates(Trainer):
+    """Notes the learning rate of each update."""
 
-        def noted_step():
-            trainer.learning_rates.append(trainer.optimizer.param_groups[0]["lr"])
-            step()
+    def optimizer_step(self):
+        self.learning_rates.append(self.optimizer.param_groups[0]["lr"])
+        super().optimizer_step()
 
-        trainer.optimizer_step = noted_step
-        trainer.train(
-            samples(10),
-            num_epochs=epochs,
-            per_device_batch_size=1,
-            create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
-                num_warmup_epochs=0, **{**SCHEDULE, **schedule}
-            ),
-        )
-        return trainer
 
-    return train
+def train(callback, *others, trainer=None, epochs=2, arguments=(), **schedule):
+    trainer = trainer or create_trainer([callback, *others], trainer_class=NotesRates)
+    trainer.learning_rates = []
+    trainer.train(
+        ones(10),
+        num_epochs=epochs,
+        per_device_batch_size=1,
+        create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
+            num_warmup_epochs=0, **{**SCHEDULE, **schedule}
+        ),
+        **dict(arguments),
+    )
+    return trainer
 
 
 def names_in(folder):
@@ -47,22 +46,19 @@ def names_in(folder):
 
 
 def test_a_change_of_the_working_directory_does_not_move_them_found_94(
-    train, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
     """found 94: the second half was saved elsewhere."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
+    moves = At(on_train_epoch_end=lambda _: monkeypatch.chdir(tmp_path / "elsewhere"))
 
-    class Moves(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            monkeypatch.chdir(tmp_path / "elsewhere")
-
-    train(WSDCheckpointCallback("checkpoints"), [Moves()])
+    train(WSDCheckpointCallback("checkpoints"), moves)
     assert len(names_in(tmp_path / "checkpoints")) == 4
     assert names_in(tmp_path / "elsewhere") == []
 
 
-def test_the_turning_points_of_the_schedule_are_saved(train, tmp_path):
+def test_the_turning_points_of_the_schedule_are_saved(tmp_path):
     train(WSDCheckpointCallback(tmp_path))
     assert names_in(tmp_path) == [
         "checkpoint_10_wsd_post_decay.pt",
@@ -75,7 +71,7 @@ def test_the_turning_points_of_the_schedule_are_saved(train, tmp_path):
     assert pre_decay.load_weights()["weight"].item() == 0.5**8
 
 
-def test_the_file_says_what_it_is(train, tmp_path):
+def test_the_file_says_what_it_is(tmp_path):
     trainer = train(WSDCheckpointCallback(tmp_path))
     saved = torch.load(tmp_path / "checkpoint_10_wsd_post_decay.pt", weights_only=True)
     assert saved["step"] == 10
@@ -88,7 +84,7 @@ def test_the_file_says_what_it_is(train, tmp_path):
 
 
 @pytest.mark.parametrize("save", [True, False])
-def test_optimizer_and_scheduler_are_saved_as_asked(train, tmp_path, save):
+def test_optimizer_and_scheduler_are_saved_as_asked(tmp_path, save):
     train(WSDCheckpointCallback(tmp_path, save_optimizer=save, save_scheduler=save))
     saved = torch.load(tmp_path / "checkpoint_20_wsd_post_decay.pt", weights_only=True)
     assert ("optimizer_state_dict" in saved) is save
@@ -96,11 +92,11 @@ def test_optimizer_and_scheduler_are_saved_as_asked(train, tmp_path, save):
 
 
 @pytest.mark.filterwarnings("ignore:.*greater_is_better")
-def test_the_trained_model_is_saved_and_not_the_best(train, tmp_path):
+def test_the_trained_model_is_saved_and_not_the_best(tmp_path):
     best = SaveBestModelCallback(
         tmp_path / "best.pt", "train_loss_epoch", greater_is_better=True
     )
-    train(WSDCheckpointCallback(tmp_path / "wsd"), [best])
+    train(WSDCheckpointCallback(tmp_path / "wsd"), best)
     post = torch.load(
         tmp_path / "wsd" / "checkpoint_20_wsd_post_decay.pt", weights_only=True
     )
@@ -111,7 +107,7 @@ def test_the_trained_model_is_saved_and_not_the_best(train, tmp_path):
     )
 
 
-def test_a_continuation_writes_all_its_checkpoints(train, tmp_path):
+def test_a_continuation_writes_all_its_checkpoints(tmp_path):
     """Defect 49: the step of the loaded file suppressed the checkpoint of that number.
 
     And the first update ran with the decayed learning rate.
@@ -141,7 +137,7 @@ def test_a_continuation_writes_all_its_checkpoints(train, tmp_path):
     ],
 )
 def test_a_run_that_starts_after_a_decay_has_the_full_learning_rate(
-    train, tmp_path, save_scheduler, schedule
+    tmp_path, save_scheduler, schedule
 ):
     """Defect 49, and found, section G: it came with the optimizer, decayed."""
     train(WSDCheckpointCallback(tmp_path / "first", save_scheduler=save_scheduler))
@@ -152,7 +148,7 @@ def test_a_run_that_starts_after_a_decay_has_the_full_learning_rate(
     assert train(second, **schedule).learning_rates[:8] == [0.25] * 8
 
 
-def test_a_run_can_start_in_the_middle_of_the_same_schedule(train, tmp_path):
+def test_a_run_can_start_in_the_middle_of_the_same_schedule(tmp_path):
     train(WSDCheckpointCallback(tmp_path / "first"))
     second = WSDCheckpointCallback(
         tmp_path / "second",
@@ -168,7 +164,7 @@ def test_a_run_can_start_in_the_middle_of_the_same_schedule(train, tmp_path):
     assert pre_decay.num_updates == 18 - 8
 
 
-def test_the_losses_of_a_continuation_are_its_own(train, tmp_path):
+def test_the_losses_of_a_continuation_are_its_own(tmp_path):
     train(WSDCheckpointCallback(tmp_path / "first"))
     initial = tmp_path / "first" / "checkpoint_8_wsd_pre_decay"
     start = Checkpoint(initial).load_weights()["weight"].item()
@@ -185,36 +181,24 @@ def test_the_losses_of_a_continuation_are_its_own(train, tmp_path):
     assert math.isclose(recorded, sum(losses) / 10, rel_tol=1e-3)
 
 
-def test_an_initial_checkpoint_that_is_not_there_is_an_error(
-    train, tmp_path, weight_of
-):
+def test_an_initial_checkpoint_that_is_not_there_is_an_error(tmp_path):
     """Defect 49: a typo was ignored."""
     callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "typo")
     with pytest.raises(FileNotFoundError, match=r"no initial_checkpoint .*typo"):
         train(callback)
 
 
-def test_another_scheduler_is_refused(create_trainer, samples):
+def test_another_scheduler_is_refused():
     trainer = create_trainer([WSDCheckpointCallback()])
+    create = CosineLrScheduler.create_scheduler_fn()
     with pytest.raises(ValueError, match="needs a WSDLrScheduler, got CosineLr"):
-        trainer.train(
-            samples(1),
-            num_epochs=1,
-            create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(),
-        )
+        trainer.train(ones(1), num_epochs=1, create_scheduler_fn=create)
 
 
-def test_a_resumed_run_saves_what_is_left(train, create_trainer, samples, tmp_path):
+def test_a_resumed_run_saves_what_is_left(tmp_path):
     train(WSDCheckpointCallback(tmp_path / "first"))
-    create_trainer([WSDCheckpointCallback(tmp_path / "second")]).train(
-        samples(10),
-        num_epochs=2,
-        per_device_batch_size=1,
-        create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
-            num_warmup_epochs=0, **SCHEDULE
-        ),
-        resume_from=tmp_path / "first" / "checkpoint_8_wsd_pre_decay",
-    )
+    state = tmp_path / "first" / "checkpoint_8_wsd_pre_decay"
+    train(WSDCheckpointCallback(tmp_path / "second"), arguments={"resume_from": state})
     assert names_in(tmp_path / "second") == [
         "checkpoint_10_wsd_post_decay.pt",
         "checkpoint_18_wsd_pre_decay",
@@ -222,20 +206,12 @@ def test_a_resumed_run_saves_what_is_left(train, create_trainer, samples, tmp_pa
     ]
 
 
-def test_a_second_run_of_a_trainer_counts_its_own_updates(train, samples, tmp_path):
+def test_a_second_run_of_a_trainer_counts_its_own_updates(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = train(callback)
     names = names_in(tmp_path)
     callback.save_dir = tmp_path / "second"
-    trainer.train(
-        samples(10),
-        num_epochs=2,
-        per_device_batch_size=1,
-        create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(
-            num_warmup_epochs=0, **SCHEDULE
-        ),
-        reset_run_history=False,
-    )
+    train(None, trainer=trainer, arguments={"reset_run_history": False})
     assert names_in(tmp_path / "second") == names
 
 
