@@ -3,8 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from toys import At, ones
 
-from pytorch_accelerated.callbacks import BestSoFar
+from pytorch_accelerated.callbacks import (
+    BestSoFar,
+    EarlyStoppingCallback,
+    SaveBestModelCallback,
+)
 
 
 def beaten(values, **kwargs):
@@ -42,3 +47,46 @@ def test_numbers_of_numpy_and_torch_are_kept_as_plain_numbers(value):
     assert best.update(value)
     assert type(best.value) is float
     assert best.value == 0.5
+
+
+# ------------------------------------------------------------ callbacks that watch
+
+
+@pytest.fixture(params=[EarlyStoppingCallback, SaveBestModelCallback])
+def watching(request, monkeypatch, tmp_path):
+    """The callbacks that watch a metric."""
+    monkeypatch.chdir(tmp_path)  # where one of them saves
+    return request.param
+
+
+def test_a_metric_that_is_not_recorded_is_an_error_that_lists_those_that_are(
+    train_with_scores, watching
+):
+    with pytest.raises(
+        ValueError,
+        match=r"'scores' has not been recorded by the end of epoch 1; recorded so far: "
+        "eval_loss_epoch, score, train_loss_epoch",
+    ):
+        train_with_scores([watching(watch_metric="scores")], [1])
+
+
+def test_watching_the_eval_loss_without_an_eval_dataset_is_refused_before_training(
+    create_trainer, weight_of, watching
+):
+    """Defect 25: ValueError after the first epoch."""
+    trainer = create_trainer([watching()])
+    with pytest.raises(ValueError, match=r"needs an eval_dataset.*'train_loss_epoch'"):
+        trainer.train(ones(1), num_epochs=1)
+    assert weight_of(trainer) == 1
+
+
+def test_what_is_not_one_number_cannot_be_watched(create_trainer, watching):
+    """Found 111."""
+
+    def record(trainer):
+        trainer.run_history.update_metric("scores", {"f1": 0.5})
+
+    records = At(on_train_epoch_end=record)
+    trainer = create_trainer([records, watching(watch_metric="scores")])
+    with pytest.raises(TypeError, match=r"must be one number.*is a dict.*scores_f1"):
+        trainer.train(ones(1), 1)

@@ -98,27 +98,6 @@ def test_each_run_starts_to_count_anew_or_goes_on(
     assert epochs_of(train_with_scores(None, [9, 8, 7], trainer)) == num_epochs
 
 
-def test_a_metric_that_is_not_recorded_is_an_error_that_lists_those_that_are(
-    train_with_scores,
-):
-    stopping = EarlyStoppingCallback(watch_metric="scores")
-    with pytest.raises(
-        ValueError,
-        match=r"'scores' has not been recorded by the end of epoch 1; recorded so far: "
-        "eval_loss_epoch, score, train_loss_epoch",
-    ):
-        train_with_scores([stopping], [1])
-
-
-def test_watching_the_eval_loss_without_an_eval_dataset_is_refused_before_training(
-    create_trainer, samples, weight_of
-):
-    trainer = create_trainer([EarlyStoppingCallback()])
-    with pytest.raises(ValueError, match=r"needs an eval_dataset.*'train_loss_epoch'"):
-        trainer.train(samples(1), num_epochs=1)
-    assert weight_of(trainer) == 1
-
-
 def test_a_resumed_run_goes_on_counting(train_with_scores, tmp_path):
     stopping = EarlyStoppingCallback(2, watch_metric="score")
     train_with_scores([stopping], [1, 2]).save_training_state(tmp_path / "state")
