@@ -2,10 +2,12 @@ import shutil
 import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from toys import At, Keeps
 
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -46,21 +48,11 @@ def run(create_trainer, samples, tmp_path):
     return run
 
 
-class NamesAtEvaluation(TrainerCallback):
-    """Writes down which training states exist at the end of each evaluation."""
-
-    def __init__(self, folder):
-        self.folder, self.seen = folder, []
-
-    def on_eval_epoch_end(self, trainer, **kwargs):
-        self.seen.append(names_in(self.folder))
-
-
 def test_an_epoch_is_saved_after_its_evaluation(run, tmp_path):
     """Defect 47: it was saved before."""
-    log = NamesAtEvaluation(tmp_path)
+    log = Keeps("on_eval_epoch_end", lambda trainer, **_: names_in(tmp_path))
     run(2, others=[log])
-    assert log.seen == [[], ["epoch_1"]]
+    assert log.kept == [[], ["epoch_1"]]
     metrics = Checkpoint(tmp_path / "epoch_2").metrics
     assert metrics["eval_loss_epoch"] == 0.25**2
 
@@ -91,11 +83,11 @@ def test_states_are_saved_every_n_minutes(run, tmp_path, monkeypatch):
         "pytorch_accelerated.callbacks.checkpointing.time.monotonic", lambda: now[0]
     )
 
-    class Slow(TrainerCallback):
-        def on_train_step_start(self, trainer, **kwargs):
-            now[0] += 40
+    def be_slow(trainer, **kwargs):
+        now[0] += 40
 
-    run(1, num_samples=5, others=[Slow()], save_every_n_minutes=1)
+    slow = At(on_train_step_start=be_slow)
+    run(1, num_samples=5, others=[slow], save_every_n_minutes=1)
     assert names_in(tmp_path) == ["epoch_1", "final", "step_2", "step_4"]
 
 
@@ -216,30 +208,27 @@ def test_the_state_of_callbacks_listed_later_is_that_of_the_saved_epoch(
     assert (best.best_metric, best.best_metric_epoch) == (1, 2)
 
 
-class Fail(TrainerCallback):
-    def on_train_epoch_end(self, trainer, **kwargs):
-        raise RuntimeError("broken")
+def fail(trainer):
+    raise RuntimeError("broken")
 
 
-class Stop(TrainerCallback):
-    def on_train_epoch_end(self, trainer, **kwargs):
-        raise StopTrainingError("enough")
+def stop(trainer):
+    raise StopTrainingError("enough")
 
 
-class Interrupt(TrainerCallback):
-    def on_train_epoch_end(self, trainer, **kwargs):
-        trainer.interrupted = True
+def interrupt(trainer):
+    trainer.interrupted = True
 
 
 @pytest.mark.parametrize(
-    ("ending", "saved"), [(Fail, []), (Stop, ["final"]), (Interrupt, ["step_1"])]
+    ("ending", "saved"), [(fail, []), (stop, ["final"]), (interrupt, ["step_1"])]
 )
 def test_what_is_saved_at_the_end_depends_on_how_a_run_ends(
     run, tmp_path, ending, saved
 ):
     """Of one that was interrupted, a step to resume from."""
-    with pytest.raises(RuntimeError) if ending is Fail else nullcontext():
-        run(1, save_every_n_epochs=None, others=[ending()])
+    with pytest.raises(RuntimeError) if ending is fail else nullcontext():
+        run(1, save_every_n_epochs=None, others=[At(on_train_epoch_end=ending)])
     assert names_in(tmp_path) == saved
 
 
@@ -371,12 +360,13 @@ def test_a_failed_write_in_the_background_is_no_state_of_another_callback(
         for name in ("first", "second")
     )
 
-    class InTheWay(TrainerCallback):
-        def on_training_run_start(self, trainer, **kwargs):
-            (tmp_path / "first" / "step_1").write_text("mine")
-
+    in_the_way = At(
+        on_training_run_start=lambda trainer: (
+            tmp_path / "first" / "step_1"
+        ).write_text("mine")
+    )
     with pytest.warns(UserWarning, match="step_1 is a file") as caught:
-        create_trainer([first, second, InTheWay()]).train(samples(1), num_epochs=2)
+        create_trainer([first, second, in_the_way]).train(samples(1), num_epochs=2)
     assert len(caught) == 1
     assert names_in(tmp_path / "second") == ["step_1", "step_2"]
     Checkpoint(tmp_path / "first" / "step_2").verify()
@@ -391,13 +381,12 @@ def test_what_is_written_in_the_background_is_the_state_of_its_update(
         is_over.wait(10)
         write(self, *args)
 
-    class NextUpdate(TrainerCallback):
-        def on_train_update_end(self, trainer, num_updates, **kwargs):
-            if num_updates == 2:
-                is_over.set()
+    def at_update(trainer, num_updates, **kwargs):
+        if num_updates == 2:
+            is_over.set()
 
     monkeypatch.setattr(TrainingState, "write", write_late)
-    run(2, others=[NextUpdate()], asynchronous=True)
+    run(2, others=[At(on_train_update_end=at_update)], asynchronous=True)
     weights = Checkpoint(tmp_path / "epoch_1").load_weights()
     assert weights["weight"].item() == 0.5
 
@@ -441,23 +430,15 @@ class Halving(torch.optim.lr_scheduler.LRScheduler):
 
 
 class Odd(TrainerCallback):
-    """Has a state with an object in it, from a moment on."""
+    """Has a state with an object in it, from an event on."""
 
-    def __init__(self, since="start"):
-        self.since, self.state = since, {}
+    state = MappingProxyType({})
 
-    def on_training_run_start(self, trainer, **kwargs):
-        self.note("start")
+    def __init__(self, since):
+        setattr(self, since, self.begin)
 
-    def on_train_update_end(self, trainer, **kwargs):
-        self.note("first update")
-
-    def on_train_epoch_end(self, trainer, **kwargs):
-        self.note("epoch")
-
-    def note(self, moment):
-        if moment == self.since:
-            self.state = {"mine": object()}
+    def begin(self, trainer, **kwargs):
+        self.state = {"mine": object()}
 
     def state_dict(self):
         return self.state
@@ -486,7 +467,12 @@ def test_a_schedule_that_cannot_be_stored_is_refused_at_the_start_found_86(
 
 
 @pytest.mark.parametrize(
-    ("since", "num_updates"), [("start", 0), ("first update", 1), ("epoch", 4)]
+    ("since", "num_updates"),
+    [
+        ("on_training_run_start", 0),
+        ("on_train_update_end", 1),
+        ("on_train_epoch_end", 4),
+    ],
 )
 def test_a_callback_s_state_that_cannot_be_stored_is_found_early_found_87(
     create_trainer, samples, tmp_path, since, num_updates
@@ -501,7 +487,7 @@ def test_a_callback_s_state_that_cannot_be_stored_is_found_early_found_87(
         trainer.train(samples(2), 2, per_device_batch_size=1)
 
     message = r"\['Odd'\]\['mine'\] is a builtins\.object"
-    if since == "epoch":  # as any save that fails
+    if since == "on_train_epoch_end":  # as any save that fails
         with pytest.warns(UserWarning, match="goes on.*" + message):
             train()
     else:
