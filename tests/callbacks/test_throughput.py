@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from pytorch_accelerated.callbacks import (
+    LogMetricsCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
     ThroughputCallback,
@@ -94,7 +95,7 @@ def train(trainer, num_epochs=1, data=None, **kwargs):
 
 def test_an_epoch_is_measured_and_said_in_one_line(clock, capsys):
     """4 steps: 1 s of waiting each, 3 of them take 3 s and one takes 50 s."""
-    trainer = create(clock, [ThroughputCallback])
+    trainer = create(clock, [ThroughputCallback, LogMetricsCallback])
     found = train(trainer, 2)
 
     memory = found.pop("peak_memory_gib")
@@ -107,7 +108,8 @@ def test_an_epoch_is_measured_and_said_in_one_line(clock, capsys):
         "step_seconds_p95": [pytest.approx(4 + 0.85 * 47)] * 2,
         "step_seconds_max": [pytest.approx(51.0)] * 2,
     }
-    first, second = (line for line in capsys.readouterr().out.splitlines() if line)
+    first, header, _, second, _ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["epoch", "train_loss", "lr", "samples/s", "time", "ETA"]
     assert first.startswith("samples per second 0.127, data wait share 0.0635, step")
     assert (
         first.count("items per second 0.317") == second.count("step seconds p50") == 1

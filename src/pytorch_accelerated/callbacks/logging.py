@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_TABLES = 0.5
 
-# Metrics that say what columns of the table do.
+# How the names of metrics begin that columns of the table, or others, say already.
 _SAID = (
     "learning_rate",
     "samples_per_second",
     "seconds_epoch",
+    "train_data_wait_share",
+    "train_items_per_second",
+    "train_mfu",
+    "train_peak_memory_gib",
+    "train_samples_per_second",
     "train_seconds_epoch",
+    "train_step_seconds_",
 )
 
 # "train_loss_epoch", "TRAIN_loss", "ema_model_train_loss", "training/accuracy"; not
@@ -164,7 +170,7 @@ class LogMetricsCallback(TrainerCallback):
             if trainer.eval_dataset is not None:
                 expected.append("eval_loss")
             self._table = Table(expected, width)
-        labels = {n: label for n, label in labels_of(metrics).items() if n not in _SAID}
+        labels = labels_of({n: metrics[n] for n in metrics if not n.startswith(_SAID)})
         row = {label: metrics[name] for name, label in labels.items()}
         row["epoch"] = f"@{run.progress.num_updates}" if amid_epoch else epoch
         if trainer.last_lr:
