@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch_accelerated.ema import ModelEma, ModelMean, Tensors
+from pytorch_accelerated.ema import ModelEma, ModelMean, Tensors, copy_tensors
 
 
 def create_model(weight=0.0, dtype=torch.float32):
@@ -331,7 +331,7 @@ def test_the_tensors_of_a_model_are_kept_under_their_names_and_put_back():
     assert equal_states(tensors, model)
     train_step(model, torch.optim.SGD(model.parameters(), lr=0.5), seed=1)
     assert not equal_states(tensors, model)
-    tensors.copy_to(model)
+    copy_tensors(tensors, model)
     assert equal_states(tensors, model)
 
 

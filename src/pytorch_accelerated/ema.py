@@ -76,16 +76,11 @@ class ModelEma(nn.Module):
         twin = Tensors(model) if is_sharded else copy.deepcopy(model)
         self.module: nn.Module = twin.eval().requires_grad_(False)
         entries = tensors_of(self.module)
-        self._copied = frozenset(
-            name
-            for name, entry in entries.items()
-            if not (entry.is_floating_point() or entry.is_complex())
-        )
         # Looked for once, as each look waits for the device.
         self._not_finite = frozenset(
             name
             for name, entry in entries.items()
-            if name not in self._copied and not entry.isfinite().all()
+            if _is_averaged(entry) and not entry.isfinite().all()
         )
         # Buffers of a module, so that `to()` and the state dict reach them. Their names
         # must not contain dots.
@@ -162,7 +157,7 @@ class ModelEma(nn.Module):
         for name, entry in entries.items():
             new_value = new_entries[name].to(entry.device)
             average = shadow.get(name, entry)
-            if name in self._copied:
+            if not _is_averaged(entry):
                 entry.copy_(new_value)
             elif not is_default_rule:
                 new_value = new_value.detach().to(average.dtype)
@@ -221,10 +216,6 @@ class Tensors(nn.Module):
             else:
                 module.register_buffer(leaf, values)
 
-    def copy_to(self, model: nn.Module) -> None:
-        """Give the model of these tensors their values."""
-        copy_tensors(self, model)
-
 
 @torch.no_grad()
 def copy_tensors(source: nn.Module, target: nn.Module) -> None:
@@ -243,6 +234,10 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
             seen_ids.add(id(value))
             tensors[name] = value
     return tensors
+
+
+def _is_averaged(entry: torch.Tensor) -> bool:
+    return entry.is_floating_point() or entry.is_complex()
 
 
 def _check_entries_match(

@@ -12,7 +12,7 @@ from pytorch_accelerated.callbacks.base import CallbackHandler, event_with_data
 from pytorch_accelerated.callbacks.best import check_watch_metric
 from pytorch_accelerated.callbacks.checkpointing import SaveBestModelCallback
 from pytorch_accelerated.distributed import same_on_all_processes
-from pytorch_accelerated.ema import ModelEma, Tensors
+from pytorch_accelerated.ema import ModelEma, Tensors, copy_tensors
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -192,12 +192,12 @@ class ModelEmaCallback(SaveBestModelCallback):
         # Before each change, as the next pass would go on with what it has gathered.
         trainer._engine.release(model)
         own = Tensors(model)
-        average.copy_to(model)
+        copy_tensors(average, model)
         try:
             action(trainer)
         finally:
             trainer._engine.release(model)
-            own.copy_to(model)
+            copy_tensors(own, model)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Let go of the model, and keep the average."""
