@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -142,30 +141,21 @@ class _StandInOptimizer(Optimizer):
 def _create_stand_in(optimizer: Optimizer | None, lr: float) -> Optimizer:
     if optimizer is None:
         # OneCycleLR and CyclicLR look for a momentum to change as well.
-        settings = [{"lr": lr, "momentum": 0.9, "weight_decay": 0.0}]
-        defaults = settings[0]
-    else:
-        settings = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
-        ]
-        defaults = optimizer.defaults
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr, momentum=0.9)
     # Copied in depth, as a learning rate may be a tensor that is changed in place.
     groups = [
-        {**copy.deepcopy(setting), "params": [torch.nn.Parameter(torch.zeros(1))]}
-        for setting in settings
+        copy.deepcopy({**group, "params": [torch.zeros(1)]})
+        for group in optimizer.param_groups
     ]
-    return _StandInOptimizer(groups, dict(defaults))
+    return _StandInOptimizer(groups, dict(optimizer.defaults))
 
 
 def _create_run(
     num_updates: int, num_epochs: int | None, steps_per_epoch: int | None
 ) -> Any:
     """Return what placeholders are filled in from."""
-    if num_epochs is None:
-        num_epochs = math.ceil(num_updates / steps_per_epoch) if steps_per_epoch else 1
     run_config = SimpleNamespace(
-        num_epochs=num_epochs,
+        num_epochs=num_epochs or num_updates,  # each has one, and they end the run
         num_update_steps_per_epoch=steps_per_epoch,
         max_num_train_steps=num_updates,
     )
