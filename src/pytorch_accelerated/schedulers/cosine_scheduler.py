@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -171,23 +170,15 @@ class CosineLrScheduler(StatefulSchedulerBase):
             self.total_iterations,
             "num_warmup_epochs or num_cooldown_epochs",
         )
-        self._warn_if_above_lr(
-            "lowest learning rate", self._lowest, "lr_min or min_lr_ratio"
-        )
+        limits = [("lowest learning rate", self._lowest, "lr_min or min_lr_ratio")]
         if self.warmup_iterations > 0:
-            self._warn_if_above_lr(
-                "learning rate that the warm-up starts from",
-                self._start_of_warmup,
-                "warmup_starting_lr or warmup_starting_lr_ratio",
-            )
-
-    def _warn_if_above_lr(
-        self, name: str, calculate: Callable[[float], float], arguments: str
-    ) -> None:
-        for base_lr in self.base_lr_values:
-            if (lr := calculate(base_lr)) > base_lr:
+            start = "learning rate that the warm-up starts from"
+            arguments = "warmup_starting_lr or warmup_starting_lr_ratio"
+            limits.append((start, self._start_of_warmup, arguments))
+        for name, calculate, arguments in limits:
+            above = [lr for lr in self.base_lr_values if calculate(lr) > lr]
+            if above:
                 warn(
-                    f"The {name} is {lr:g}, above that of the optimizer, {base_lr:g}. "
-                    f"Set {arguments} to less."
+                    f"The {name} is {calculate(above[0]):g}, above that of the "
+                    f"optimizer, {above[0]:g}. Set {arguments} to less."
                 )
-                return
