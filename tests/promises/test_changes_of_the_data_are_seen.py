@@ -6,10 +6,9 @@ from operator import add
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from toys import At, Numbers, create_trainer
 
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.data import LimitBatches
 from pytorch_accelerated.data.loaders import PlannedLoader
 from pytorch_accelerated.errors import CheckpointError, StopTrainingError
@@ -18,29 +17,13 @@ from pytorch_accelerated.trainer import Trainer
 WORKERS = [0, 1, 2]
 
 
-class Scaled(Dataset):
-    """Four samples, each of which is the scale."""
+class Constant(Numbers):
+    """Samples that are all the same number; `set` makes it another one."""
 
-    scale = 1.0
-
-    def __len__(self):
-        return 4
+    value = 1.0
 
     def __getitem__(self, index):
-        return torch.full((1,), self.scale), torch.zeros(1)
-
-
-class Growing(Dataset):
-    """The samples 0, 1, 2, ..."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        return torch.full((1,), float(index)), torch.zeros(1)
+        return torch.full((1,), self.value), torch.zeros(1)
 
 
 def in_memory(length):
@@ -55,16 +38,6 @@ def change_length(dataset, length):
         dataset.tensors = in_memory(length).tensors
     else:
         dataset.length = length
-
-
-class AtEachEpoch(TrainerCallback):
-    """Does something with the number of the epoch when it starts."""
-
-    def __init__(self, act):
-        self.act = act
-
-    def on_train_epoch_start(self, trainer, **kwargs):
-        self.act(trainer.run_history.current_epoch)
 
 
 class KeepsInputs(Trainer):
@@ -91,11 +64,12 @@ class KeepsInputs(Trainer):
         return [len(batches) for batches in self.trained]
 
 
-def create_trainer(act, lr=0.0, **kwargs):
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.ones_(model.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return KeepsInputs(model, nn.MSELoss(), optimizer, [AtEachEpoch(act)], **kwargs)
+def at_each_epoch(act, lr=0.0, **kwargs):
+    """Create a trainer that does something with the number of an epoch at its start."""
+    acts = At(
+        on_train_epoch_start=lambda trainer, **_: act(trainer.run_history.current_epoch)
+    )
+    return create_trainer([acts], lr=lr, trainer_class=KeepsInputs, **kwargs)
 
 
 def samples(epochs):
@@ -106,12 +80,12 @@ def samples(epochs):
 @pytest.mark.parametrize("is_ready", [False, True])
 def test_what_a_callback_sets_on_the_dataset_is_seen(num_workers, is_ready):
     """Found 71: workers that were kept had a copy of the first epoch."""
-    dataset, loader = Scaled(), {"num_workers": num_workers}
+    dataset, loader = Constant(4), {"num_workers": num_workers}
     arguments = {"train_dataloader_kwargs": loader, "eval_dataloader_kwargs": loader}
     data = dataset
     if is_ready:
         data, arguments = DataLoader(dataset, 2, **loader), {}
-    trainer = create_trainer(lambda epoch: setattr(dataset, "scale", float(epoch)))
+    trainer = at_each_epoch(lambda epoch: setattr(dataset, "value", float(epoch)))
 
     trainer.train(data, 3, eval_dataset=data, per_device_batch_size=2, **arguments)
 
@@ -119,7 +93,7 @@ def test_what_a_callback_sets_on_the_dataset_is_seen(num_workers, is_ready):
     assert samples(trainer.evaluated) == [[1.0] * 4, [2.0] * 4, [3.0] * 4]
 
 
-class Pids(Scaled):
+class Pids(Constant):
     def __getitem__(self, index):
         return torch.full((1,), float(os.getpid())), torch.zeros(1)
 
@@ -128,9 +102,9 @@ class Pids(Scaled):
     ("arguments", "number"), [({}, 2), ({"persistent_workers": True}, 1)]
 )
 def test_workers_are_kept_if_the_user_says_so(arguments, number):
-    trainer = create_trainer(lambda epoch: None)
+    trainer = at_each_epoch(lambda epoch: None)
 
-    trainer.train(Pids(), 2, train_dataloader_kwargs={"num_workers": 1, **arguments})
+    trainer.train(Pids(4), 2, train_dataloader_kwargs={"num_workers": 1, **arguments})
 
     assert len({pid for epoch in trainer.trained for (pid, *_) in epoch}) == number
 
@@ -142,7 +116,7 @@ def test_other_tensors_of_a_dataset_in_memory_are_seen():
     def replace(epoch):
         dataset.tensors = (torch.full((2, 1), float(epoch)), dataset.tensors[1])
 
-    trainer = create_trainer(replace)
+    trainer = at_each_epoch(replace)
     trainer.train(dataset, 2, eval_dataset=Subset(dataset, [0]))
 
     assert samples(trainer.trained) == [[1.0, 1.0], [2.0, 2.0]]
@@ -150,12 +124,12 @@ def test_other_tensors_of_a_dataset_in_memory_are_seen():
 
 
 @pytest.mark.parametrize("num_workers", WORKERS)
-@pytest.mark.parametrize("create", [Growing, in_memory])
+@pytest.mark.parametrize("create", [Numbers, in_memory])
 @pytest.mark.parametrize("lengths", [[4, 8, 12], [12, 5, 8]])
 def test_a_dataset_that_grows_or_shrinks_is_trained_whole(num_workers, create, lengths):
     """Found 71: each epoch had the batches of the first."""
     dataset = create(lengths[0])
-    trainer = create_trainer(
+    trainer = at_each_epoch(
         lambda epoch: change_length(dataset, lengths[epoch - 1]), seed=1
     )
     loader = {"num_workers": num_workers}
@@ -177,16 +151,11 @@ def test_a_dataset_that_grows_or_shrinks_is_trained_whole(num_workers, create, l
     assert trainer.num_updates == sum(trainer.num_batches)
 
 
-class Ones(Growing):
-    def __getitem__(self, index):
-        return torch.ones(1), torch.zeros(1)
-
-
 def test_the_windows_of_accumulation_follow_the_length_of_the_epoch():
     """By hand: each update halves the weight; with 4, 8 and 12 samples in batches of 4,
     two of them in a window, there are 1, 1 and 2."""
-    dataset = Ones(4)
-    trainer = create_trainer(lambda epoch: change_length(dataset, 4 * epoch), lr=0.25)
+    dataset = Constant(4)
+    trainer = at_each_epoch(lambda epoch: change_length(dataset, 4 * epoch), lr=0.25)
 
     history = trainer.train(
         dataset, 3, per_device_batch_size=4, gradient_accumulation_steps=2
@@ -203,40 +172,33 @@ def test_the_windows_of_accumulation_follow_the_length_of_the_epoch():
 
 
 def test_a_limit_on_the_batches_holds_while_the_dataset_grows():
-    dataset = Growing(4)
+    dataset = Numbers(4)
     with LimitBatches(2):
-        trainer = create_trainer(lambda epoch: change_length(dataset, 4 * epoch))
+        trainer = at_each_epoch(lambda epoch: change_length(dataset, 4 * epoch))
 
     trainer.train(dataset, 3, per_device_batch_size=4)
 
     assert trainer.num_batches == [1, 2, 2]
 
 
-class StopsAndSaves(TrainerCallback):
-    """Saves and ends the run in the middle of the second epoch."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_update_end(self, trainer, num_updates, **kwargs):
-        if num_updates == 2:
-            trainer.save_training_state(self.folder)
-            raise StopTrainingError("enough")
-
-
 def test_a_run_goes_on_in_the_epoch_of_a_dataset_that_has_grown(tmp_path):
     def train(callbacks, length, **kwargs):
-        dataset = Growing(length)
-        trainer = create_trainer(
+        dataset = Numbers(length)
+        trainer = at_each_epoch(
             lambda epoch: change_length(dataset, 4 * epoch), lr=1e-3, seed=1
         )
         trainer.callback_handler.add_callbacks(callbacks)
         trainer.train(dataset, 3, per_device_batch_size=4, **kwargs)
         return trainer
 
+    def stop(trainer, num_updates, **kwargs):
+        if num_updates == 2:  # in the middle of the second epoch
+            trainer.save_training_state(state)
+            raise StopTrainingError("enough")
+
     state = tmp_path / "state"
     expected = train([], 4)
-    train([StopsAndSaves(state)], 4)
+    train([At(on_train_update_end=stop)], 4)
 
     with pytest.raises(CheckpointError, match=r"epoch of 8 samples.*has 4 samples"):
         train([], 4, resume_from=state)
@@ -247,7 +209,7 @@ def test_a_run_goes_on_in_the_epoch_of_a_dataset_that_has_grown(tmp_path):
 
 
 def test_drop_last_and_smaller_batches_are_those_of_the_length_of_the_epoch():
-    dataset = Growing(9)
+    dataset = Numbers(9)
     loader = PlannedLoader(
         DataLoader(dataset, 4, drop_last=True), torch.device("cpu"), seed=0
     )
@@ -261,9 +223,9 @@ def test_drop_last_and_smaller_batches_are_those_of_the_length_of_the_epoch():
 
 
 def grow_on_processes():
-    dataset = Growing(4)
+    dataset = Numbers(4)
     lengths = [4, 7, 10]
-    trainer = create_trainer(
+    trainer = at_each_epoch(
         lambda epoch: change_length(dataset, lengths[epoch - 1]), seed=1
     )
     trainer.train(

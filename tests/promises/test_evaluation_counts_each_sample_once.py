@@ -6,13 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from toys import OneByOne, noise, seeded
 
-from pytorch_accelerated.callbacks import (
-    MoveModulesToDeviceCallback,
-)
+from pytorch_accelerated.callbacks import MoveModulesToDeviceCallback
 from pytorch_accelerated.data import BatchPlan
 from pytorch_accelerated.trainer import Trainer
 
@@ -52,9 +51,6 @@ def test_the_plan_gives_each_sample_to_one_batch_of_one_process():
         if num_processes > 1:
             assert max(sizes) - min(sizes) <= 1
     assert num_refused > 0
-
-
-def test_an_evaluation_set_that_is_too_small_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match="Use a larger batch size or fewer processes"):
         BatchPlan(5, 1, 3, even=True)
 
@@ -62,17 +58,17 @@ def test_an_evaluation_set_that_is_too_small_is_refused_with_what_to_do():
 # ----------------------------------------------------------------- real evaluations
 
 
-class Classified(Dataset):
-    def __init__(self, length):
-        generator = torch.Generator().manual_seed(length)
-        self.inputs = torch.randn(length, 4, generator=generator)
-        self.targets = torch.randint(NUM_CLASSES, (length,), generator=generator)
+def classified(length):
+    return OneByOne(noise(length, 4, seed=length))
 
-    def __len__(self):
-        return len(self.inputs)
 
-    def __getitem__(self, index):
-        return self.inputs[index], self.targets[index]
+def metrics_named(prefix=""):
+    return MetricCollection(
+        {
+            f"{prefix}accuracy": MulticlassAccuracy(NUM_CLASSES),
+            f"{prefix}f1": MulticlassF1Score(NUM_CLASSES),
+        }
+    )
 
 
 class WithMetrics(Trainer):
@@ -80,12 +76,7 @@ class WithMetrics(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(NUM_CLASSES),
-                "f1": MulticlassF1Score(NUM_CLASSES),
-            }
-        )
+        self.metrics = metrics_named()
         self.gathered = []
 
     def calculate_eval_batch_loss(self, batch):
@@ -101,11 +92,11 @@ class WithMetrics(Trainer):
 
 
 def create_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        return nn.Sequential(
+    return seeded(
+        lambda: nn.Sequential(
             nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, NUM_CLASSES)
         )
+    )
 
 
 def create_trainer(callbacks=(MoveModulesToDeviceCallback,), **kwargs):
@@ -114,13 +105,9 @@ def create_trainer(callbacks=(MoveModulesToDeviceCallback,), **kwargs):
 
 def evaluate(length, batch_size):
     trainer = create_trainer()
-    dataset = Classified(length)
-    metrics = trainer.evaluate(
-        dataset, batch_size, dataloader_kwargs={"num_workers": 0}
-    )
-    predictions = trainer.predict(
-        dataset, batch_size, dataloader_kwargs={"num_workers": 0}
-    )
+    dataset, no_workers = classified(length), {"num_workers": 0}
+    metrics = trainer.evaluate(dataset, batch_size, dataloader_kwargs=no_workers)
+    predictions = trainer.predict(dataset, batch_size, dataloader_kwargs=no_workers)
     inputs = torch.cat([batch["inputs"] for batch in trainer.gathered])
     targets = torch.cat([batch["targets"][0] for batch in trainer.gathered])
     return {
@@ -133,25 +120,20 @@ def evaluate(length, batch_size):
 
 
 def expected_of(length):
-    dataset, model = Classified(length), create_model().eval()
+    inputs, targets = noise(length, 4, seed=length).tensors
     with torch.no_grad():
-        outputs = model(dataset.inputs)
-    metrics = MetricCollection(
-        {
-            "evaluation_accuracy": MulticlassAccuracy(NUM_CLASSES),
-            "evaluation_f1": MulticlassF1Score(NUM_CLASSES),
-        }
-    )
-    values = {name: v.item() for name, v in metrics(outputs, dataset.targets).items()}
-    loss = nn.functional.cross_entropy(outputs.double(), dataset.targets).item()
-    return dataset, outputs, {"evaluation_loss": loss, **values}
+        outputs = create_model().eval()(inputs)
+    metrics = metrics_named("evaluation_")(outputs, targets)
+    values = {name: value.item() for name, value in metrics.items()}
+    loss = nn.functional.cross_entropy(outputs.double(), targets).item()
+    return inputs, targets, outputs, {"evaluation_loss": loss, **values}
 
 
 def check(result, length):
-    dataset, outputs, metrics = expected_of(length)
+    inputs, targets, outputs, metrics = expected_of(length)
     assert result["metrics"] == pytest.approx(metrics, rel=1e-5)
-    assert torch.equal(result["inputs"], dataset.inputs)  # once each, and in order
-    assert torch.equal(result["targets"], dataset.targets)
+    assert torch.equal(result["inputs"], inputs)  # once each, and in order
+    assert torch.equal(result["targets"], targets)
     torch.testing.assert_close(result["predictions"], outputs)
     assert all(result["modes"])
 
@@ -194,7 +176,7 @@ def test_several_processes_count_each_sample_once_for_all_sizes(
 def test_too_few_samples_for_all_processes_are_refused_on_all_of_them(on_processes):
     def run():
         try:
-            create_trainer().evaluate(Classified(3), per_device_batch_size=1)
+            create_trainer().evaluate(classified(3), per_device_batch_size=1)
         except ValueError as error:
             return str(error)
         return ""
@@ -235,7 +217,7 @@ def test_gather_joins_what_has_another_length_on_each_process(on_processes):
 
 def test_predict_needs_no_targets_and_records_nothing():
     trainer = create_trainer(callbacks=())
-    inputs = Classified(7).inputs
+    inputs, _ = noise(7, 4).tensors
     for dataset in (TensorDataset(inputs), inputs, [{"input": row} for row in inputs]):
         predictions = trainer.predict(dataset, per_device_batch_size=3)
         expected = create_model().eval()(inputs)
@@ -250,11 +232,11 @@ def test_what_is_predicted_can_be_chosen():
             logits = super().calculate_predictions(batch)
             return {"p": logits.softmax(1), "parts": (logits.argmax(1), batch[1])}
 
-    dataset = Classified(5)
+    dataset = noise(5, 4)
     trainer = Probabilities(create_model(), None, None, callbacks=())
     predictions = trainer.predict(dataset, per_device_batch_size=2)
     assert predictions["p"].sum(1).tolist() == pytest.approx([1.0] * 5)
-    assert torch.equal(predictions["parts"][1], dataset.targets)
+    assert torch.equal(predictions["parts"][1], dataset.tensors[1])
 
 
 @dataclass
@@ -290,9 +272,6 @@ def test_what_cannot_be_predicted_is_refused_found_104():
             return {"p": batch[0], "text": "words"}
 
     with pytest.raises(TypeError, match=r"got a str\. Leave it out of"):
-        Words(create_model(), None, None, callbacks=()).predict(Classified(2))
-
-
-def test_predict_refuses_to_predict_nothing():
+        Words(create_model(), None, None, callbacks=()).predict(classified(2))
     with pytest.raises(ValueError, match="empty"):
         create_trainer().predict([])

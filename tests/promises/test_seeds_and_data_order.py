@@ -8,34 +8,31 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from toys import Keeps, Numbers, create_trainer, seeded
 
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.data import derive_seed, epoch_order
-from pytorch_accelerated.trainer import Trainer
 
 NUM_SAMPLES, BATCH_SIZE, NUM_EPOCHS, SEED = 11, 2, 2, 5
 
 
-class Augmented(Dataset):
+DRAWS = {
+    "python": random.random,
+    "numpy": np.random.random,
+    "torch": lambda: torch.rand(()).item(),
+}
+
+
+class Augmented(Numbers):
     """Draws from one of the three generators, or from all, in every sample."""
 
     def __init__(self, draw_from="all", length=NUM_SAMPLES):
+        super().__init__(length)
         self.draw_from = draw_from
-        self.length = length
-
-    def __len__(self):
-        return self.length
 
     def __getitem__(self, index):
-        drawn = {
-            "python": random.random,
-            "numpy": np.random.random,
-            "torch": lambda: torch.rand(()).item(),
-        }
         noise = [
             draw() if self.draw_from in (name, "all") else 0.0
-            for name, draw in drawn.items()
+            for name, draw in DRAWS.items()
         ]
         return torch.tensor([float(index), *noise]), torch.tensor([0.0])
 
@@ -54,34 +51,27 @@ class DrawsLate(Augmented):
         return inputs, target
 
 
-class KeepsBatches(TrainerCallback):
-    def __init__(self):
-        self.batches = []
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        self.batches.append(batch[0])
+def keeps_inputs():
+    return Keeps("on_train_step_end", lambda trainer, batch, **_: batch[0])
 
 
 def create_model(dropout=0.5):
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    return seeded(
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    )
 
 
-def train(dataset, num_workers=0, seed=SEED, model=None, num_runs=1, **kwargs):
-    model = model or create_model()
-    keeps = KeepsBatches()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, [keeps], seed=seed)
+def train(dataset, num_workers=0, seed=SEED, model=None, num_runs=1):
+    model, keeps = model or create_model(), keeps_inputs()
+    trainer = create_trainer([keeps], model=model, lr=0.01, seed=seed)
     for _ in range(num_runs):
         trainer.train(
             dataset,
             num_epochs=NUM_EPOCHS,
             per_device_batch_size=BATCH_SIZE,
             train_dataloader_kwargs={"num_workers": num_workers},
-            **kwargs,
         )
-    return torch.cat(keeps.batches), parameters_of(model), trainer
+    return torch.cat(keeps.kept), parameters_of(model), trainer
 
 
 def parameters_of(model):
@@ -111,22 +101,15 @@ def test_another_seed_gives_another_order_and_other_augmentation():
     assert not (first[0][:, 1:] == second[0][:, 1:]).any()
 
 
-def test_every_sample_of_every_epoch_is_augmented_in_its_own_way():
+def test_the_order_and_the_augmentation_differ_from_epoch_to_epoch():
+    """The order is the documented function of the seed and the epoch."""
     samples, _, _ = train(Augmented())
     for column in (1, 2, 3):
         assert len(samples[:, column].unique()) == NUM_SAMPLES * NUM_EPOCHS
-
-
-def test_the_order_is_the_documented_function_of_the_seed_and_the_epoch():
-    samples, _, _ = train(Augmented())
-    order = torch.cat([epoch_order(NUM_SAMPLES, SEED, epoch) for epoch in (1, 2)])
-    assert torch.equal(samples[:, 0].long(), order)
-
-
-def test_the_order_differs_from_epoch_to_epoch():
-    first, second = train(Augmented())[0][:, 0].split(NUM_SAMPLES)
-    assert not torch.equal(first, second)
-    assert torch.equal(first.sort().values, second.sort().values)
+    orders = [epoch_order(NUM_SAMPLES, SEED, epoch) for epoch in (1, 2)]
+    assert torch.equal(samples[:, 0].long(), torch.cat(orders))
+    assert not torch.equal(*orders)
+    assert torch.equal(*(order.sort().values for order in orders))
 
 
 def test_a_loop_by_hand_can_reproduce_the_augmentation_of_a_batch():
@@ -201,7 +184,7 @@ def test_without_a_seed_dropout_draws_as_in_a_loop_by_hand():
 
 def test_evaluate_draws_nothing():
     """Defect 9."""
-    trainer = Trainer(create_model(), nn.MSELoss(), None, callbacks=())
+    trainer = create_trainer(model=create_model())
     before = states(), torch.get_rng_state().tolist()
     trainer.evaluate(Augmented(), dataloader_kwargs={"num_workers": 0})
     assert (states(), torch.get_rng_state().tolist()) == before
@@ -215,15 +198,10 @@ def on_one_of_two(num_workers):
             dropped.append(super().forward(torch.ones(16)))
             return inputs
 
-    with torch.random.fork_rng():
-        torch.manual_seed(torch.distributed.get_rank() if is_distributed() else 0)
-        model = nn.Sequential(nn.Linear(4, 1), KeepsMasks(0.5))
+    seed = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 1), KeepsMasks(0.5)), seed)
     samples, weights, _ = train(Augmented(), num_workers, model=model)
     return samples, weights, torch.stack(dropped)
-
-
-def is_distributed():
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def test_two_processes_share_the_samples_and_differ_in_augmentation_and_dropout(
@@ -253,11 +231,9 @@ def test_the_batches_of_the_page_are_those_of_a_run():
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     names = {}
     exec(code, names)
-    keeps = KeepsBatches()
-    model = nn.Linear(4, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, [keeps], seed=42)
+    keeps = keeps_inputs()
+    trainer = create_trainer([keeps], model=nn.Linear(4, 1), lr=0.01, seed=42)
     trainer.train(Augmented(length=10), num_epochs=1, per_device_batch_size=4)
-    trained_on = [batch[:, 0].long() for batch in keeps.batches]
+    trained_on = [batch[:, 0].long() for batch in keeps.kept]
     for batch, expected in zip(trained_on, names["batches"], strict=True):
         assert torch.equal(batch, expected)
