@@ -385,7 +385,7 @@ data/sharing.py  test_uses.py::test_two_processes
 +        return [self._checked(batch) for batch in self._batches]
 
 sharing: a stream draws from generators that differ between processes
-data/sharing.py  test_uses.py::test_two_processes_with_more_kinds_of_data
+data/sharing.py  test_uses.py::test_two_processes
 -            with seeded(derive_seed(*place, step)):
 +            if True:
 

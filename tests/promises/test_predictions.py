@@ -9,18 +9,20 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from toys import At, create_trainer
 
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.trainer import Trainer
 
 
 class KeepsSizes(Trainer):
+    sizes = ()
+
     def calculate_predictions(self, batch):
-        self.sizes = [*getattr(self, "sizes", []), len(batch[0])]
+        self.sizes = [*self.sizes, len(batch[0])]
         return super().calculate_predictions(batch)
 
     def calculate_eval_batch_loss(self, batch):
-        self.sizes = [*getattr(self, "sizes", []), len(batch[0])]
+        self.sizes = [*self.sizes, len(batch[0])]
         return super().calculate_eval_batch_loss(batch)
 
 
@@ -30,11 +32,12 @@ def data(count):
 
 
 def create(callbacks=(), precision="no"):
-    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    kwargs = {"mixed_precision": precision}
-    return KeepsSizes(
-        model, nn.MSELoss(), optimizer, callbacks, accelerator_kwargs=kwargs
+    return create_trainer(
+        callbacks,
+        model=nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5)),
+        lr=1e-3,
+        trainer_class=KeepsSizes,
+        accelerator_kwargs={"mixed_precision": precision},
     )
 
 
@@ -88,16 +91,12 @@ def test_what_is_left_half_way_gives_the_model_back():
 
 
 def test_predictions_amid_a_run_leave_it_as_it_was():
-    class Predicts(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            for batch in trainer.iterate_predictions(data(9)):
-                self.seen = batch
-                break
+    def predict(trainer, **kwargs):
+        next(trainer.iterate_predictions(data(9)))
 
     with torch.random.fork_rng():
-        torch.manual_seed(1)
         weights = []
-        for callbacks in ((), (Predicts(),)):
+        for callbacks in ((), (At(on_train_step_end=predict),)):
             torch.manual_seed(1)
             trainer = create(callbacks)
             trainer.train(data(8), 2, data(4), per_device_batch_size=2)

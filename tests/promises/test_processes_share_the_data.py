@@ -11,51 +11,21 @@ from itertools import chain
 import pytest
 import torch
 from accelerate.utils import DataLoaderConfiguration
-from torch import nn
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Sampler,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from toys import Numbers, Stream, create_trainer
 
 from pytorch_accelerated.data.sharing import emptied
 from pytorch_accelerated.trainer import Trainer
-
-
-class Numbers(Dataset):
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        return torch.tensor([float(index)])
-
-
-class Stream(IterableDataset):
-    """Numbers one after the other; with workers, each reads its part."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __iter__(self):
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number in range(first, self.count, step):
-            yield torch.tensor([float(number)])
 
 
 class ShuffledStream(Stream):
     """Shuffles with the global generators, as most streams do."""
 
     def __iter__(self):
-        numbers = list(range(self.count))
+        numbers, count = list(range(len(self.dataset))), len(self.dataset)
         random.shuffle(numbers)
-        offset = int(torch.randint(self.count, ()))
-        yield from (torch.tensor([float((n + offset) % self.count)]) for n in numbers)
+        offset = int(torch.randint(count, ()))
+        yield from (self.dataset[(number + offset) % count] for number in numbers)
 
 
 class GlobalOrder(Sampler):
@@ -71,68 +41,54 @@ class GlobalOrder(Sampler):
         yield from torch.randperm(self.count).tolist()
 
 
-class Seen(Trainer):
+class KeepsNumbers(Trainer):
     """Its model is one weight, and the loss of a number is the weight times it."""
 
-    def __init__(self, callbacks=(), **kwargs):
-        model = nn.Linear(1, 1, bias=False)
-        nn.init.ones_(model.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        super().__init__(model, None, optimizer, callbacks, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.trained = []
 
     def calculate_train_batch_loss(self, batch):
-        self.trained.append([int(number) for number in batch.flatten()])
-        return {"loss": self.model(batch.float()).mean(), "batch_size": len(batch)}
+        numbers = batch[0]
+        self.trained.append([int(number) for number in numbers.flatten()])
+        return {"loss": self.model(numbers).mean(), "batch_size": len(numbers)}
 
 
-def sampler(count):
-    return Numbers(count), {"sampler": GlobalOrder(count)}
+def seen(**kwargs):
+    return create_trainer(trainer_class=KeepsNumbers, lr=1e-3, **kwargs)
 
 
-def stream(count):
-    return Stream(count), None
-
-
-def stream_with_worker(count):
-    return Stream(count), {"num_workers": 1}
-
-
-@pytest.mark.parametrize(
-    "kind", [stream, stream_with_worker], ids=lambda kind: kind.__name__
-)
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_train_what_one_does_on_a_stream_found_65(
-    kind, accumulation, on_processes
+@pytest.mark.parametrize("loader_kwargs", [None, {"num_workers": 1}])
+def test_two_processes_accumulate_what_one_does_on_a_stream_found_65(
+    loader_kwargs, on_processes
 ):
     def train(batch_size):
-        data, kwargs = kind(11)
-        trainer = Seen(seed=5)
+        trainer = seen()
         history = trainer.train(
-            data,
+            Stream(Numbers(11)),
             1,
             per_device_batch_size=batch_size,
-            train_dataloader_kwargs=kwargs,
-            gradient_accumulation_steps=accumulation,
+            train_dataloader_kwargs=loader_kwargs,
+            gradient_accumulation_steps=2,
         )
-        return {
-            "weight": trainer.model.weight.item(),
-            "loss": history.get_latest_metric("train_loss_epoch"),
-            "num_samples_seen": trainer.num_samples_seen,
-        }
+        loss = history.get_latest_metric("train_loss_epoch")
+        return trainer.model.weight.item(), loss, trainer.num_samples_seen
 
     alone = train(4)
     for process in on_processes(2, train, 2):
         assert process == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [sampler, stream], ids=lambda kind: kind.__name__)
-def test_a_last_step_that_is_not_full_can_be_left_out(kind, on_processes):
+@pytest.mark.parametrize(
+    ("data", "kwargs"),
+    [(Numbers(11), {"sampler": GlobalOrder(11)}), (Stream(Numbers(11)), {})],
+    ids=["sampler", "stream"],
+)
+def test_a_last_step_that_is_not_full_can_be_left_out(data, kwargs, on_processes):
     def leave_out():
-        data, kwargs = kind(11)
-        trainer = Seen(seed=5)
-        kwargs = {**(kwargs or {}), "drop_last": True}
-        trainer.train(data, 1, per_device_batch_size=2, train_dataloader_kwargs=kwargs)
+        trainer = seen(seed=5)
+        loader = {**kwargs, "drop_last": True}
+        trainer.train(data, 1, per_device_batch_size=2, train_dataloader_kwargs=loader)
         return trainer.trained
 
     first, second = on_processes(2, leave_out)
@@ -162,9 +118,9 @@ def test_what_cannot_be_shared_is_refused_found_65_66(on_processes):
         batches = DataLoader(StreamOfBatches(), batch_size=None)
         single_samples = DataLoader(Numbers(8), batch_size=None)
         return [
-            error_of(lambda: Seen().train(batches, 1)),
-            error_of(lambda: Seen().train(single_samples, 1)),
-            error_of(lambda: Seen(accelerator_kwargs={"dataloader_config": config})),
+            error_of(lambda: seen().train(batches, 1)),
+            error_of(lambda: seen().train(single_samples, 1)),
+            error_of(lambda: seen(accelerator_kwargs={"dataloader_config": config})),
         ]
 
     for batches, single_samples, setting in on_processes(2, refused):
@@ -183,7 +139,7 @@ def test_a_sampler_that_fails_ends_the_run_on_all_processes(on_processes):
     def train():
         kwargs = {"sampler": FailsOnMainProcess(8)}
         with pytest.raises(Exception, match="no order today") as raised:
-            Seen().train(Numbers(8), 1, train_dataloader_kwargs=kwargs)
+            seen().train(Numbers(8), 1, train_dataloader_kwargs=kwargs)
         return type(raised.value).__name__
 
     assert on_processes(2, train) == ["LookupError", "RuntimeError"]
@@ -221,7 +177,7 @@ def test_a_sampler_without_end_is_drawn_from_as_needed(on_processes, monkeypatch
     monkeypatch.setattr("pytorch_accelerated.data.sharing._STEPS_AT_A_TIME", 3)
 
     def train():
-        trainer = Seen()
+        trainer = seen()
         trainer.train(
             Numbers(100),
             1,
@@ -238,10 +194,10 @@ def test_a_sampler_without_end_is_drawn_from_as_needed(on_processes, monkeypatch
 
 def test_workers_that_are_kept_draw_other_numbers_in_each_epoch(on_processes):
     def train():
-        trainer = Seen()
+        trainer = seen()
         kwargs = {"num_workers": 1, "persistent_workers": True}
         trainer.train(
-            ShuffledStream(8),
+            ShuffledStream(Numbers(8)),
             2,
             per_device_batch_size=2,
             train_dataloader_kwargs=kwargs,
@@ -249,7 +205,6 @@ def test_workers_that_are_kept_draw_other_numbers_in_each_epoch(on_processes):
         return trainer.trained
 
     first, second = on_processes(2, train)
-    for epoch in (0, 1):
-        seen = [*first[2 * epoch : 2 * epoch + 2], *second[2 * epoch : 2 * epoch + 2]]
-        assert sorted(chain(*seen)) == list(range(8))
+    for epoch in (slice(0, 2), slice(2, 4)):
+        assert sorted(chain(*first[epoch], *second[epoch])) == list(range(8))
     assert first[:2] != first[2:]

@@ -5,20 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from toys import create_trainer
 
 from pytorch_accelerated.data import epoch_order
 from pytorch_accelerated.trainer import Trainer
 
 NUM_SAMPLES, SEED = 13, 4
-
-
-class Numbers(Dataset):
-    def __len__(self):
-        return NUM_SAMPLES
-
-    def __getitem__(self, index):
-        return index
 
 
 def loss_of(index):
@@ -57,6 +49,11 @@ class Scripted(Trainer):
         return self.calculate_train_batch_loss(batch)
 
 
+def scripted(trainer_class, **kwargs):
+    model = nn.Linear(1, 1).double()
+    return create_trainer(model=model, trainer_class=trainer_class, **kwargs)
+
+
 CASES = [
     {"per_device_batch_size": size, "gradient_accumulation_steps": accumulation}
     for size in (1, 2, 5, 13)
@@ -65,17 +62,16 @@ CASES = [
 
 
 def train(case, counts_tokens):
-    model = nn.Linear(1, 1).double()
-    trainer = Scripted(model, None, torch.optim.SGD(model.parameters(), lr=0.1), ())
+    trainer = scripted(Scripted, seed=SEED)
     trainer.counts_tokens = counts_tokens
-    trainer.seed = SEED
+    no_workers = {"num_workers": 0}
     history = trainer.train(
-        Numbers(),
+        range(NUM_SAMPLES),
         num_epochs=2,
-        eval_dataset=Numbers(),
+        eval_dataset=range(NUM_SAMPLES),
         eval_per_device_batch_size=5,
-        train_dataloader_kwargs={"num_workers": 0},
-        eval_dataloader_kwargs={"num_workers": 0},
+        train_dataloader_kwargs=no_workers,
+        eval_dataloader_kwargs=no_workers,
         **case,
     )
     recorded = {
@@ -83,7 +79,7 @@ def train(case, counts_tokens):
     }
     return {
         **recorded,
-        **trainer.evaluate(Numbers(), 5, dataloader_kwargs={"num_workers": 0}),
+        **trainer.evaluate(range(NUM_SAMPLES), 5, dataloader_kwargs=no_workers),
     }
 
 
@@ -145,10 +141,8 @@ def test_a_batch_without_items_adds_nothing_even_if_its_mean_is_nan():
             assert output["loss"].isnan()
             return {**output, "num_items_in_batch": torch.tensor(0)}
 
-    model = nn.Linear(1, 1).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    history = SkipsEveryOther(model, None, optimizer, ()).train(
-        Numbers(), 1, per_device_batch_size=2
+    history = scripted(SkipsEveryOther).train(
+        range(NUM_SAMPLES), 1, per_device_batch_size=2
     )
     assert history.get_latest_metric("train_loss_epoch") == 3.0
 
@@ -160,9 +154,7 @@ def test_the_loss_of_an_epoch_is_its_own():
             epoch = self.run_history.current_epoch
             return {**output, "loss": output["loss"] * 0 + epoch}
 
-    model = nn.Linear(1, 1).double()
-    trainer = Grows(model, None, torch.optim.SGD(model.parameters(), lr=0.1), ())
-    history = trainer.train(Numbers(), num_epochs=3)
+    history = scripted(Grows).train(range(NUM_SAMPLES), num_epochs=3)
     assert history.get_metric_values("train_loss_epoch") == [1.0, 2.0, 3.0]
 
 
@@ -174,7 +166,5 @@ def test_long_sums_do_not_lose_small_losses():
             weight = next(self.model.parameters()).sum().bfloat16() * 0
             return {"loss": weight + 1, "batch_size": len(batch)}
 
-    model = nn.Linear(1, 1)
-    trainer = Ones(model, None, torch.optim.SGD(model.parameters(), lr=0.1), ())
-    history = trainer.train(range(4000), 1, per_device_batch_size=1)
+    history = scripted(Ones).train(range(4000), 1, per_device_batch_size=1)
     assert history.get_latest_metric("train_loss_epoch") == 1.0

@@ -30,6 +30,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 from torch.utils.data.datapipes.iter import IterableWrapper
+from toys import At
 
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.errors import StopTrainingError, TrainingWarning
@@ -73,8 +74,8 @@ class Samples(Dataset):
         return sample(self.numbers[index])
 
 
-def map_style(numbers):
-    return Samples(numbers), dict(HERE)
+def map_style(numbers, **kwargs):
+    return Samples(numbers), HERE | kwargs
 
 
 class Backwards(Sampler):
@@ -96,16 +97,19 @@ class Drawn(Backwards):
 
 
 def sampler(numbers):
-    return Samples(numbers), {"sampler": Backwards(len(numbers)), **HERE}
+    return map_style(numbers, sampler=Backwards(len(numbers)))
 
 
 def drawn_sampler(numbers):
-    return Samples(numbers), {"sampler": Drawn(len(numbers)), **HERE}
+    return map_style(numbers, sampler=Drawn(len(numbers)))
+
+
+def drawn_batches(numbers):
+    return BatchSampler(Drawn(len(numbers)), BATCH_SIZE, drop_last=False)
 
 
 def batch_sampler(numbers):
-    batches = BatchSampler(Drawn(len(numbers)), BATCH_SIZE, drop_last=False)
-    return Samples(numbers), {"batch_sampler": batches, **HERE}
+    return map_style(numbers, batch_sampler=drawn_batches(numbers))
 
 
 class ByLists(Samples):
@@ -116,7 +120,7 @@ class ByLists(Samples):
 
 
 def lists_of_indices(numbers):
-    batches = BatchSampler(Drawn(len(numbers)), BATCH_SIZE, drop_last=False)
+    batches = drawn_batches(numbers)
     return DataLoader(ByLists(numbers), batch_size=None, sampler=batches), {}
 
 
@@ -334,24 +338,21 @@ class OwnEpochOfOurSteps(Plain):
         self.train_epoch_end()
 
 
-class InCallback(TrainerCallback):
-    """Evaluates or predicts after each update, and notes what."""
-
-    def __init__(self, how):
-        self.how = how
-
-    def on_train_update_end(self, trainer, **kwargs):
-        model = trainer.get_model()
-        outer, model.evaluated = model.evaluated, [[]]
-        inner = self.how(trainer)
-        trainer.inner.append(
-            [n for seen in model.evaluated for n in seen] if inner is None else inner
-        )
-        model.evaluated = outer
-
-
 def numbers_from(first, count=7):
     return range(first, first + count)
+
+
+def in_callback(how, callbacks=(), **kwargs):
+    """Evaluate or predict after each update, and note what."""
+
+    def note(trainer, **kwargs):
+        model = trainer.get_model()
+        outer, model.evaluated = model.evaluated, [[]]
+        inner = how(trainer)
+        trainer.inner.append([*chain(*model.evaluated)] if inner is None else inner)
+        model.evaluated = outer
+
+    return Plain([At(on_train_update_end=note), *callbacks], **kwargs)
 
 
 def evaluate_another(trainer):
@@ -366,10 +367,6 @@ def predict_another(trainer):
     # On all processes the same, so the first one tells.
     predictions = trainer.predict(Samples(numbers_from(INNER)), BATCH_SIZE, HERE)
     return predictions.tolist() if process_and_number()[0] == 0 else []
-
-
-def with_callback(how, callbacks=(), **kwargs):
-    return Plain([InCallback(how), *callbacks], **kwargs)
 
 
 SPLIT_BATCHES = DataLoaderConfiguration(split_batches=True)
@@ -426,45 +423,33 @@ def all_actions(outcome):
 
 FROM_START = {"resume": LOADS_AGAIN}
 
+
+def loaded_again(name, data, count=9, in_order=False):
+    """Data that a run which goes on has to load again from the start."""
+    return Use(name, data, count=count, in_order=in_order).on_all(**FROM_START)
+
+
 DATA = [
     Use("a map-style dataset"),
     Use("a `TensorDataset`", in_memory),
-    Use("`sampler=`", sampler, in_order=False).on_all(**FROM_START),
-    Use(
-        "`sampler=` that draws from torch's generator",
-        drawn_sampler,
-        in_order=False,
-        count=11,
-    ).on_all(**FROM_START),
-    Use("`batch_sampler=`", batch_sampler, in_order=False).on_all(**FROM_START),
-    Use("a ready `DataLoader`", ready_loader, in_order=False).on_all(**FROM_START),
-    Use(
-        "a ready `DataLoader` with a `DistributedSampler`",
-        distributed_sampler,
-        in_order=False,
-        count=10,
-    ).on_all(**FROM_START),
-    Use("a stream", just(Stream)).on_all(**FROM_START),
-    Use("a stream with a length", just(SizedStream), count=11).on_all(**FROM_START),
+    loaded_again("`sampler=`", sampler),
+    loaded_again("`sampler=` that draws from torch's generator", drawn_sampler, 11),
+    loaded_again("`batch_sampler=`", batch_sampler),
+    loaded_again("a ready `DataLoader`", ready_loader),
+    loaded_again(
+        "a ready `DataLoader` with a `DistributedSampler`", distributed_sampler, 10
+    ),
+    loaded_again("a stream", just(Stream), in_order=True),
+    loaded_again("a stream with a length", just(SizedStream), 11, in_order=True),
     Use("a stream with a `state_dict()`", just(StreamWithPlace)),
-    Use(
-        "a stream marked as split by process",
-        just(SplitStream),
-        in_order=False,
-        count=10,
-    ).on_all(**FROM_START),
+    loaded_again("a stream marked as split by process", just(SplitStream), 10),
     Use(
         "ready batches",
         just(ReadyBatches),
         one=FROM_START,
         several=all_actions(REFUSED_READY),
     ),
-    Use(
-        "ready batches marked as split by process",
-        just(SplitBatches),
-        in_order=False,
-        count=10,
-    ).on_all(**FROM_START),
+    loaded_again("ready batches marked as split by process", just(SplitBatches), 10),
     Use(
         "`DataLoaderConfiguration(split_batches=True)`",
         way=partial(Plain, accelerator_kwargs={"dataloader_config": SPLIT_BATCHES}),
@@ -474,14 +459,15 @@ DATA = [
 
 # Of no other kind in the docs than those above.
 MORE_DATA = [
-    Use("a ready `DataLoader` of lists of indices", lists_of_indices),
-    Use("a stream that draws its order", just(ShuffledStream)),
-    Use("a stream with a worker", stream_with_worker),
-    Use("a stream with two workers", stream_with_workers),
-    Use("a data pipe", data_pipe),
-    Use("a data pipe with a sharding filter", sharded_pipe, count=10),
+    loaded_again("a ready `DataLoader` of lists of indices", lists_of_indices),
+    loaded_again("a stream that draws its order", just(ShuffledStream)),
+    loaded_again("a stream with a worker", stream_with_worker),
+    loaded_again("a stream with two workers", stream_with_workers),
+    loaded_again("a data pipe", data_pipe),
+    loaded_again("a data pipe with a sharding filter", sharded_pipe, 10),
 ]
-MORE_DATA = [use.on_all(**FROM_START)._replace(in_order=False) for use in MORE_DATA]
+
+OWN_EPOCH = {"train": WARNS_OF_UPDATES, "resume": BETWEEN_EPOCHS}
 
 WAYS = [
     Use("own `calculate_train_batch_loss`", way=OwnStep),
@@ -491,21 +477,18 @@ WAYS = [
         count=10,
     ),
     Use(
-        "own `_run_train_epoch`, a loop over the loader",
-        way=OwnEpoch,
-        count=10,
-    ).on_all(train=WARNS_OF_UPDATES, resume=BETWEEN_EPOCHS),
+        "own `_run_train_epoch`, a loop over the loader", way=OwnEpoch, count=10
+    ).on_all(**OWN_EPOCH),
     Use(
         "own `_run_train_epoch` that calls the trainer's step",
         way=OwnEpochOfOurSteps,
         count=10,
-    ).on_all(train=WARNS_OF_UPDATES, resume=BETWEEN_EPOCHS),
-    Use("`evaluate()` in a callback", way=partial(with_callback, evaluate_another)),
+    ).on_all(**OWN_EPOCH),
+    Use("`evaluate()` in a callback", way=partial(in_callback, evaluate_another)),
     Use(
-        "`_run_eval_epoch()` in a callback",
-        way=partial(with_callback, evaluate_the_same),
+        "`_run_eval_epoch()` in a callback", way=partial(in_callback, evaluate_the_same)
     ),
-    Use("`predict()` in a callback", way=partial(with_callback, predict_another)),
+    Use("`predict()` in a callback", way=partial(in_callback, predict_another)),
 ]
 
 USES = [*DATA, *WAYS]
@@ -514,28 +497,16 @@ USES = [*DATA, *WAYS]
 # -------------------------------------------------------- a cell, run on each process
 
 
-class StopsAmid(TrainerCallback):
-    """Saves and stops after the first update of the second epoch."""
+def stops(is_amid, folder):
+    """Save and stop after the first update of the second epoch, or before it."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def stop(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 1 + is_amid:
+            trainer.save_training_state(folder)
+            raise StopTrainingError("stops here")
 
-    def on_train_update_end(self, trainer, **kwargs):
-        if trainer.run_history.current_epoch == 2:
-            self.save_and_stop(trainer)
-
-    def save_and_stop(self, trainer):
-        trainer.save_training_state(self.folder)
-        raise StopTrainingError("stops here")
-
-
-class StopsBetween(StopsAmid):
-    """Saves and stops at the end of the first epoch."""
-
-    on_train_update_end = None
-
-    def on_training_run_epoch_end(self, trainer, **kwargs):
-        self.save_and_stop(trainer)
+    event = "on_train_update_end" if is_amid else "on_training_run_epoch_end"
+    return At(**{event: stop})
 
 
 def train(use, folder, callbacks=(), **kwargs):
@@ -567,24 +538,25 @@ def train(use, folder, callbacks=(), **kwargs):
     }
 
 
-def evaluate(use, folder):
+def on_data(method, use):
     trainer = use.way()
     data, kwargs = use.data(numbers_from(EVAL, use.count))
-    metrics = trainer.evaluate(data, BATCH_SIZE, dataloader_kwargs=kwargs)
+    result = getattr(trainer, method)(data, BATCH_SIZE, dataloader_kwargs=kwargs)
+    return result, trainer
+
+
+def evaluate(use, folder):
+    metrics, trainer = on_data("evaluate", use)
     return {"evaluated": trainer.model.evaluated[1:], "metrics": metrics}
 
 
 def predict(use, folder):
-    trainer = use.way()
-    data, kwargs = use.data(numbers_from(EVAL, use.count))
-    predictions = trainer.predict(data, BATCH_SIZE, dataloader_kwargs=kwargs)
-    return {"predictions": predictions.tolist()}
+    return {"predictions": on_data("predict", use)[0].tolist()}
 
 
 def resume(use, folder):
     is_amid = use.outcome(1, "resume") is not BETWEEN_EPOCHS
-    stops = (StopsAmid if is_amid else StopsBetween)(folder)
-    parts = [train(use, folder, [stops])]
+    parts = [train(use, folder, [stops(is_amid, folder)])]
     torch.manual_seed(99)
     parts.append(train(use, folder, resume_from=folder))
     return {"parts": parts}
@@ -693,60 +665,6 @@ def check_predict(use, cells):
         assert in_order == list(numbers_from(EVAL, use.count))
 
 
-# ------------------------------------------------------------------------- the tests
-
-
-def cells_of(uses):
-    return [
-        pytest.param(use, action, id=f"{use.name}-{action}")
-        for use in uses
-        for action in ACTIONS
-    ]
-
-
-@pytest.mark.parametrize(("use", "action"), cells_of(USES + MORE_DATA))
-def test_one_process(use, action, tmp_path):
-    check_cell(use, action, [run_cell(use, action, tmp_path)])
-
-
-ON_TWO = {}  # what was seen, by uses
-
-
-@pytest.fixture
-def on_two(on_processes, tmp_path):
-    """Run all cells of some uses in one pair of processes, and keep what they saw."""
-
-    def run_all(uses):
-        return {
-            (use.name, action): run_cell(use, action, tmp_path)
-            for use in uses
-            for action in ACTIONS
-        }
-
-    def cells_of(use, action, uses):
-        key = id(uses)
-        if key not in ON_TWO:
-            ON_TWO[key] = on_processes(2, run_all, uses, timeout_seconds=240)
-        return [process[use.name, action] for process in ON_TWO[key]]
-
-    return cells_of
-
-
-@pytest.mark.parametrize(("use", "action"), cells_of(DATA))
-def test_two_processes(use, action, on_two):
-    check_cell(use, action, on_two(use, action, DATA))
-
-
-@pytest.mark.parametrize(("use", "action"), cells_of(MORE_DATA))
-def test_two_processes_with_more_kinds_of_data(use, action, on_two):
-    check_cell(use, action, on_two(use, action, MORE_DATA))
-
-
-@pytest.mark.parametrize(("use", "action"), cells_of(WAYS))
-def test_two_processes_with_a_way_of_their_own(use, action, on_two):
-    check_cell(use, action, on_two(use, action, WAYS))
-
-
 # ------------------------------------------------------- all kinds of data, in all ways
 
 
@@ -772,16 +690,47 @@ KINDS = [use for use in DATA if use.way is Plain]
 CROSSED = [in_way(data, way) for way in WAYS for data in KINDS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED))
-def test_one_process_with_all_data_in_all_ways(use, action, tmp_path):
+# ------------------------------------------------------------------------- the tests
+
+
+GRIDS = {"data": DATA, "more data": MORE_DATA, "ways": WAYS, "crossed": CROSSED}
+CELLS = pytest.mark.parametrize(
+    ("grid", "use", "action"),
+    [
+        pytest.param(
+            grid,
+            use,
+            action,
+            id=f"{use.name}-{action}",
+            marks=[pytest.mark.slow] if grid == "crossed" else [],
+        )
+        for grid, uses in GRIDS.items()
+        for use in uses
+        for action in ACTIONS
+    ],
+)
+
+
+@CELLS
+def test_one_process(grid, use, action, tmp_path):
     check_cell(use, action, [run_cell(use, action, tmp_path)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("use", "action"), cells_of(CROSSED))
-def test_two_processes_with_all_data_in_all_ways(use, action, on_two):
-    check_cell(use, action, on_two(use, action, CROSSED))
+ON_TWO = {}  # what was seen in the cells of a grid, by its name
+
+
+@CELLS
+def test_two_processes(grid, use, action, on_processes, tmp_path):
+    def run_all():
+        return {
+            (use.name, action): run_cell(use, action, tmp_path)
+            for use in GRIDS[grid]
+            for action in ACTIONS
+        }
+
+    if grid not in ON_TWO:  # all of its cells are run in one pair of processes
+        ON_TWO[grid] = on_processes(2, run_all, timeout_seconds=240)
+    check_cell(use, action, [process[use.name, action] for process in ON_TWO[grid]])
 
 
 # -------------------------------------------------------------- the tables of the docs
