@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from torch.optim.lr_scheduler import StepLR
+from toys import At, create_trainer, ones, overriding
 
 from pytorch_accelerated.callbacks import (
     ProgressBarCallback,
@@ -49,14 +50,10 @@ def recording_trainer(calls, raise_at=None, error=None):
         return method
 
     def event(name):
-        def method(self, trainer, **kwargs):
-            note(name)
+        return lambda trainer, **kwargs: note(name)
 
-        return method
-
-    trainer_class = type("Recording", (Trainer,), {name: hook(name) for name in HOOKS})
-    callback = type("Notes", (TrainerCallback,), {name: event(name) for name in EVENTS})
-    return trainer_class, callback
+    own = overriding(**{name: hook(name) for name in HOOKS})
+    return own, At(**{name: event(name) for name in EVENTS})
 
 
 def step(*, is_update=True, has_scheduler=False):
@@ -104,50 +101,41 @@ EVALUATION_START = ["evaluation_run_start", "on_evaluation_run_start"]
 EVALUATION_END = ["evaluation_run_end", "on_evaluation_run_end"]
 
 
-@pytest.fixture
-def train(create_trainer, samples):
-    """Train on 3 batches for two epochs, evaluating on 2 batches; return the calls."""
-
-    def train(raise_at=None, error=None, callbacks=(), calls=None, **kwargs):
-        calls = [] if calls is None else calls
-        trainer_class, callback = recording_trainer(calls, raise_at, error)
-        trainer = create_trainer([callback, *callbacks], trainer_class=trainer_class)
-        arguments = {"num_epochs": 2, "eval_dataset": samples(4), **kwargs}
-        trainer.train(samples(6), per_device_batch_size=2, **arguments)
-        return calls
-
-    return train
+def run(method, dataset, raise_at, error, callbacks=(), calls=None, **kwargs):
+    """Train or evaluate with batches of two samples; return the calls."""
+    calls = [] if calls is None else calls
+    trainer_class, callback = recording_trainer(calls, raise_at, error)
+    trainer = create_trainer([callback, *callbacks], trainer_class=trainer_class)
+    getattr(trainer, method)(dataset, per_device_batch_size=2, **kwargs)
+    return calls
 
 
-@pytest.fixture
-def evaluate(create_trainer, samples):
-    """Evaluate on 3 batches; return the calls."""
-
-    def evaluate(raise_at=None, error=None, calls=None):
-        calls = [] if calls is None else calls
-        trainer_class, callback = recording_trainer(calls, raise_at, error)
-        trainer = create_trainer([callback], trainer_class=trainer_class)
-        trainer.evaluate(samples(5), per_device_batch_size=2)
-        return calls
-
-    return evaluate
+def train(raise_at=None, error=None, callbacks=(), calls=None, **kwargs):
+    """Train on 3 batches for two epochs, evaluating on 2 batches."""
+    arguments = {"num_epochs": 2, "eval_dataset": ones(4), **kwargs}
+    return run("train", ones(6), raise_at, error, callbacks, calls, **arguments)
 
 
-class StopsAfterEpoch(TrainerCallback):
-    def on_train_epoch_end(self, trainer, **kwargs):
-        raise StopTrainingError("enough")
+def evaluate(raise_at=None, error=None, calls=None):
+    """Evaluate on 3 batches."""
+    return run("evaluate", ones(5), raise_at, error, calls=calls)
 
 
-def test_calls_of_a_run_of_two_epochs_with_evaluation(train):
+def stop(trainer, **kwargs):
+    raise StopTrainingError("enough")
+
+
+STOPS_AFTER_EPOCH = At(on_train_epoch_end=stop)
+
+
+def test_calls_of_a_run_of_two_epochs_with_evaluation():
     calls = train()
 
     epoch = [*train_epoch(step(), step(), step()), *eval_epoch(2), *EPOCH_END]
     assert calls == ["on_init_end", *RUN_START, *epoch, *epoch, *RUN_END]
 
 
-def test_the_last_partial_window_of_an_epoch_makes_an_update_and_a_scheduler_step(
-    train,
-):
+def test_the_last_partial_window_of_an_epoch_makes_an_update_and_a_scheduler_step():
     calls = train(
         num_epochs=1,
         eval_dataset=None,
@@ -160,7 +148,7 @@ def test_the_last_partial_window_of_an_epoch_makes_an_update_and_a_scheduler_ste
     assert calls == ["on_init_end", *RUN_START, *epoch, *EPOCH_END, *RUN_END]
 
 
-def test_calls_of_a_run_that_a_limit_ends_within_an_epoch(train):
+def test_calls_of_a_run_that_a_limit_ends_within_an_epoch():
     calls = train(max_num_train_steps=4)
 
     first = [*train_epoch(step(), step(), step()), *eval_epoch(2), *EPOCH_END]
@@ -168,7 +156,7 @@ def test_calls_of_a_run_that_a_limit_ends_within_an_epoch(train):
     assert calls == ["on_init_end", *RUN_START, *first, *second, *RUN_END]
 
 
-def test_calls_of_an_evaluation_run(evaluate):
+def test_calls_of_an_evaluation_run():
     assert evaluate() == [
         "on_init_end",
         *EVALUATION_START,
@@ -181,7 +169,7 @@ IN_AN_EPOCH = [*train_epoch(step()), *eval_epoch(1), *EPOCH_END]
 
 
 @pytest.mark.parametrize("place", [*RUN_START, *IN_AN_EPOCH])
-def test_a_run_can_be_stopped_at_any_place(train, place):
+def test_a_run_can_be_stopped_at_any_place(place):
     """Defect 39: StopTrainingError at the start of a run escaped as an error."""
     calls = train(place, StopTrainingError("enough"))
 
@@ -189,7 +177,7 @@ def test_a_run_can_be_stopped_at_any_place(train, place):
 
 
 @pytest.mark.parametrize("place", RUN_END)
-def test_stopping_at_the_end_of_a_run_changes_nothing(train, place):
+def test_stopping_at_the_end_of_a_run_changes_nothing(place):
     """Defect 39: StopTrainingError at the end of a run escaped as an error."""
     calls = train(place, StopTrainingError("enough"))
 
@@ -197,9 +185,9 @@ def test_stopping_at_the_end_of_a_run_changes_nothing(train, place):
     assert calls.count("on_training_run_end") == 1
 
 
-def test_an_error_while_the_stop_is_announced_does_not_skip_the_end_of_the_run(train):
+def test_an_error_while_the_stop_is_announced_does_not_skip_the_end_of_the_run():
     calls = train(
-        "on_stop_training_error", StopTrainingError("again"), [StopsAfterEpoch]
+        "on_stop_training_error", StopTrainingError("again"), [STOPS_AFTER_EPOCH]
     )
 
     assert calls[-3:] == STOPPED
@@ -208,7 +196,7 @@ def test_an_error_while_the_stop_is_announced_does_not_skip_the_end_of_the_run(t
 @pytest.mark.parametrize(
     "place", [*EVALUATION_START, "on_eval_step_end", *EVALUATION_END]
 )
-def test_an_evaluation_can_be_stopped_at_any_place(evaluate, place):
+def test_an_evaluation_can_be_stopped_at_any_place(place):
     """Defect 39: StopTrainingError at the start of an evaluation escaped."""
     calls = evaluate(place, StopTrainingError("enough"))
 
@@ -217,17 +205,15 @@ def test_an_evaluation_can_be_stopped_at_any_place(evaluate, place):
     assert ("on_stop_training_error" in calls) == stopped_early
 
 
-def test_all_callbacks_hear_of_the_event_at_which_one_stops_the_run(
-    create_trainer, samples
-):
+def test_all_callbacks_hear_of_the_event_at_which_one_stops_the_run():
     heard = []
-
-    class Listens(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            heard.append(trainer.run_history.current_epoch)
-
-    trainer = create_trainer([StopsAfterEpoch, Listens])
-    trainer.train(samples(2), num_epochs=3)
+    listens = At(
+        on_train_epoch_end=lambda trainer, **_: heard.append(
+            trainer.run_history.current_epoch
+        )
+    )
+    trainer = create_trainer([STOPS_AFTER_EPOCH, listens])
+    trainer.train(ones(2), num_epochs=3)
 
     assert heard == [1]
     assert trainer.run_history.current_epoch == 1  # it is not over
@@ -236,7 +222,7 @@ def test_all_callbacks_hear_of_the_event_at_which_one_stops_the_run(
 @pytest.mark.parametrize("place", ["on_training_run_start", *IN_AN_EPOCH])
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
 def test_any_other_error_is_announced_and_goes_on_after_the_end_of_the_run(
-    train, place, error
+    place, error
 ):
     """Defect 39: other exceptions ended a run without any clean-up."""
     calls = []
@@ -256,15 +242,15 @@ def test_any_other_error_is_announced_and_goes_on_after_the_end_of_the_run(
         ("on_training_run_end", ["on_exception"]),
     ],
 )
-def test_an_error_at_the_end_of_a_run_is_announced(train, place, following):
+def test_an_error_at_the_end_of_a_run_is_announced(place, following):
     calls = []
     with pytest.raises(RuntimeError, match="broken"):
-        train(place, RuntimeError("broken"), [StopsAfterEpoch], calls)
+        train(place, RuntimeError("broken"), [STOPS_AFTER_EPOCH], calls)
 
     assert calls[calls.index(place) + 1 :] == following
 
 
-def test_an_error_in_an_evaluation_is_announced_and_goes_on(evaluate):
+def test_an_error_in_an_evaluation_is_announced_and_goes_on():
     calls = []
     with pytest.raises(RuntimeError, match="broken"):
         evaluate("on_eval_step_end", RuntimeError("broken"), calls)
@@ -273,23 +259,21 @@ def test_an_error_in_an_evaluation_is_announced_and_goes_on(evaluate):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
-def test_after_an_error_the_model_is_plain_and_the_bars_are_closed(
-    create_trainer, samples, error, capsys
-):
+def test_after_an_error_the_model_is_plain_and_the_bars_are_closed(error, capsys):
     """Defect 39: the progress bar stayed open and the model wrapped."""
     bars = []
 
-    class Breaks(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            bars.append(trainer.callback_handler.callbacks[0].pbar)
-            raise error
+    def fail(trainer, **kwargs):
+        bars.append(trainer.callback_handler.callbacks[0].pbar)
+        raise error
 
     trainer = create_trainer(
-        [ProgressBarCallback, Breaks], accelerator_kwargs={"mixed_precision": "bf16"}
+        [ProgressBarCallback, At(on_train_step_end=fail)],
+        accelerator_kwargs={"mixed_precision": "bf16"},
     )
     model, optimizer = trainer.model, trainer.optimizer
     with pytest.raises(type(error)):
-        trainer.train(samples(2), num_epochs=1)
+        trainer.train(ones(2), num_epochs=1)
 
     assert trainer.callback_handler.callbacks[0].pbar is None
     assert bars[0].disable  # as tqdm leaves a bar that it has closed
@@ -299,17 +283,12 @@ def test_after_an_error_the_model_is_plain_and_the_bars_are_closed(
     capsys.readouterr()
 
 
-def test_an_error_while_cleaning_up_does_not_hide_the_first_one(
-    create_trainer, samples, capsys
-):
-    class Breaks(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            raise RuntimeError("first")
+def test_an_error_while_cleaning_up_does_not_hide_the_first_one(capsys):
+    def fail(trainer, exception=None, **kwargs):
+        raise RuntimeError("second" if exception else "first")
 
-        def on_exception(self, trainer, **kwargs):
-            raise ValueError("second")
-
+    breaks = At(on_train_step_end=fail, on_exception=fail)
     with pytest.raises(RuntimeError, match="first"):
-        create_trainer([Breaks]).train(samples(2), num_epochs=1)
+        create_trainer([breaks]).train(ones(2), num_epochs=1)
 
     assert "second" in capsys.readouterr().out

@@ -13,21 +13,18 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
-from torch.utils.data import TensorDataset
+from toys import At, Keeps, create_trainer, one_weight, ones, overriding
 
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
 
 
-class KeepsRates(TrainerCallback):
-    """Keeps the learning rate that each update was made with."""
-
-    def __init__(self):
-        self.rates = []
-
-    def on_train_step_start(self, trainer, **kwargs):
-        self.rates.append(trainer.optimizer.param_groups[0]["lr"])
+def keeps_rates():
+    """Keep the learning rate that each update was made with."""
+    return Keeps(
+        "on_train_step_start",
+        lambda trainer, **_: trainer.optimizer.param_groups[0]["lr"],
+    )
 
 
 # --- going on
@@ -37,37 +34,33 @@ class KeepsRates(TrainerCallback):
     "duplicate", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))]
 )
 @pytest.mark.parametrize("has_trained", [False, True])
-def test_a_copy_goes_on_where_the_trainer_stands_found_104(
-    create_trainer, samples, duplicate, has_trained
-):
+def test_a_copy_goes_on_where_the_trainer_stands_found_104(duplicate, has_trained):
     """Pickled or not, before the first run or after it, with the default callbacks."""
     trainer = create_trainer(DEFAULT_CALLBACKS)
     if has_trained:
-        trainer.train(samples(4), 1, samples(2), per_device_batch_size=2)
+        trainer.train(ones(4), 1, ones(2), per_device_batch_size=2)
 
     twin = duplicate(trainer)
-    twin.train(samples(2), num_epochs=2)
+    twin.train(ones(2), num_epochs=2)
 
     before = 0.5 ** (2 * has_trained)
     assert twin.model.weight.item() == before * 0.5**2
     assert trainer.model.weight.item() == before
 
 
-def test_parameters_that_the_user_adds_between_runs_are_trained(samples):
+def test_parameters_that_the_user_adds_between_runs_are_trained():
     """As when layers are unfrozen one after the other."""
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
-    for layer in model:
-        nn.init.ones_(layer.weight)
+    model = nn.Sequential(one_weight(), one_weight())
     model[0].requires_grad_(False)
     optimizer = torch.optim.SGD(model[1].parameters(), lr=0.25)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=())
+    trainer = create_trainer(model=model, optimizer=optimizer)
 
-    trainer.train(samples(2), num_epochs=1)
+    trainer.train(ones(2), num_epochs=1)
     assert [layer.weight.item() for layer in model] == [1.0, 0.5]
 
     model[0].requires_grad_(True)
     optimizer.add_param_group({"params": model[0].parameters()})
-    trainer.train(samples(2), num_epochs=1)
+    trainer.train(ones(2), num_epochs=1)
     # Output 0.5, so the gradients are 2 * 0.5 * the other weight.
     assert [layer.weight.item() for layer in model] == [1 - 0.25 * 0.5, 0.25]
 
@@ -75,13 +68,13 @@ def test_parameters_that_the_user_adds_between_runs_are_trained(samples):
 # --- learning rates
 
 
-def test_a_run_that_was_refused_changes_no_seed(create_trainer, samples):
+def test_a_run_that_was_refused_changes_no_seed():
     def seeds_after(*refused):
         trainer = create_trainer(seed=3)
         for kwargs in refused:
             with pytest.raises((TypeError, ValueError)):
-                trainer.train(samples(4), 1, **kwargs)
-        trainer.train(samples(4), 1)
+                trainer.train(ones(4), 1, **kwargs)
+        trainer.train(ones(4), 1)
         return trainer.run_config.data_seed, torch.initial_seed()
 
     no_batch = {"train_dataloader_kwargs": {"batch_size": 5, "drop_last": True}}
@@ -89,21 +82,21 @@ def test_a_run_that_was_refused_changes_no_seed(create_trainer, samples):
     assert seeds_after(no_batch, needs_more) == seeds_after()
 
 
-def test_the_scheduler_of_an_earlier_run_is_gone(create_trainer, samples):
+def test_the_scheduler_of_an_earlier_run_is_gone():
     """Defect 5: it kept stepping, and overwrote the rate that the user had set."""
-    rates = KeepsRates()
+    rates = keeps_rates()
     trainer = create_trainer([rates], lr=1.0)
     trainer.train(
-        samples(2),
+        ones(2),
         num_epochs=2,
         create_scheduler_fn=partial(StepLR, step_size=1, gamma=0.5),
     )
 
     trainer.optimizer.param_groups[0]["lr"] = 0.05
-    trainer.train(samples(2), num_epochs=3)
+    trainer.train(ones(2), num_epochs=3)
 
     assert trainer.scheduler is None
-    assert rates.rates == [1.0, 0.5, 0.05, 0.05, 0.05]
+    assert rates.kept == [1.0, 0.5, 0.05, 0.05, 0.05]
 
 
 @pytest.mark.parametrize(
@@ -115,17 +108,17 @@ def test_the_scheduler_of_an_earlier_run_is_gone(create_trainer, samples):
 )
 @pytest.mark.parametrize(("set_to", "start"), [(None, 0.1), (0.001, 0.001)])
 def test_a_new_scheduler_starts_where_the_first_one_did_or_the_user_says(
-    create_trainer, samples, create, set_to, start
+    create, set_to, start
 ):
     """Defect 5: it started from the rate of the very first run."""
-    rates = KeepsRates()
+    rates = keeps_rates()
     trainer = create_trainer([rates], lr=0.1)
-    trainer.train(samples(2), num_epochs=3, create_scheduler_fn=create)
+    trainer.train(ones(2), num_epochs=3, create_scheduler_fn=create)
     if set_to is not None:
         trainer.optimizer.param_groups[0]["lr"] = set_to
-    trainer.train(samples(2), num_epochs=3, create_scheduler_fn=create)
+    trainer.train(ones(2), num_epochs=3, create_scheduler_fn=create)
 
-    assert (rates.rates[0], rates.rates[3]) == (0.1, start)
+    assert (rates.kept[0], rates.kept[3]) == (0.1, start)
 
 
 # --- nothing is left
@@ -143,37 +136,34 @@ def resources():
     }
 
 
-def test_no_thread_process_or_file_is_left(create_trainer, samples, one_by_one, capsys):
+def test_no_thread_process_or_file_is_left(one_by_one, capsys):
     trainer = create_trainer(DEFAULT_CALLBACKS)
-    trainer.train(samples(2), num_epochs=1)
+    trainer.train(ones(2), num_epochs=1)
     before = resources()
 
     with_workers = {"num_workers": 1, "batch_size": 1}
     trainer.train(
-        one_by_one(samples(4)),
+        one_by_one(ones(4)),
         num_epochs=2,
-        eval_dataset=one_by_one(samples(4)),
+        eval_dataset=one_by_one(ones(4)),
         max_num_train_steps=6,  # in the middle of an epoch
         train_dataloader_kwargs=with_workers,
         eval_dataloader_kwargs=with_workers,
     )
-    trainer.evaluate(one_by_one(samples(4)), dataloader_kwargs=with_workers)
+    trainer.evaluate(one_by_one(ones(4)), dataloader_kwargs=with_workers)
 
     assert resources() == before
     capsys.readouterr()
 
 
-def test_no_process_is_left_by_a_run_that_has_failed(
-    create_trainer, samples, one_by_one
-):
-    class Fails(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            raise RuntimeError("broken")
+def test_no_process_is_left_by_a_run_that_has_failed(one_by_one):
+    def fail(trainer, **kwargs):
+        raise RuntimeError("broken")
 
     before = resources()
     with pytest.raises(RuntimeError, match="broken") as raised:
-        create_trainer([Fails]).train(
-            one_by_one(samples(4)),
+        create_trainer([At(on_train_step_end=fail)]).train(
+            one_by_one(ones(4)),
             1,
             train_dataloader_kwargs={"num_workers": 1, "batch_size": 1},
         )
@@ -182,21 +172,15 @@ def test_no_process_is_left_by_a_run_that_has_failed(
     assert resources() == before
 
 
-def train_and_look_at_what_is_left(precision, samples):
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def train_and_look_at_what_is_left(precision):
+    kwargs = {"mixed_precision": precision}
+    trainer = create_trainer(accelerator_kwargs=kwargs)
+    model, optimizer = trainer.model, trainer.optimizer
     attributes, optimizer_attributes = set(vars(model)), set(vars(optimizer))
-    trainer = Trainer(
-        model,
-        nn.MSELoss(),
-        optimizer,
-        callbacks=(),
-        accelerator_kwargs={"mixed_precision": precision},
-    )
 
     for _ in range(2):
-        trainer.train(samples(2), num_epochs=1, eval_dataset=samples(2))
-        trainer.evaluate(samples(2))
+        trainer.train(ones(2), num_epochs=1, eval_dataset=ones(2))
+        trainer.evaluate(ones(2))
 
         assert trainer.model is model
         assert trainer.optimizer is optimizer
@@ -212,13 +196,13 @@ def train_and_look_at_what_is_left(precision, samples):
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_model_and_the_optimizer_are_as_they_came_only_trained(
-    on_processes, samples, precision, num_processes
+    on_processes, precision, num_processes
 ):
     """Defect 57: the model kept the autocast forward of Accelerate."""
-    on_processes(num_processes, train_and_look_at_what_is_left, precision, samples)
+    on_processes(num_processes, train_and_look_at_what_is_left, precision)
 
 
-def test_hooks_and_a_forward_of_the_user_stay(create_trainer, samples):
+def test_hooks_and_a_forward_of_the_user_stay():
     calls = []
     trainer = create_trainer(accelerator_kwargs={"mixed_precision": "bf16"})
     model = trainer.model
@@ -230,42 +214,40 @@ def test_hooks_and_a_forward_of_the_user_stay(create_trainer, samples):
         return forward(inputs)
 
     model.forward = own_forward
-    trainer.train(samples(2), num_epochs=1)
+    trainer.train(ones(2), num_epochs=1)
 
     assert calls == ["forward", "hook"]
     assert model.forward is own_forward
 
 
-def test_each_trainer_computes_in_the_precision_it_was_given(samples):
+def test_each_trainer_computes_in_the_precision_it_was_given():
     """Defect 57: after a trainer with bf16, all later ones computed in bf16."""
     model, dtypes = nn.Sequential(nn.Linear(1, 1)), []
     model[0].register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainers = [
-        Trainer(model, nn.MSELoss(), optimizer, (), accelerator_kwargs=kwargs)
+        create_trainer(model=model, accelerator_kwargs=kwargs)
         for kwargs in ({"mixed_precision": "bf16"}, {"mixed_precision": "no"}, {})
     ]
     for trainer in trainers * 2:
-        trainer.train(samples(2), num_epochs=1)
+        trainer.train(ones(2), num_epochs=1)
 
     assert dtypes == [torch.bfloat16, torch.float32, torch.float32] * 2
     precisions = [trainer.run_config.mixed_precision for trainer in trainers]
     assert precisions == ["bf16", "no", "no"]
 
 
-def test_the_model_is_not_kept_alive_by_a_trainer_that_is_gone(samples):
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Trainer(model, nn.MSELoss(), optimizer, callbacks=()).train(samples(2), 1)
+def test_the_model_is_not_kept_alive_by_a_trainer_that_is_gone():
+    model = one_weight()
+    create_trainer(model=model).train(ones(2), 1)
     reference = weakref.ref(model)
 
-    del model, optimizer
+    del model
     gc.collect()
 
     assert reference() is None
 
 
-def test_the_last_batch_is_not_kept_after_a_run(create_trainer, samples):
+def test_the_last_batch_is_not_kept_after_a_run():
     references = []
 
     class Follows(Trainer):
@@ -281,7 +263,7 @@ def test_the_last_batch_is_not_kept_after_a_run(create_trainer, samples):
 
     for trainer_class in (Follows, OwnEpoch):
         trainer = create_trainer(trainer_class=trainer_class)
-        trainer.train(samples(2), 1)
+        trainer.train(ones(2), 1)
 
         assert trainer.num_updates is not None
         assert references.pop()() is None
@@ -290,7 +272,7 @@ def test_the_last_batch_is_not_kept_after_a_run(create_trainer, samples):
 # --- checkpoints before and between
 
 
-def test_a_checkpoint_can_be_saved_and_loaded_before_any_run(create_trainer, tmp_path):
+def test_a_checkpoint_can_be_saved_and_loaded_before_any_run(tmp_path):
     """Before a run, saving failed with an AttributeError on None."""
     trainer = create_trainer()
     for save_per_node in (True, False):
@@ -311,24 +293,20 @@ def test_a_checkpoint_can_be_saved_and_loaded_before_any_run(create_trainer, tmp
 
 def test_a_compiled_model_keeps_its_precision_in_each_run_found_67():
     """Under bf16 an input of 1.001 is rounded to 1, from the second run on too."""
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.ones_(model.weight)
-    outputs = []
+    model, outputs = one_weight(), []
 
-    class KeepsOutputs(Trainer):
-        def _calculate_batch_loss(self, batch):
-            output = super()._calculate_batch_loss(batch)
-            outputs.append(output["model_outputs"].item())
-            return output
+    def keep(trainer, batch):
+        output = Trainer._calculate_batch_loss(trainer, batch)
+        outputs.append(output["model_outputs"].item())
+        return output
 
-    trainer = KeepsOutputs(
-        torch.compile(model, backend="eager"),
-        nn.MSELoss(),
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        callbacks=(),
+    trainer = create_trainer(
+        model=torch.compile(model, backend="eager"),
+        lr=0.0,
+        trainer_class=overriding(_calculate_batch_loss=keep),
         accelerator_kwargs={"mixed_precision": "bf16"},
     )
-    data = TensorDataset(torch.full((1, 1), 1.001), torch.zeros(1, 1))
+    data = ones(1, 1.001)
     trainer.train(data, 1)
     trainer.train(data, 1)
     trainer.evaluate(data)
