@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader
+from toys import At, ones, overriding
 
-from pytorch_accelerated.callbacks import (
-    TrainerCallback,
-)
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import Trainer
 
-NOTHING = TensorDataset(torch.ones(0, 1))
+NOTHING = ones(0)
 
 
 @pytest.fixture
@@ -33,23 +31,14 @@ def refuses(samples):
     return refuses
 
 
-def optimizer_of_another_model(trainer):
-    trainer.optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-
-
-def freeze_the_model(trainer):
-    trainer.model.requires_grad_(False)
-
-
 def set_to(name, value):
     return lambda trainer: setattr(trainer, name, value)
 
 
 def parameters_as(form):
-    def change(trainer):
-        trainer.optimizer = form(trainer.model.parameters())
-
-    return change
+    return lambda trainer: setattr(
+        trainer, "optimizer", form(trainer.model.parameters())
+    )
 
 
 A_LIST_IS_NO_OPTIMIZER = (
@@ -62,11 +51,15 @@ A_LIST_IS_NO_OPTIMIZER = (
     ("change", "error", "message"),
     [
         (
-            optimizer_of_another_model,
+            set_to("optimizer", torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)),
             ValueError,
             "holds no parameter of the model. Create it from the parameters of this mo",
         ),
-        (freeze_the_model, ValueError, r"nothing to train. Unfreeze.*ModelFreezer"),
+        (
+            lambda trainer: trainer.model.requires_grad_(False),
+            ValueError,
+            r"nothing to train. Unfreeze.*ModelFreezer",
+        ),
         (
             set_to("optimizer", None),
             ValueError,
@@ -111,11 +104,6 @@ def test_what_a_trainer_cannot_train_with(
     refuses(trainer, error, message)
 
 
-def test_no_dataset(create_trainer):
-    with pytest.raises(ValueError, match="needs a train_dataset or a DataLoader, got"):
-        create_trainer().train(None, num_epochs=1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +146,16 @@ def test_arguments_that_make_no_run(create_trainer, refuses, arguments, message)
     refuses(create_trainer(), ValueError, message, **arguments)
 
 
+def test_no_dataset(create_trainer):
+    """Defect 37: evaluate() without a dataset was a TypeError of DataLoader."""
+    with pytest.raises(ValueError, match="needs a train_dataset or a DataLoader, got"):
+        create_trainer().train(None, num_epochs=1)
+    with pytest.raises(ValueError, match="A dataset or a DataLoader is needed"):
+        create_trainer().evaluate()
+    with pytest.raises(ValueError, match="dataset is empty"):
+        create_trainer().evaluate(NOTHING)
+
+
 @pytest.mark.parametrize(
     "create",
     [
@@ -191,21 +189,13 @@ def test_a_scheduler_that_needs_more_than_the_optimizer_found_104(
     refuses(create_trainer(), TypeError, message, create_scheduler_fn=create)
 
 
-class NamedMembers(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return {"image": torch.ones(1), "label": torch.zeros(1)}
-
-
 def test_a_batch_that_the_default_step_cannot_take_apart(create_trainer, refuses):
     refuses(
         create_trainer(),
         TypeError,
         r"got a dict with the keys \['image', 'label'\]. Override "
         "calculate_train_batch_loss and calculate_eval_batch_loss",
-        dataset=NamedMembers(),
+        dataset=[{"image": torch.ones(1), "label": torch.zeros(1)}] * 4,
     )
 
 
@@ -244,44 +234,38 @@ def test_a_loss_that_cannot_be_trained_with(
     refuses(trainer, error, message)
 
 
-def test_a_dictionary_of_losses_in_an_evaluation_found_104(create_trainer, samples):
-    trainer = create_trainer()
-    trainer.loss_func = lambda outputs, targets: {"mse": outputs.pow(2).mean()}
-
-    with pytest.raises(TypeError, match=r"got a dict\. .*calculate_eval_batch_loss"):
-        trainer.evaluate(samples(2))
+@pytest.mark.parametrize(
+    ("loss_func", "error", "message"),
+    [
+        (
+            lambda outputs, targets: {"mse": outputs.pow(2).mean()},
+            TypeError,
+            r"got a dict\. .*calculate_eval_batch_loss",
+        ),
+        (
+            nn.MSELoss(reduction="none"),
+            ValueError,
+            r"shape \(2, 1\). Reduce it to the mean",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_evaluated_found_104(
+    create_trainer, samples, loss_func, error, message
+):
+    with pytest.raises(error, match=message):
+        create_trainer(loss_func=loss_func).evaluate(samples(2))
 
 
 def test_a_step_that_forgets_to_return_something(create_trainer, refuses):
-    class Forgets(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            super().calculate_train_batch_loss(batch)
-
     refuses(
-        create_trainer(trainer_class=Forgets),
+        create_trainer(
+            trainer_class=overriding(
+                calculate_train_batch_loss=lambda self, batch: None
+            )
+        ),
         TypeError,
         "must return a dictionary with 'loss', a scalar with a graph, and 'batch_size'",
     )
-
-
-def test_nothing_to_evaluate_on(create_trainer, samples):
-    """Defect 37: evaluate() without a dataset was a TypeError of DataLoader."""
-    with pytest.raises(ValueError, match="A dataset or a DataLoader is needed"):
-        create_trainer().evaluate()
-    with pytest.raises(ValueError, match="dataset is empty"):
-        create_trainer().evaluate(samples(0))
-
-
-def test_arguments_that_are_refused_leave_the_history_of_the_last_run(
-    create_trainer, samples
-):
-    trainer = create_trainer()
-    trainer.train(samples(2), num_epochs=1)
-
-    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
-        trainer.train(samples(2), num_epochs=1, gradient_accumulation_steps=0)
-
-    assert trainer.run_history.get_metric_values("train_loss_epoch") == [1.0]
 
 
 def test_an_optimizer_that_calculates_the_loss_in_an_override_found_105(
@@ -341,14 +325,11 @@ def test_an_optimizer_whose_modes_are_set_by_hooks_or_callbacks_found_105(
             super().eval_epoch_start()
             self.optimizer.eval()
 
-    class SetsModesToo(TrainerCallback):
-        def on_train_epoch_start(self, trainer, **kwargs):
-            trainer.optimizer.train()
-
-        def on_eval_epoch_start(self, trainer, **kwargs):
-            trainer.optimizer.eval()
-
-    for arguments in ({"trainer_class": SetsModes}, {"callbacks": [SetsModesToo]}):
+    sets_modes = At(
+        on_train_epoch_start=lambda trainer, **_: trainer.optimizer.train(),
+        on_eval_epoch_start=lambda trainer, **_: trainer.optimizer.eval(),
+    )
+    for arguments in ({"trainer_class": SetsModes}, {"callbacks": [sets_modes]}):
         trainer = create_trainer(**arguments)
         trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.25)
         trainer.train(samples(1), 2, eval_dataset=samples(1))

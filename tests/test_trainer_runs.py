@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import IterableDataset
+from toys import At, Stream, noise, ones, overriding
 
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.schedulers import StatefulSchedulerBase
@@ -48,25 +48,22 @@ def train(create_trainer, samples, counter):
 # --- counts
 
 
-@pytest.mark.parametrize(
-    ("event", "expected"),
-    [
-        ("on_train_step_start", [(0, 0, 0), (0, 1, 2), (1, 2, 4), (1, 3, 6)]),
-        ("on_train_update_end", [(1, 2, 4), (2, 4, 8)]),
-        ("on_train_step_end", [(0, 1, 2), (1, 2, 4), (1, 3, 6), (2, 4, 8)]),
-    ],
-)
 def test_counts_in_the_events_of_a_step_are_those_of_what_is_done(
-    create_trainer, train, event, expected
+    create_trainer, train
 ):
-    counts = []
+    expected = {
+        "on_train_step_start": [(0, 0, 0), (0, 1, 2), (1, 2, 4), (1, 3, 6)],
+        "on_train_update_end": [(1, 2, 4), (2, 4, 8)],
+        "on_train_step_end": [(0, 1, 2), (1, 2, 4), (1, 3, 6), (2, 4, 8)],
+    }
+    counts = {event: [] for event in expected}
 
-    def note(self, trainer, **kwargs):
-        counts.append(
+    def noting(event):
+        return lambda trainer, **_: counts[event].append(
             (trainer.num_updates, trainer.num_steps, trainer.num_samples_seen)
         )
 
-    notes = type("Notes", (TrainerCallback,), {event: note})
+    notes = At(**{event: noting(event) for event in expected})
     train(1, create_trainer([notes]), gradient_accumulation_steps=2)
 
     assert counts == expected
@@ -112,8 +109,7 @@ def test_the_run_config_says_what_the_run_does(train, samples):
 def test_a_plateau_of_the_evaluation_loss_is_that_of_training_without_a_dataset(
     train, create_trainer
 ):
-    trainer = create_trainer(lr=0.25)
-    trainer.loss_func = lambda outputs, targets: outputs.mean() * 0 + 1.0
+    trainer = create_trainer(loss_func=lambda outputs, _: outputs.mean() * 0 + 1.0)
     create = partial(ReduceLROnPlateau, factor=0.5, patience=0)
     train(4, trainer, create_scheduler_fn=create)
 
@@ -185,27 +181,16 @@ def test_a_script_reads_what_evaluate_recorded_by_its_plain_name(
 def test_numbers_with_an_underscore_are_not_recorded(create_trainer, samples):
     """Found 114: what a step returned for its own use became a metric."""
 
-    class OwnUse(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            output = super().calculate_train_batch_loss(batch)
-            return {**output, "_image_id": 7, "accuracy": 0.5}
+    def own_use(self, batch):
+        output = Trainer.calculate_train_batch_loss(self, batch)
+        return {**output, "_image_id": 7, "accuracy": 0.5}
 
-    history = create_trainer(trainer_class=OwnUse).train(samples(1), num_epochs=1)
+    own = overriding(calculate_train_batch_loss=own_use)
+    history = create_trainer(trainer_class=own).train(samples(1), num_epochs=1)
     assert history.get_metric_names() == {"train_loss_epoch", "train_accuracy_epoch"}
 
 
 # --- data of other kinds
-
-
-class Stream(IterableDataset):
-    """Yields inputs of 1 and targets of 0; its length is unknown."""
-
-    def __init__(self, num_samples):
-        self.num_samples = num_samples
-
-    def __iter__(self):
-        for _ in range(self.num_samples):
-            yield torch.ones(1), torch.zeros(1)
 
 
 def test_the_last_window_of_a_stream_is_scaled_by_what_it_holds(
@@ -215,7 +200,7 @@ def test_the_last_window_of_a_stream_is_scaled_by_what_it_holds(
     trainer = create_trainer([counter])
 
     trainer.train(
-        Stream(7),
+        Stream(ones(7)),
         num_epochs=1,
         per_device_batch_size=2,
         gradient_accumulation_steps=3,
@@ -228,17 +213,17 @@ def test_the_last_window_of_a_stream_is_scaled_by_what_it_holds(
 def test_an_empty_stream_is_an_error(create_trainer):
     """Defect 59: without a batch, a loss of NaN was recorded silently."""
     with pytest.raises(ValueError, match="yielded no batch"):
-        create_trainer().train(Stream(0), num_epochs=1)
+        create_trainer().train(Stream(ones(0)), num_epochs=1)
 
 
 def test_any_iterable_of_batches_can_come_from_an_override(create_trainer, counter):
     """Defect 37: an iterable without the attributes of a DataLoader failed."""
 
-    class OwnLoader(Trainer):
-        def create_train_dataloader(self, batch_size, train_dl_kwargs=None):
-            return [(torch.ones(2, 1), torch.zeros(2, 1))] * 3
+    def own_loader(self, batch_size, train_dl_kwargs=None):
+        return [(torch.ones(2, 1), torch.zeros(2, 1))] * 3
 
-    trainer = create_trainer([counter], trainer_class=OwnLoader)
+    own = overriding(create_train_dataloader=own_loader)
+    trainer = create_trainer([counter], trainer_class=own)
     trainer.train(None, num_epochs=2, gradient_accumulation_steps=2)
 
     assert counter.updates == [2, 2]
@@ -249,20 +234,16 @@ def test_any_iterable_of_batches_can_come_from_an_override(create_trainer, count
 # --- what is unusual, and works
 
 
-def test_a_seed_may_be_a_number_of_numpy_found_104(noise):
+def test_a_seed_may_be_a_number_of_numpy_found_104(create_trainer, create_classifier):
     def train(seed):
-        model = nn.Linear(6, 3, bias=False)
-        nn.init.ones_(model.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, (), seed=seed)
+        trainer = create_trainer(
+            model=create_classifier(), loss_func=nn.CrossEntropyLoss(), seed=seed
+        )
         trainer.train(noise(8), 1, per_device_batch_size=2)
         assert trainer.seed == 3
-        return model.weight
+        return trainer.model[0].weight
 
     assert torch.equal(train(np.int64(3)), train(3))
-
-
-def test_a_seed_that_is_no_whole_number_is_refused(create_trainer):
     with pytest.raises(TypeError, match=r"seed must be a whole number, got 0\.5"):
         create_trainer(seed=0.5)
 

@@ -50,16 +50,6 @@ def test_a_loss_with_one_element_in_a_dimension_counts_as_a_number(
     assert trainer.model.weight.item() == 0.5
 
 
-def test_an_evaluation_loss_that_is_not_reduced_is_refused_with_advice(
-    create_trainer, samples
-):
-    trainer = create_trainer()
-    trainer.loss_func = nn.MSELoss(reduction="none")
-
-    with pytest.raises(ValueError, match=r"shape \(2, 1\). Reduce it to the mean"):
-        trainer.evaluate(samples(2))
-
-
 # --- plain batches
 
 
