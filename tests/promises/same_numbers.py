@@ -23,13 +23,10 @@ import json
 import math
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -43,10 +40,12 @@ SECONDS_PER_RUN = 100
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[0] = os.environ.get("SOURCE_OF_NUMBERS", str(ROOT / "src"))
 sys.path += [str(ROOT / "examples" / folder) for folder in (".", "core", "nlp")]
+sys.path.append(str(ROOT / "tests"))
 
 import numpy as np
 import torch
 import torch._dynamo  # the first optimizer would import it, in each process
+from processes import Job
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -518,54 +517,22 @@ def pieces_of(value: Any) -> Iterator[bytes]:
 # ----------------------------------------------------------------------- its processes
 
 
-def fork(function: Callable[[], None]) -> int:
-    """Call a function in a process of its own; importing torch again takes seconds."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    return pid
-
-
 def run_in_folder(parts: list[Part], folder: Path) -> None:
     """Run the parts one after the other; leave the results in ``results.json``."""
-    os.setsid()
     os.chdir(folder)
-    log = os.open("log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     results: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        pids = [
-            fork(partial(run_part, part, number, rank, port))
-            for rank in range(part.num_processes)
-        ]
-        if any([os.waitpid(pid, 0)[1] for pid in pids]):
+        job = Job(partial(run_part, part, number), Path("log"), part.num_processes)
+        if what_failed := job.wait_or_explain(SECONDS_PER_RUN):
+            print(what_failed)
             sys.exit(1)
         for rank in range(part.num_processes):
             results |= json.loads(Path(f"{number}-{rank}.json").read_text())
     Path("results.json").write_text(json.dumps(results))
 
 
-def run_part(part: Part, number: int, rank: int, port: int) -> None:
-    if part.num_processes > 1:
-        os.environ |= {
-            "RANK": f"{rank}",
-            "LOCAL_RANK": f"{rank}",
-            "WORLD_SIZE": f"{part.num_processes}",
-            "LOCAL_WORLD_SIZE": f"{part.num_processes}",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": f"{port}",
-        }
+def run_part(part: Part, number: int) -> None:
+    rank = os.environ.get("RANK", "0")
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -589,29 +556,19 @@ def record(names: list[str]) -> dict[str, dict[str, str]]:
     """Run what is named, as many at once as there are cores; return the results."""
     results: dict[str, dict[str, str]] = {}
     waiting = sorted(names, key=lambda name: -len(RUNS[name]))
-    running: dict[int, tuple[str, float]] = {}
+    running: dict[str, Job] = {}
     with tempfile.TemporaryDirectory() as root:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = waiting.pop(0)
                 folder = Path(root) / name
-                folder.mkdir()
-                pid = fork(partial(run_in_folder, RUNS[name], folder))
-                running[pid] = name, time.monotonic()
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-            if pid:
-                name, _ = running.pop(pid)
+                run = partial(run_in_folder, RUNS[name], folder)
+                running[name] = Job(run, folder / "log")
+            for name in [name for name, job in running.items() if job.poll()]:
+                del running[name]
                 results[name] = read_results(Path(root) / name)
-            else:
-                end_those_that_hang(running)
-                time.sleep(0.01)
+            time.sleep(0.01)
     return {name: results[name] for name in names}
-
-
-def end_those_that_hang(running: dict[int, tuple[str, float]]) -> None:
-    for pid, (_, start) in running.items():
-        if time.monotonic() - start > SECONDS_PER_RUN:
-            os.killpg(pid, signal.SIGKILL)
 
 
 def read_results(folder: Path) -> dict[str, str]:

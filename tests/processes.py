@@ -31,6 +31,7 @@ class Job:
         log: File for what they print.
         own_group: Whether the first process leads a group of processes, to which those
             that it starts belong.
+        is_launched: Whether one process alone has the environment of a launcher too.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class Job:
         num_processes: int = 1,
         *,
         own_group: bool = False,
+        is_launched: bool = False,
     ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         self.pids: list[int] = []
         self.codes: dict[int, int] = {}
-        port = _free_port()
+        port = _free_port() if num_processes > 1 or is_launched else None
         for rank in range(num_processes):
             with warnings.catch_warnings():
                 # torch has threads, but none that the child would need
@@ -130,7 +132,11 @@ def _members_of_group(group: int) -> list[str]:
 
 
 def _run_in_child(
-    function: Callable[[], None], rank: int, num_processes: int, port: int, log: Path
+    function: Callable[[], None],
+    rank: int,
+    num_processes: int,
+    port: int | None,
+    log: Path,
 ) -> None:
     code = 1
     try:
@@ -140,7 +146,7 @@ def _run_in_child(
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (for good)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         faulthandler.enable(2)
-        if num_processes > 1:
+        if port is not None:
             os.environ.update(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
