@@ -153,6 +153,8 @@ class LossTracker:
         total, count = self.totals()
         return total / count if count else math.nan
 
+    _average = average  # as scripts for 0.1.61 know it
+
     def totals(self) -> tuple[float, float]:
         """Return the sum of loss times batch size, and the sum of the batch sizes.
 
