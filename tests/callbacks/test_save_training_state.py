@@ -65,6 +65,7 @@ def test_states_are_saved_every_n_updates_of_the_whole_run(run, tmp_path):
     for name in saved:
         assert Checkpoint(tmp_path / name).saved_by == [saving.identity]
     assert saving.save_dir == tmp_path
+    assert {path.name for path in saving._saved_checkpoints} == {*saved} - {"final"}
     # Saved after the update: two of them have halved the weight twice.
     weights = Checkpoint(tmp_path / "step_2").load_weights()
     assert weights["weight"].item() == 0.5**2
@@ -105,8 +106,11 @@ def test_a_resumed_run_goes_on_with_the_numbers(run, tmp_path):
 
 
 def test_only_the_newest_are_kept(run, tmp_path):
-    run(3, num_samples=2, save_every_n_steps=3, max_checkpoints=2)
+    trainer = run(3, num_samples=2, save_every_n_steps=3, max_checkpoints=2)
     assert names_in(tmp_path) == ["epoch_3", "final", "step_6"]
+    (saving,) = trainer.callback_handler
+    kept = [path.name for path in saving._saved_checkpoints]
+    assert sorted(kept) == ["epoch_3", "step_6"]
 
 
 def test_auto_goes_on_with_the_run_that_started_last(run, tmp_path):

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -220,6 +220,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     asynchronous: bool = False
     on_save_error: Literal["warn", "raise"] = "warn"
     overwrite: bool = False
+    _saved_checkpoints: Sequence[Path] = ()  # oldest first; scripts look at them
     _lock: DirectoryLock | None = None
     _saving: Path | None = None
     _global_step: int = 0
@@ -424,8 +425,6 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _delete_old_ones(self, trainer: Trainer) -> None:
         """Delete what no callback of the run keeps, now that a new one is complete."""
-        if self.max_checkpoints is None or not trainer._accelerator.is_main_process:
-            return
         states = [
             each
             for each in list_checkpoints(self.save_dir)
@@ -433,6 +432,15 @@ class SaveTrainingStateCallback(TrainerCallback):
             and _NAME.fullmatch(each.path.name)
             and each.path.name != "final"
         ]
+        if self.max_checkpoints is not None and trainer._accelerator.is_main_process:
+            self._prune(trainer, states)
+        self._saved_checkpoints = [
+            each.path
+            for each in states
+            if self.identity in each.saved_by and each.path.exists()
+        ]
+
+    def _prune(self, trainer: Trainer, states: list[Checkpoint]) -> None:
         saved: set[Checkpoint] = set()
         kept: set[Checkpoint] = set()
         for saver in savers_in(trainer.callback_handler):
