@@ -40,7 +40,6 @@ def draw(
     """
     with _matplotlib_needed():
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
 
     class Shown(Figure):
         """A figure that a notebook shows, without any global state of pyplot's."""
@@ -58,9 +57,7 @@ def draw(
         axes.grid(alpha=0.3)
         x_label = _x_of(lines)
         axes.set_xlabel("update" if x_label == "step" else x_label)
-        axes.xaxis.set_major_locator(
-            MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
-        )
+        axes.locator_params("x", integer=True, min_n_ticks=1)
         for (run, name), records in lines.items():
             is_long, is_point = len(records) > _MOST_MARKS, "evaluation_" in name
             style = "--" if "train" in name else ":" if "intermediate" in name else "-"
