@@ -5,65 +5,46 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
+from toys import At, create_trainer, ones, overriding, seeded
 
 from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,
     StopTrainingError,
     SwaCallback,
-    TrainerCallback,
 )
-from pytorch_accelerated.trainer import Trainer
+
+DATA = TensorDataset(*torch.randn(2, 12, 1, generator=torch.Generator().manual_seed(0)))
 
 
-def test_the_model_ends_with_the_mean_of_the_epochs_from_the_first_on(
-    create_trainer, samples, weight_of
-):
+def create_normed():
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(1, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Linear(4, 1)
+        )
+    )
+
+
+def test_the_model_ends_with_the_mean_of_the_epochs_from_the_first_on(weight_of):
     """The weight halves at each update, of which an epoch has one."""
     swa = SwaCallback(start_epoch=3)
     trainer = create_trainer([swa])
 
-    history = trainer.train(samples(1), num_epochs=5, eval_dataset=samples(1))
+    history = trainer.train(ones(1), num_epochs=5, eval_dataset=ones(1))
 
     assert weight_of(trainer) == pytest.approx((0.5**3 + 0.5**4 + 0.5**5) / 3)
     assert swa.average.num_updates == 3
     # Meanwhile it trained, and was evaluated, as if nobody averaged.
     assert history.get_latest_metric("eval_loss_epoch") == 0.25**5
     mean = weight_of(trainer)
-    assert trainer.evaluate(samples(1))["evaluation_loss"] == pytest.approx(mean**2)
+    assert trainer.evaluate(ones(1))["evaluation_loss"] == pytest.approx(mean**2)
 
-    trainer.train(samples(1), num_epochs=1, reset_run_history=False)
+    trainer.train(ones(1), num_epochs=1, reset_run_history=False)
     assert weight_of(trainer) == pytest.approx(mean / 2), "a mean of its own"
 
 
-@pytest.fixture
-def create_normed():
-    def create():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(1, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Linear(4, 1)
-        )
-
-    return create
-
-
-@pytest.fixture
-def data():
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(
-        torch.randn(12, 1, generator=generator), torch.randn(12, 1, generator=generator)
-    )
-
-
-class EndsInEvaluationMode(Trainer):
-    def training_run_end(self):
-        self.model.eval()
-
-
-def test_batch_norms_are_measured_as_torch_measures_them(
-    create_trainer, create_normed, data
-):
+def test_batch_norms_are_measured_as_torch_measures_them_whatever_their_mode():
     model, by_hand = create_normed(), create_normed()
-    loader = DataLoader(data, batch_size=4)
+    loader = DataLoader(DATA, batch_size=4)
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
     average = AveragedModel(by_hand)
     for _ in range(2):
@@ -74,8 +55,9 @@ def test_batch_norms_are_measured_as_torch_measures_them(
         average.update_parameters(by_hand)
     update_bn(loader, average)
 
+    ends_in_evaluation = overriding(training_run_end=lambda self: self.model.eval())
     trainer = create_trainer(
-        [SwaCallback(1)], model=model, lr=0.1, trainer_class=EndsInEvaluationMode
+        [SwaCallback(1)], model=model, lr=0.1, trainer_class=ends_in_evaluation
     )
     trainer.train(loader, num_epochs=2)
 
@@ -85,47 +67,47 @@ def test_batch_norms_are_measured_as_torch_measures_them(
     assert not model.training
 
 
-def test_a_frozen_batch_norm_keeps_its_statistics(create_trainer, create_normed, data):
+def test_a_frozen_batch_norm_keeps_its_statistics():
     model = create_normed()
     model[1].eval()
     before = model[1].running_var.fill_(2.0).clone()
 
-    create_trainer([SwaCallback(1)], model=model, lr=0.1).train(data, num_epochs=1)
+    create_trainer([SwaCallback(1)], model=model, lr=0.1).train(DATA, num_epochs=1)
 
     assert torch.equal(model[1].running_var, before)
     assert not model[1].training
 
 
+class Batches:
+    """More of them than a run takes."""
+
+    num_passes = 0
+
+    def __iter__(self):
+        self.num_passes += 1
+        return iter([[torch.ones(2, 1), torch.ones(2, 1)]] * 100)
+
+
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_only_batch_norms_need_the_data_again_and_of_a_stream_what_was_trained_on(
-    create_trainer, create_normed, has_norm
+    has_norm,
 ):
-    class Stream:
-        num_passes = 0
-
-        def __iter__(self):
-            self.num_passes += 1
-            return iter([[torch.ones(2, 1), torch.ones(2, 1)]] * 100)
-
-    loader = Stream()
-    model = create_normed() if has_norm else nn.Linear(1, 1)
+    batches, model = Batches(), create_normed() if has_norm else nn.Linear(1, 1)
 
     trainer = create_trainer([SwaCallback(1)], model=model)
-    trainer.train(loader, max_num_train_steps=3)
+    trainer.train(batches, max_num_train_steps=3)
 
-    assert loader.num_passes == (2 if has_norm else 1)
+    assert batches.num_passes == (2 if has_norm else 1)
     assert not has_norm or model[1].num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
-def test_a_resumed_run_ends_with_the_same_mean(
-    create_trainer, create_normed, data, tmp_path, epoch
-):
+def test_a_resumed_run_ends_with_the_same_mean(tmp_path, epoch):
     def run(*callbacks, **kwargs):
         trainer = create_trainer(
             [SwaCallback(2), *callbacks], model=create_normed(), lr=0.1, seed=0
         )
-        trainer.train(data, num_epochs=4, **kwargs)
+        trainer.train(DATA, num_epochs=4, **kwargs)
         return trainer.model.state_dict()
 
     whole = run(SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1))
@@ -135,22 +117,17 @@ def test_a_resumed_run_ends_with_the_same_mean(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-class StopIn(TrainerCallback):
-    def __init__(self, epoch, error):
-        self.epoch, self.error = epoch, error
-
-    def on_train_epoch_end(self, trainer, **kwargs):
-        if trainer.run_history.current_epoch == self.epoch:
-            raise self.error
-
-
 def test_a_run_that_ends_early_has_the_mean_so_far_and_one_that_fails_its_own_weights(
-    create_trainer, samples, weight_of
+    weight_of,
 ):
     def weight_after(error, epoch):
-        trainer = create_trainer([SwaCallback(2), StopIn(epoch, error)])
+        def end(trainer, **kwargs):
+            if trainer.run_history.current_epoch == epoch:
+                raise error
+
+        trainer = create_trainer([SwaCallback(2), At(on_train_epoch_end=end)])
         with suppress(ZeroDivisionError):
-            trainer.train(samples(1), num_epochs=6)
+            trainer.train(ones(1), num_epochs=6)
         return weight_of(trainer)
 
     stop = StopTrainingError("enough")
@@ -159,14 +136,14 @@ def test_a_run_that_ends_early_has_the_mean_so_far_and_one_that_fails_its_own_we
     assert weight_after(ZeroDivisionError(), epoch=4) == 0.5**4
 
 
-def test_a_start_after_the_end_is_refused_before_the_run(create_trainer, samples):
+def test_a_start_after_the_end_is_refused_before_the_run():
     trainer = create_trainer([SwaCallback(start_epoch=4)])
 
     with pytest.raises(ValueError, match=r"from epoch 4 on, .* of this run is 3"):
-        trainer.train(samples(1), num_epochs=3)
+        trainer.train(ones(1), num_epochs=3)
 
     assert trainer.num_updates == 0
     trainer.callback_handler.clear_callbacks()
-    trainer.train(samples(1), num_epochs=3)
+    trainer.train(ones(1), num_epochs=3)
     trainer.callback_handler.add_callback(SwaCallback(start_epoch=4))
-    trainer.train(samples(1), num_epochs=1, reset_run_history=False)
+    trainer.train(ones(1), num_epochs=1, reset_run_history=False)

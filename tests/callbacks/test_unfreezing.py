@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
+from toys import At, create_trainer, seeded
 
 from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,
@@ -13,6 +14,10 @@ from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import Trainer
 
 PLAN = {2: -2, 4: 0}
+generator = torch.Generator().manual_seed(0)
+DATA = TensorDataset(
+    torch.randn(8, 2, generator=generator), torch.randn(8, 1, generator=generator)
+)
 
 
 class Frozen(TrainerCallback):
@@ -33,35 +38,27 @@ class Frozen(TrainerCallback):
 
 
 def create(*callbacks, plan=PLAN, holds_all=False, lr=None):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    )
     freezer = ModelFreezer(model)
     freezer.freeze()
     held = model.parameters() if holds_all else freezer.get_trainable_parameters()
     watch = Frozen(model)
-    trainer = Trainer(
-        model,
-        nn.MSELoss(),
-        torch.optim.SGD(held, lr=0.1, momentum=0.9),
+    trainer = create_trainer(
         [*callbacks, UnfreezeCallback(freezer, plan, lr=lr), watch],
+        model=model,
+        optimizer=torch.optim.SGD(held, lr=0.1, momentum=0.9),
         seed=0,
     )
     return trainer, watch
 
 
-@pytest.fixture
-def data():
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(
-        torch.randn(8, 2, generator=generator), torch.randn(8, 1, generator=generator)
-    )
-
-
 @pytest.mark.parametrize("holds_all", [True, False])
-def test_each_epoch_trains_what_is_due(data, holds_all, capsys):
+def test_each_epoch_trains_what_is_due(holds_all, capsys):
     trainer, watch = create(holds_all=holds_all)
 
-    trainer.train(data, num_epochs=4)
+    trainer.train(DATA, num_epochs=4)
 
     expected = [[False, False, True], [False, True, True]] * 2
     expected = [expected[0], expected[1], expected[1], [True] * 3]
@@ -74,22 +71,22 @@ def test_each_epoch_trains_what_is_due(data, holds_all, capsys):
     )
 
 
-def test_the_new_group_has_its_learning_rate_which_a_schedule_of_torch_follows(data):
+def test_the_new_group_has_its_learning_rate_which_a_schedule_of_torch_follows():
     trainer, _ = create(lr=0.02)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.1, 0.02]
 
     def schedule(optimizer):
         return OneCycleLR(optimizer, max_lr=[1.0, 0.5], total_steps=4)
 
-    trainer.train(data, num_epochs=4, create_scheduler_fn=schedule)
+    trainer.train(DATA, num_epochs=4, create_scheduler_fn=schedule)
     assert trainer.last_lr[1] == pytest.approx(trainer.last_lr[0] / 2)
 
 
 @pytest.mark.parametrize("step", range(1, 8))
-def test_a_resumed_run_has_unfrozen_what_the_whole_one_had(data, tmp_path, step):
+def test_a_resumed_run_has_unfrozen_what_the_whole_one_had(tmp_path, step):
     def run(*callbacks, **kwargs):
         trainer, _ = create(*callbacks)
-        trainer.train(data, num_epochs=4, per_device_batch_size=4, **kwargs)
+        trainer.train(DATA, num_epochs=4, per_device_batch_size=4, **kwargs)
         return trainer.model
 
     whole = run(SaveTrainingStateCallback(tmp_path, save_every_n_steps=1))
@@ -102,34 +99,30 @@ def test_a_resumed_run_has_unfrozen_what_the_whole_one_had(data, tmp_path, step)
         assert torch.equal(one, other), name
 
 
-def test_added_after_the_trainer_it_works_and_once_more_in_the_next_run(data):
+def test_added_after_the_trainer_it_works_and_once_more_in_the_next_run():
     trainer, watch = create()
     unfreeze = trainer.callback_handler.callbacks.pop(0)
     del trainer.optimizer.param_groups[1]
     trainer.callback_handler.add_callback(unfreeze)
 
-    trainer.train(data, num_epochs=2)
+    trainer.train(DATA, num_epochs=2)
     unfreeze.freezer.freeze()
-    trainer.train(data, num_epochs=2)
+    trainer.train(DATA, num_epochs=2)
 
     assert watch.moved == [[False, False, True], [False, True, True]] * 2
 
 
-class Sleep(TrainerCallback):
-    called_first = ("on_train_epoch_start",)
-
-    def on_train_epoch_start(self, trainer, **kwargs):
+def test_it_sets_modes_only_when_it_unfreezes():
+    def sleep(trainer, **kwargs):
         if trainer.run_history.current_epoch == 3:
             trainer.model[1].eval()
 
-
-def test_it_sets_modes_only_when_it_unfreezes(data):
-    trainer, _ = create(Sleep())
-    trainer.train(data, num_epochs=3)
+    trainer, _ = create(At(on_train_epoch_start=sleep))
+    trainer.train(DATA, num_epochs=3)
     assert not trainer.model[1].training
 
 
-def test_a_plan_that_does_not_fit_the_model_is_refused(data):
+def test_a_plan_that_does_not_fit_the_model_is_refused():
     with pytest.raises(IndexError, match=r"no layer group -4\. The model has 3"):
         create(plan={2: -4})
     trainer, _ = create(plan={})
@@ -138,8 +131,8 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(data):
         Trainer(trainer.model, None, trainer.optimizer, [UnfreezeCallback(freezer, {})])
 
 
-def test_a_trainer_that_only_evaluates_needs_no_optimizer(data):
+def test_a_trainer_that_only_evaluates_needs_no_optimizer():
     model = nn.Linear(2, 1)
     callback = UnfreezeCallback(ModelFreezer(model), {2: 0})
-    metrics = Trainer(model, nn.MSELoss(), None, [callback]).evaluate(data)
+    metrics = Trainer(model, nn.MSELoss(), None, [callback]).evaluate(DATA)
     assert metrics["evaluation_loss"] > 0

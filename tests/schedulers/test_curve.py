@@ -2,10 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import (
-    OneCycleLR,
-    ReduceLROnPlateau,
-)
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from pytorch_accelerated.placeholders import TrainerPlaceholderValues
 from pytorch_accelerated.schedulers import (
@@ -18,10 +15,6 @@ from pytorch_accelerated.schedulers import (
 
 EPOCHS = TrainerPlaceholderValues.NUM_EPOCHS
 UPDATES = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
-
-
-def create_optimizer(**settings):
-    return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], **settings)
 
 
 def test_schedulers_without_a_counter_are_drawn_too():
@@ -70,10 +63,8 @@ def test_a_schedule_that_depends_on_a_metric_has_no_curve():
 
 
 def test_a_line_is_drawn_for_each_group():
-    matplotlib = pytest.importorskip("matplotlib")
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    assert matplotlib
-    optimizer = create_optimizer(lr=0.4)
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=0.4)
     optimizer.add_param_group({"params": [torch.ones(1)], "lr": 0.2})
 
     ax = plot_schedule(

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from toys import Keeps, create_trainer, ones
 
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.errors import TrainingWarning
@@ -12,7 +13,6 @@ from pytorch_accelerated.schedulers import (
     plot_schedule,
     schedule_curve,
 )
-from pytorch_accelerated.trainer import Trainer
 
 
 def curve(*args, epochs=1, updates=10, lr=1.0, **kwargs):
@@ -96,29 +96,24 @@ def test_before_the_first_update_the_value_is_its_own_and_after_the_last_the_end
     assert scheduler.get_last_lr() == [0.5]
 
 
-class Rates(Trainer):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.rates = []
-
-    def optimizer_step(self):
-        self.rates.append(self.optimizer.param_groups[0]["lr"])
-        super().optimizer_step()
-
-
-def test_a_run_trains_with_the_curve_also_one_that_is_resumed(
-    create_trainer, samples, tmp_path
-):
+def test_a_run_trains_with_the_curve_also_one_that_is_resumed(tmp_path):
     create = ProgressLrScheduler.create_scheduler_fn(
         lambda progress: 1 - progress**2, warmup=0.25
     )
-    plan = {"num_epochs": 2, "per_device_batch_size": 1, "create_scheduler_fn": create}
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_steps=3)
-    whole = create_trainer([saving], lr=0.1, trainer_class=Rates)
-    whole.train(samples(4), **plan)
-    resumed = create_trainer(lr=0.1, trainer_class=Rates)
-    resumed.train(samples(4), **plan, resume_from=tmp_path / "step_3")
+
+    def rates_of(*callbacks, **kwargs):
+        rates = Keeps("on_train_update_end", lambda trainer, **_: trainer.last_lr[0])
+        create_trainer([rates, *callbacks], lr=0.1).train(
+            ones(4),
+            num_epochs=2,
+            per_device_batch_size=1,
+            create_scheduler_fn=create,
+            **kwargs,
+        )
+        return rates.kept
+
+    whole = rates_of(SaveTrainingStateCallback(tmp_path, save_every_n_steps=3))
 
     expected = [0.0001, 0.05005] + [0.1 * (1 - (n / 6) ** 2) for n in range(6)]
-    assert whole.rates == pytest.approx(expected)
-    assert resumed.rates == whole.rates[3:]
+    assert whole == pytest.approx(expected)
+    assert rates_of(resume_from=tmp_path / "step_3") == whole[3:]
