@@ -2,7 +2,7 @@
 
 The order of the samples, their split over processes, and the random numbers that the
 dataset draws do not depend on the number of workers, on prefetching, or on where a run
-was interrupted. The pieces:
+was interrupted. Scripts may use what is here; its pieces:
 
 * ``order``: the order and the seeds, as plain functions, so that a loop written by hand
   can reproduce a run; and which samples make up each batch of each process;
