@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from pytorch_accelerated.arguments import closest
@@ -25,7 +24,6 @@ from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
 from pytorch_accelerated.data.loaders import batch_size_of_loader, length_of
 from pytorch_accelerated.errors import warn
 from pytorch_accelerated.modes import warn_of_sleeping_submodules
-from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase
 from pytorch_accelerated.step_output import check_loss
 
 if TYPE_CHECKING:
@@ -85,10 +83,7 @@ def check_clipping(value: float | None, norm: float | None) -> None:
 
 def check_scheduler_fn(create_scheduler_fn: Any) -> None:
     """Raise TypeError if a scheduler was given in place of what makes one."""
-    is_scheduler = isinstance(create_scheduler_fn, (LRScheduler, SchedulerBase))
-    if is_scheduler or not (
-        create_scheduler_fn is None or callable(create_scheduler_fn)
-    ):
+    if create_scheduler_fn is not None and not callable(create_scheduler_fn):
         name = type(create_scheduler_fn).__name__
         raise TypeError(
             "create_scheduler_fn must be a function that makes a scheduler from the "
