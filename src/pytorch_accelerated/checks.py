@@ -157,10 +157,8 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
             "No parameter of the model requires a gradient: there is nothing to train. "
             "Unfreeze some of them, for example with ModelFreezer(model).unfreeze()."
         )
-    own = {id(parameter) for parameter in parameters}
-    if not any(
-        id(p) in own for group in optimizer.param_groups for p in group["params"]
-    ):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, parameters)):
         raise ValueError(
             "The optimizer holds no parameter of the model. Create it from the "
             "parameters of this model: it may have been made for a copy or before the "

@@ -142,7 +142,8 @@ def raise_on_all(error: Exception | None) -> None:
     if not agree(error is not None):
         return
     reaches_caller = getattr(error, "reaches_caller", False)
-    raised = gather_object([(_kind_of(error), repr(error), reaches_caller)])
+    kind = None if error is None else _kind_of(error)
+    raised = gather_object([(kind, repr(error), reaches_caller)])
     if error is None:
         process = next(p for p, (kind, *_) in enumerate(raised) if kind is not None)
         kind, text, reaches_caller = raised[process]
@@ -152,15 +153,11 @@ def raise_on_all(error: Exception | None) -> None:
     raise error
 
 
-def _kind_of(error: Exception | None) -> type[Exception] | None:
+def _kind_of(error: Exception) -> type[Exception]:
     """Return the class that stands for an error on other processes."""
-    kinds = (NonFiniteLossError, TrainingInterruptedError, StopTrainingError)
-    if error is None:
-        return None
-    for kind in (*kinds, CheckpointError):
-        if isinstance(error, kind):
-            return kind
-    return RuntimeError
+    stops = (NonFiniteLossError, TrainingInterruptedError, StopTrainingError)
+    kinds = (*stops, CheckpointError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
 
 
 def is_on_all_processes(error: BaseException) -> bool:
@@ -201,8 +198,6 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     A gradient that only some processes have is zero on the others. Collective.
     """
     parameters = [each for each in parameters if each.requires_grad]
-    if not parameters:
-        return
     exists = torch.tensor(
         [each.grad is not None for each in parameters],
         dtype=torch.uint8,
