@@ -10,6 +10,7 @@ import faulthandler
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -19,7 +20,27 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src"
 HANG_SECONDS = 120
+
+
+def python(*arguments: object, **variables: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment of a Python that finds all of this."""
+    path = f"{SOURCE}{os.pathsep}{HERE}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return [sys.executable, *map(str, arguments)], {**environment, **variables}
+
+
+def torchrun(
+    *arguments: object, seconds: float, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script on two processes, as a launcher starts them."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command, environment = python(*launcher, *arguments, **variables)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=seconds
+    )
 
 
 class Job:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from processes import Job
-from scenario import Scenario, fingerprint
+from scenario import Scenario, difference, fingerprint
 
 from pytorch_accelerated import Trainer
 
@@ -57,3 +57,17 @@ def undisturbed(
     job = Job(finish(scenario, folder), folder / "log", num_processes)
     assert job.wait_or_explain() is None
     return result_of(folder), time.monotonic() - start
+
+
+def what_is_wrong_after(
+    scenario: Scenario, folder: Path, expected: dict[str, Any], num_processes: int = 1
+) -> str | None:
+    """Run to the end what was disturbed; say how it differs from what was not."""
+    job = Job(finish(scenario, folder), folder / "log", num_processes)
+    return job.wait_or_explain() or difference(expected, result_of(folder))
+
+
+def wait_until_it_writes(job: Job, folder: Path) -> None:
+    """Wait until a run has begun, or has ended."""
+    while not (folder / "states" / ".lock").exists() and not job.poll():
+        time.sleep(0.002)

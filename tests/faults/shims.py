@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-SOURCE = HERE.parents[1] / "src"
+from processes import HERE, python
 
 
 def build(name: str, folder: Path) -> Path:
@@ -31,16 +28,10 @@ def run_with(library: Path, script: str, *arguments: object) -> list[str]:
         The texts and nulls in JSON among the lines that it prints. What training runs
         print is none.
     """
+    preload = {"LD_PRELOAD": str(library)}
+    command, environment = python(HERE / script, *arguments, **preload)
     done = subprocess.run(
-        [sys.executable, HERE / script, *map(str, arguments)],
-        env={
-            **os.environ,
-            "LD_PRELOAD": str(library),
-            "PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()

@@ -5,19 +5,16 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 import traceback
 import warnings
 from functools import partial
-from pathlib import Path
 from types import MethodType
 
 import pytest
 import torch
-from processes import Job
-from runs import finish, result_of, undisturbed
+from processes import HERE, Job, torchrun
+from runs import finish, result_of, undisturbed, what_is_wrong_after
 from scenario import Augmented, Scenario, difference, fingerprint
 
 from pytorch_accelerated import Trainer, checkpoint
@@ -28,9 +25,6 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.errors import NonFiniteLossError
 from pytorch_accelerated.tracking import InMemoryRunHistory
-
-HERE = Path(__file__).parent
-SOURCE = HERE.parents[1] / "src"
 
 
 class Raise(TrainerCallback):
@@ -69,9 +63,7 @@ def test_the_other_process_ends_with_an_error_and_a_new_run_goes_on(tmp_path, tr
         if codes[1 - victim] != 1 or said not in printed:
             trials.add(f"exit codes {codes}: {printed[-2000:]}")
             continue
-        again = Job(finish(scenario, folder), folder / "log", 2)
-        text = again.wait_or_explain()
-        trials.add(text or difference(expected, result_of(folder)))
+        trials.add(what_is_wrong_after(scenario, folder, expected, 2))
 
 
 @pytest.mark.fault("one of two processes dies under torchrun --max-restarts")
@@ -80,22 +72,11 @@ def test_torchrun_starts_again_and_the_run_goes_on(tmp_path, trials):
     for number in range(trials.count(2)):
         folder = tmp_path / f"trial {number}"
         folder.mkdir()
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc_per_node", "2", "--max_restarts", "2"),
-                *(HERE / "train_script.py", folder, str(2 + number)),
-            ],
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{SOURCE}{os.pathsep}{HERE}",
-                "OMP_NUM_THREADS": "1",
-                # Without it torch's restarts on one machine hang now and then.
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=240,
+        done = torchrun(
+            *("--max_restarts", 2, HERE / "train_script.py", folder, 2 + number),
+            seconds=240,
+            # Without it torch's restarts on one machine hang now and then.
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
         assert (folder / "has died").exists(), done.stderr[-2000:]
         if done.returncode:
@@ -122,21 +103,23 @@ def raise_(error):
     raise error
 
 
+DIED = r"\(pid\S* {pid}\) (is killed by|exited unexpectedly)"
+# What a worker does, the error that follows, and what it says.
 IN_WORKER = {
     "killed": (
         lambda: os.kill(os.getpid(), signal.SIGKILL),
         RuntimeError,
-        ["memory of the host or container is used up"],
+        [DIED, "memory of the host or container is used up"],
     ),
     "crashed": (
         lambda: os.kill(os.getpid(), signal.SIGSEGV),
         RuntimeError,
-        ["num_workers=0 shows where"],
+        [DIED, "num_workers=0 shows where"],
     ),
     "left": (
         lambda: os._exit(0),
         RuntimeError,
-        ["exited unexpectedly", "num_workers=0 shows where"],
+        [DIED, "exited unexpectedly", "num_workers=0 shows where"],
     ),
     "raised": (
         lambda: raise_(OSError("bad sample")),
@@ -148,8 +131,11 @@ IN_WORKER = {
         MemoryError,
         ["too large", "host or container is used up", "Raised by sample 5."],
     ),
+    "hangs": (lambda: time.sleep(1000), RuntimeError, ["timed out after 2 seconds"]),
 }
 WORKERS = [(1, True), (2, True), (2, False)]
+ROWS = dict.fromkeys(IN_WORKER, "a loader's worker dies or raises an error")
+ROWS["hangs"] = "a loader's worker hangs"
 
 
 @pytest.fixture(scope="module")
@@ -157,46 +143,49 @@ def undisturbed_weights(tmp_path_factory):
     return undisturbed(Scenario(), tmp_path_factory.mktemp("undisturbed"))[0]
 
 
-@pytest.mark.fault("a loader's worker dies or raises an error")
-@pytest.mark.parametrize("kind", IN_WORKER)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.fault(row)) for kind, row in ROWS.items()],
+)
 def test_a_worker_that_fails_ends_the_run_with_an_error_and_a_new_run_goes_on(
     kind, tmp_path, trials, undisturbed_weights
 ):
-    spoil, error, texts = IN_WORKER[kind]
     jobs = []
     for num_workers, persistent in WORKERS:
         folder = tmp_path / f"{num_workers} {persistent}"
         scenario = Scenario(
             num_workers=num_workers,
             loader_kwargs=(("persistent_workers", persistent),),
+            # Its handlers are those of the workers too.
+            callbacks=(PreemptionCallback,),
         )
-        run = partial(fail_in_worker, scenario, folder, spoil, error, texts)
+        run = partial(fail_in_worker, scenario, folder, kind)
         jobs.append((scenario, folder, Job(run, folder / "log", own_group=True)))
     for scenario, folder, job in jobs:
-        text = job.wait_or_explain(30) or job.wait_for_group()
-        if text is None:
-            again = Job(finish(scenario, folder), folder / "log")
-            text = again.wait_or_explain()
-        trials.add(text or difference(undisturbed_weights, result_of(folder)))
+        wrong = job.wait_or_explain(60) or job.wait_for_group()
+        trials.add(wrong or what_is_wrong_after(scenario, folder, undisturbed_weights))
 
 
-def fail_in_worker(scenario, folder, spoil, error, texts):
-    class WithSpoiltData(type(scenario)):
+def fail_in_worker(scenario, folder, kind):
+    spoil, error, texts = IN_WORKER[kind]
+
+    class WithSpoiltData(Scenario):
         def train_dataset(self):
             main, pid_file = os.getpid(), folder / "pid"
             return SpoiltInWorker(self.num_samples, main, spoil, pid_file)
 
     # What safetensors does when torch raises its error in the middle of it.
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+    if kind == "hangs":
+        timeout = (*scenario.loader_kwargs, ("timeout", 2))
+        scenario = scenario.with_(loader_kwargs=timeout)
     scenario = WithSpoiltData(**vars(scenario))
     trainer = scenario.create_trainer(folder)
     with pytest.raises(error) as caught:
         scenario.run(folder, trainer=trainer)
     told = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
-    if error is RuntimeError:
-        pid = (folder / "pid").read_text()
-        assert re.search(rf"\(pid\S* {pid}\) (is killed by|exited unexpectedly)", told)
-    assert all(text in told for text in texts), told
+    pid = (folder / "pid").read_text()
+    assert all(re.search(text.format(pid=pid), told) for text in texts), told
     assert "The run ended in epoch 1 (training), after " in told
     # The error, which is still here, does not keep the workers.
     assert multiprocessing.active_children() == []
@@ -211,36 +200,17 @@ def is_noted(text, error):
 # ----------------------------------------------------------------- code that raises
 
 EVENTS = [
-    "on_training_run_start",
-    "on_train_epoch_start",
-    "on_train_step_start",
-    "on_train_update_end",
-    "on_train_step_end",
-    "on_train_epoch_end",
-    "on_eval_epoch_start",
-    "on_eval_step_start",
-    "on_eval_step_end",
-    "on_eval_epoch_end",
-    "on_training_run_epoch_end",
-    "on_training_run_end",
+    *("on_training_run_start", "on_train_epoch_start", "on_train_step_start"),
+    *("on_train_update_end", "on_train_step_end", "on_train_epoch_end"),
+    *("on_eval_epoch_start", "on_eval_step_start", "on_eval_step_end"),
+    *("on_eval_epoch_end", "on_training_run_epoch_end", "on_training_run_end"),
     "on_before_save",
 ]
-
-
 HOOKS = [
-    "training_run_start",
-    "train_epoch_start",
-    "calculate_train_batch_loss",
-    "backward_step",
-    "optimizer_step",
-    "scheduler_step",
-    "optimizer_zero_grad",
-    "train_epoch_end",
-    "eval_epoch_start",
-    "calculate_eval_batch_loss",
-    "eval_epoch_end",
-    "training_run_epoch_end",
-    "training_run_end",
+    *("training_run_start", "train_epoch_start", "calculate_train_batch_loss"),
+    *("backward_step", "optimizer_step", "scheduler_step", "optimizer_zero_grad"),
+    *("train_epoch_end", "eval_epoch_start", "calculate_eval_batch_loss"),
+    *("eval_epoch_end", "training_run_epoch_end", "training_run_end"),
 ]
 ERRORS = [OSError("broken"), KeyboardInterrupt(), SystemExit(3)]
 
@@ -290,28 +260,17 @@ class Observed:
 
 @pytest.mark.fault("a hook, callback or tracker raises")
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
-@pytest.mark.parametrize("event", EVENTS)
-def test_an_error_in_any_event_leaves_everything_in_order(
-    event, error, tmp_path, trials
+@pytest.mark.parametrize("where", [*EVENTS, *HOOKS])
+def test_an_error_in_any_event_or_hook_leaves_everything_in_order(
+    where, error, tmp_path, trials, monkeypatch
 ):
-    run = Observed(tmp_path, Raise(event, error))
+    breaking = [Raise(where, error)] if where in EVENTS else []
+    run = Observed(tmp_path, *breaking)
+    if not breaking:
+        monkeypatch.setattr(run.trainer, where, lambda *args, **kwargs: raise_(error))
     raised = run.raises(error)
-    if isinstance(error, Exception):
-        assert is_noted(f"Raised by the callback Raise in the event {event}", raised)
-    assert run.heard.count("end") == 1
-    run.goes_on()
-    trials.add(None)
-
-
-@pytest.mark.fault("a hook, callback or tracker raises")
-@pytest.mark.parametrize("error", ERRORS[::2], ids=repr)
-@pytest.mark.parametrize("hook", HOOKS)
-def test_an_error_in_any_hook_leaves_everything_in_order(
-    hook, error, tmp_path, trials, monkeypatch
-):
-    run = Observed(tmp_path)
-    monkeypatch.setattr(run.trainer, hook, lambda *args, **kwargs: raise_(error))
-    run.raises(error)
+    if breaking and isinstance(error, Exception):
+        assert is_noted(f"Raised by the callback Raise in the event {where}", raised)
     assert run.heard.count("end") == 1
     monkeypatch.undo()
     run.goes_on()

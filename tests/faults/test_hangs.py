@@ -1,79 +1,20 @@
-"""Workers that hang, and processes of which one does not do its part."""
+"""Processes of which one does not do its part."""
 
-import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
-from processes import Job
-from scenario import Augmented, Scenario
+from processes import HERE, Job, torchrun
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import PreemptionCallback, TrainerCallback
-
-HERE = Path(__file__).parent
-LONG = 1000
-
-
-# ---------------------------------------------------------------------- workers
-
-
-class StuckInWorker(Augmented):
-    """Never comes back for a certain sample, in a worker."""
-
-    def __init__(self, num_samples):
-        super().__init__(num_samples)
-        self.main = os.getpid()
-
-    def __getitem__(self, index):
-        if index == 5 and os.getpid() != self.main:
-            time.sleep(LONG)
-        return super().__getitem__(index)
-
-
-class Stuck(Scenario):
-    def train_dataset(self):
-        return StuckInWorker(self.num_samples)
-
-
-def end_by_timeout(scenario, folder):
-    trainer = scenario.create_trainer(folder)
-    with pytest.raises(RuntimeError, match="timed out after 2 seconds") as caught:
-        scenario.run(folder, trainer=trainer)
-    # The error, which is still here, does not keep the workers.
-    assert multiprocessing.active_children() == []
-    assert type(trainer.model) is nn.Sequential
-    notes = "\n".join(caught.value.__notes__)
-    assert "The run ended in epoch 1 (training), after " in notes
-
-
-@pytest.mark.fault("a loader's worker hangs")
-def test_the_timeout_of_a_loader_ends_the_run_when_a_worker_hangs(tmp_path, trials):
-    jobs = []
-    for num_workers, persistent in [(1, True), (2, True), (2, False)]:
-        folder = tmp_path / f"{num_workers} {persistent}"
-        scenario = Stuck(
-            num_workers=num_workers,
-            loader_kwargs=(("timeout", 2), ("persistent_workers", persistent)),
-            # Its handlers are those of the workers too.
-            callbacks=(PreemptionCallback,),
-        )
-        run = partial(end_by_timeout, scenario, folder)
-        jobs.append(Job(run, folder / "log", own_group=True))
-    for job in jobs:
-        trials.add(job.wait_or_explain(60) or job.wait_for_group())
-
-
-# -------------------------------------------------------- one of several processes
+from pytorch_accelerated.callbacks import TrainerCallback
 
 TIMEOUT_SECONDS = 6
 
@@ -144,7 +85,7 @@ def train_together(process, event=None, action=None, raises=False, uneven=False)
 
 
 def sleep():
-    time.sleep(LONG)
+    time.sleep(1000)
 
 
 IN_STEP, IN_EVALUATION = "on_train_step_start", "on_eval_step_start"
@@ -204,19 +145,6 @@ def what_is_wrong(job, process, texts, hangs):
 
 @pytest.mark.fault("one of several processes hangs, raises or leaves alone")
 def test_a_launcher_ends_a_job_of_which_one_process_hangs(tmp_path, trials):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", HERE / "hang_script.py"),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{HERE.parents[1] / 'src'}{os.pathsep}{HERE}",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS + 60,
-    )
+    done = torchrun(HERE / "hang_script.py", seconds=TIMEOUT_SECONDS + 60)
     is_told = LOST in done.stderr and done.returncode == 1
     trials.add(None if is_told else f"{done.returncode}: {done.stderr[-3000:]}")

@@ -6,14 +6,14 @@ import time
 
 import pytest
 from processes import Job
-from runs import finish, result_of, undisturbed
-from scenario import Scenario, difference
+from runs import finish, undisturbed, what_is_wrong_after
+from scenario import Scenario
 
 SCENARIO = Scenario(num_epochs=3, save_every_n_steps=2, max_checkpoints=2)
 ASYNCHRONOUS = {"save_kwargs": (("asynchronous", True),)}
 
 
-def kill_once(scenario, folder, expected, seconds, num_processes=1):
+def kill_once(scenario, folder, expected, seconds, num_processes):
     """Kill a run after some time, finish it in new processes; say what is wrong."""
     job = Job(finish(scenario, folder), folder / "log", num_processes)
     time.sleep(seconds)
@@ -23,52 +23,34 @@ def kill_once(scenario, folder, expected, seconds, num_processes=1):
     job.kill(signal.SIGKILL)
     job.wait()
     (folder / "result.pt").unlink(missing_ok=True)
-    job = Job(finish(scenario, folder), folder / "log", num_processes)
-    if text := job.wait_or_explain():
-        return text
-    return difference(expected, result_of(folder))
+    return what_is_wrong_after(scenario, folder, expected, num_processes)
 
 
-@pytest.mark.fault("kill -9 at a random instant, one process")
+ONE = pytest.mark.fault("kill -9 at a random instant, one process")
+OF_TWO = pytest.mark.fault("kill -9 at a random instant, one of two processes")
+LOADS_AGAIN = pytest.mark.filterwarnings("ignore:To find its place")
+SAVE_EACH = {"save_every_n_steps": 1, "max_checkpoints": 1, **ASYNCHRONOUS}
+
+
 @pytest.mark.parametrize(
-    ("scenario", "number"),
+    ("num_processes", "number", "changes"),
     [
-        pytest.param(SCENARIO, 100, id="as it is"),
-        pytest.param(SCENARIO.with_(num_workers=2), 100, id="2 workers"),
-        pytest.param(
-            SCENARIO.with_(save_every_n_steps=1, max_checkpoints=1, **ASYNCHRONOUS),
-            20,
-            id="asynchronous",
-        ),
+        pytest.param(1, 100, {}, marks=ONE),
+        pytest.param(1, 100, {"num_workers": 2}, marks=ONE),
+        pytest.param(1, 20, SAVE_EACH, marks=ONE),
+        pytest.param(2, 20, {}, marks=OF_TWO),
+        pytest.param(2, 5, {"num_workers": 2}, marks=OF_TWO),
+        pytest.param(2, 5, {"precision": "bf16"}, marks=OF_TWO),
+        pytest.param(2, 5, {"saves_in_windows": True}, marks=OF_TWO),
+        pytest.param(2, 5, ASYNCHRONOUS, marks=OF_TWO),
+        pytest.param(2, 5, {"own_loader": True}, marks=[OF_TWO, LOADS_AGAIN]),
     ],
+    ids=str,
 )
-def test_kill_9_at_random_instants(scenario, number, tmp_path, trials):
-    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed")
+def test_kill_9_at_random_instants(num_processes, number, changes, tmp_path, trials):
+    scenario = SCENARIO.with_(**changes)
+    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed", num_processes)
     for trial in range(trials.count(number)):
         folder = tmp_path / f"trial {trial}"
         delay = random.uniform(0.0, seconds)
-        trials.add(kill_once(scenario, folder, expected, delay))
-
-
-@pytest.mark.fault("kill -9 at a random instant, one of two processes")
-@pytest.mark.parametrize(
-    ("scenario", "number"),
-    [
-        pytest.param(SCENARIO, 20, id="as it is"),
-        pytest.param(SCENARIO.with_(num_workers=2), 5, id="2 workers"),
-        pytest.param(SCENARIO.with_(precision="bf16"), 5, id="bf16"),
-        pytest.param(SCENARIO.with_(saves_in_windows=True), 5, id="in windows"),
-        pytest.param(SCENARIO.with_(**ASYNCHRONOUS), 5, id="asynchronous"),
-        pytest.param(
-            *(SCENARIO.with_(own_loader=True), 5),
-            id="own loader",
-            marks=pytest.mark.filterwarnings("ignore:To find its place"),
-        ),
-    ],
-)
-def test_kill_9_of_one_of_two_processes(scenario, number, tmp_path, trials):
-    expected, seconds = undisturbed(scenario, tmp_path / "undisturbed", 2)
-    for trial in range(trials.count(number)):
-        folder = tmp_path / f"trial {trial}"
-        delay = random.uniform(0.0, seconds)
-        trials.add(kill_once(scenario, folder, expected, delay, 2))
+        trials.add(kill_once(scenario, folder, expected, delay, num_processes))

@@ -9,7 +9,13 @@ import time
 
 import pytest
 from processes import Job
-from runs import finish, result_of, undisturbed
+from runs import (
+    finish,
+    result_of,
+    undisturbed,
+    wait_until_it_writes,
+    what_is_wrong_after,
+)
 from scenario import Augmented, Scenario, difference
 
 from pytorch_accelerated import checkpoint
@@ -171,9 +177,9 @@ def test_a_signal_anywhere_ends_the_run_to_be_resumed_exactly(
             num_more = 0 if place == "evaluation" else 1
             sent_after = int((folder / "updates").read_text())
             assert newest.num_updates <= sent_after + num_more
-        again = Job(finish(SAVING, folder), folder / "log", num_processes)
-        text = again.wait_or_explain()
-        trials.add(text or difference(expected[num_processes], result_of(folder)))
+        undisturbed_one = expected[num_processes]
+        wrong = what_is_wrong_after(SAVING, folder, undisturbed_one, num_processes)
+        trials.add(wrong)
 
 
 @pytest.mark.fault("SIGTERM at a random instant")
@@ -184,9 +190,7 @@ def test_sigterm_at_random_instants(num_processes, tmp_path, trials):
     for number in range(trials.count(20)):
         folder = tmp_path / f"trial {number}"
         job = Job(finish(scenario, folder), folder / "log", num_processes)
-        begun = folder / "states" / ".lock"
-        while not begun.exists() and not job.poll():
-            time.sleep(0.002)
+        wait_until_it_writes(job, folder)
         time.sleep(random.uniform(0.02, 0.6 * seconds))
         to_all = num_processes == 1 or random.random() < 0.5
         job.kill(signal.SIGTERM, None if to_all else random.randrange(num_processes))
@@ -206,5 +210,4 @@ def what_is_wrong(job, scenario, folder, expected, num_processes):
     if not is_right:
         log = job.log.read_text()[-2000:]
         return f"exit codes {codes}, and {newest} is the newest: {log}"
-    again = Job(finish(scenario, folder), folder / "log", num_processes)
-    return again.wait_or_explain() or difference(expected, result_of(folder))
+    return what_is_wrong_after(scenario, folder, expected, num_processes)
