@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -20,14 +22,14 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-HERE = Path(__file__).parent
-SOURCE = HERE.parents[1] / "src"
+TESTS = Path(__file__).parent
+FAULTS = TESTS / "faults"
 HANG_SECONDS = 120
 
 
 def python(*arguments: object, **variables: str) -> tuple[list[str], dict[str, str]]:
     """Return the command and the environment of a Python that finds all of this."""
-    path = f"{SOURCE}{os.pathsep}{HERE}"
+    path = os.pathsep.join(map(str, (TESTS.parent / "src", TESTS, FAULTS)))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return [sys.executable, *map(str, arguments)], {**environment, **variables}
 
@@ -69,6 +71,7 @@ class Job:
         self.pids: list[int] = []
         self.codes: dict[int, int] = {}
         port = _free_port() if num_processes > 1 or is_launched else None
+        multiprocessing.active_children()  # forgets those that have ended
         for rank in range(num_processes):
             with warnings.catch_warnings():
                 # torch has threads, but none that the child would need
@@ -132,6 +135,17 @@ class Job:
         if not any(codes):
             return None
         return f"exit codes {codes}: {self.log.read_text(errors='replace')[-3000:]}"
+
+
+def memory_taken() -> int:
+    """Return the bytes that the addresses of this process span."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def keep_to_memory(num_bytes: int) -> None:
+    """Let this process take so many bytes more than it has, and no others."""
+    limit = memory_taken() + num_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _free_port() -> int:

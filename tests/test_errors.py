@@ -60,6 +60,7 @@ def test_on_python_3_10_an_out_of_memory_error_has_it_all_in_its_message_found_1
     assert message.startswith(said)
     assert "The run ended in epoch 1 (training)" in message
     assert "Last training state: none" in message
+    assert "batches of 4 samples" in message
     assert "per_device_batch_size=2 and gradient_accumulation_steps=2" in message
 
 

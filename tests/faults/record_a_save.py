@@ -12,8 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from runs import train_another_epoch
-from scenario import Scenario
+from runs import SMALL, save_with, train_another_epoch
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
@@ -21,11 +20,8 @@ from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 
 def main(folder: Path, *kinds: str) -> None:
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
-    scenario = Scenario(
-        num_epochs=1, save_every_n_steps=None, num_samples=12, ends_schedule=False
-    )
     for kind in kinds:
-        trainer = scenario.run(folder / kind / "run")
+        trainer = SMALL.with_(save_best=True).run(folder / kind / "run")
         live = folder / kind / "live"
         save = {"prune": save_second, "replace": save_again, "file": save_file}[kind]
         save(trainer, live, 1)
@@ -50,9 +46,7 @@ def mark_states(trainer: Trainer, shim: ctypes.CDLL) -> None:
 
 def save_second(trainer: Trainer, folder: Path, number: int) -> None:
     saving = SaveTrainingStateCallback(folder, max_checkpoints=1, on_save_error="raise")
-    trainer.callback_handler.add_callback(saving)
-    saving._save(trainer, f"step_{number}")
-    trainer.callback_handler.callbacks.remove(saving)
+    save_with(saving, trainer, f"step_{number}")
 
 
 def save_again(trainer: Trainer, folder: Path, number: int) -> None:

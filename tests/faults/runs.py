@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +15,50 @@ from processes import Job
 from scenario import Scenario, difference, fingerprint
 
 from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.checkpoint import folder as folders
+
+# A run of one epoch and one update.
+SMALL = Scenario(
+    num_epochs=1,
+    num_samples=12,
+    save_best=False,
+    save_every_n_steps=None,
+    ends_schedule=False,
+)
+
+
+class At(TrainerCallback):
+    """Does something in an event, at its n-th time.
+
+    Args:
+        event: The name of the event.
+        act: Called with the trainer.
+        count: At which time.
+        is_last: Whether after all other callbacks.
+    """
+
+    def __init__(
+        self,
+        event: str,
+        act: Callable[[Trainer], Any],
+        count: int = 1,
+        *,
+        is_last: bool = False,
+    ) -> None:
+        self.left = count
+        self.called_last = (event,) if is_last else ()
+
+        def listen(self: At, trainer: Trainer, **kwargs: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                act(trainer)
+
+        setattr(self, event, MethodType(listen, self))
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 def finish(scenario: Scenario, folder: Path) -> Callable[[], None]:
@@ -43,6 +89,24 @@ def train_another_epoch(trainer: Trainer, state: Path) -> None:
         create_scheduler_fn=trainer.create_scheduler_fn,
         resume_from=state,
     )
+
+
+def save_with(saving: SaveTrainingStateCallback, trainer: Trainer, name: str) -> None:
+    """Save as a callback does that is one of the trainer's meanwhile."""
+    trainer.callback_handler.add_callback(saving)
+    try:
+        saving._save(trainer, name)
+    finally:
+        trainer.callback_handler.callbacks.remove(saving)
+
+
+def change_manifest(state: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Write the manifest of a state anew, with something else in it."""
+    path = state / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    manifest["checksum"] = folders._checksum_of(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from runs import train_another_epoch
-from scenario import Scenario
+from runs import SMALL, save_with, train_another_epoch
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
@@ -31,10 +30,7 @@ RAISED, NOT_RAISED = 3, 0
 
 def main(folder: Path, mode: str) -> None:
     shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
-    scenario = Scenario(
-        num_epochs=1, save_every_n_steps=None, num_samples=12, ends_schedule=False
-    )
-    trainer = scenario.run(folder / "run")
+    trainer = SMALL.with_(save_best=True).run(folder / "run")
     states = folder / "states"
     saving = SaveTrainingStateCallback(
         states, save_every_n_steps=1, max_checkpoints=1, on_save_error="raise"
@@ -59,14 +55,6 @@ def main(folder: Path, mode: str) -> None:
             sys.stdout.flush()
             shutil.rmtree(states)
             shutil.copytree(folder / "pristine", states)
-
-
-def save_with(saving, trainer, name: str) -> None:
-    trainer.callback_handler.add_callback(saving)
-    try:
-        saving._save(trainer, name)
-    finally:
-        trainer.callback_handler.callbacks.remove(saving)
 
 
 def in_child(function) -> int:

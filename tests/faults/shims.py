@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import HERE, python
+from processes import FAULTS, python
 
 
 def build(name: str, folder: Path) -> Path:
@@ -17,7 +17,7 @@ def build(name: str, folder: Path) -> Path:
         pytest.skip(f"needs Linux and gcc, to build {name}.c")
     library = folder / f"{name}.so"
     command = ["gcc", "-shared", "-fPIC", "-O1", "-o", library]
-    subprocess.run([*command, HERE / f"{name}.c", "-ldl"], check=True)
+    subprocess.run([*command, FAULTS / f"{name}.c", "-ldl"], check=True)
     return library
 
 
@@ -29,7 +29,7 @@ def run_with(library: Path, script: str, *arguments: object) -> list[str]:
         print is none.
     """
     preload = {"LD_PRELOAD": str(library)}
-    command, environment = python(HERE / script, *arguments, **preload)
+    command, environment = python(FAULTS / script, *arguments, **preload)
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300
     )

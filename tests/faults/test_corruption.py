@@ -12,7 +12,7 @@ from scenario import Scenario, difference, fingerprint
 from torch import nn
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.callbacks import TrainerCallback, WSDCheckpointCallback
+from pytorch_accelerated.callbacks import WSDCheckpointCallback
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.schedulers import WSDLrScheduler
 from pytorch_accelerated.state import TrainingState
@@ -125,23 +125,11 @@ def what_is_wrong(newest, before, file, damage):
     return f"{told}: it was loaded"
 
 
-class Post(TrainerCallback):
-    """Saves a checkpoint at the end of the run."""
-
-    called_first = ("on_training_run_end",)
-
-    def on_training_run_end(self, trainer, **kwargs):
-        trainer.save_checkpoint(trainer.callback_handler.callbacks[-1].path)
-
-    def __init__(self, path):
-        self.path = path
-
-
 @pytest.fixture(scope="module")
 def single_files(tmp_path_factory):
     """What save_checkpoint and the callbacks that keep models have written."""
     folder = tmp_path_factory.mktemp("single")
-    SCENARIO.with_(callbacks=(Post(folder / "mine.pt"),)).run(folder)
+    SCENARIO.run(folder).save_checkpoint(folder / "mine.pt")
     schedule = WSDLrScheduler.create_scheduler_fn(num_checkpoints=1)
     trainer = SCENARIO.create_trainer(folder / "wsd")
     trainer.callback_handler.add_callback(WSDCheckpointCallback(folder / "wsd"))

@@ -9,12 +9,11 @@ import time
 import traceback
 import warnings
 from functools import partial
-from types import MethodType
 
 import pytest
 import torch
-from processes import HERE, Job, torchrun
-from runs import finish, result_of, undisturbed, what_is_wrong_after
+from processes import FAULTS, Job, torchrun
+from runs import At, finish, raise_, result_of, undisturbed, what_is_wrong_after
 from scenario import Augmented, Scenario, difference, fingerprint
 
 from pytorch_accelerated import Trainer, checkpoint
@@ -25,21 +24,6 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.errors import NonFiniteLossError
 from pytorch_accelerated.tracking import InMemoryRunHistory
-
-
-class Raise(TrainerCallback):
-    """Raises an error in an event, at its n-th time."""
-
-    def __init__(self, event, error, count=1):
-        self.left = count
-
-        def act(self, trainer, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                raise error
-
-        setattr(self, event, MethodType(act, self))
-
 
 # --------------------------------------------------------------- processes that die
 
@@ -73,7 +57,7 @@ def test_torchrun_starts_again_and_the_run_goes_on(tmp_path, trials):
         folder = tmp_path / f"trial {number}"
         folder.mkdir()
         done = torchrun(
-            *("--max_restarts", 2, HERE / "train_script.py", folder, 2 + number),
+            *("--max_restarts", 2, FAULTS / "train_script.py", folder, 2 + number),
             seconds=240,
             # Without it torch's restarts on one machine hang now and then.
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
@@ -97,10 +81,6 @@ class SpoiltInWorker(Augmented):
             self.pid_file.write_text(str(os.getpid()))
             self.spoil()
         return super().__getitem__(index)
-
-
-def raise_(error):
-    raise error
 
 
 DIED = r"\(pid\S* {pid}\) (is killed by|exited unexpectedly)"
@@ -264,13 +244,13 @@ class Observed:
 def test_an_error_in_any_event_or_hook_leaves_everything_in_order(
     where, error, tmp_path, trials, monkeypatch
 ):
-    breaking = [Raise(where, error)] if where in EVENTS else []
+    breaking = [At(where, lambda _: raise_(error))] if where in EVENTS else []
     run = Observed(tmp_path, *breaking)
     if not breaking:
         monkeypatch.setattr(run.trainer, where, lambda *args, **kwargs: raise_(error))
     raised = run.raises(error)
     if breaking and isinstance(error, Exception):
-        assert is_noted(f"Raised by the callback Raise in the event {where}", raised)
+        assert is_noted(f"Raised by the callback At in the event {where}", raised)
     assert run.heard.count("end") == 1
     monkeypatch.undo()
     run.goes_on()
@@ -283,8 +263,8 @@ def test_an_error_while_cleaning_up_after_another_leaves_everything_in_order(
     while_cleaning_up, tmp_path, trials, capsys
 ):
     error = ValueError("the first one")
-    breaking = Raise("on_exception", while_cleaning_up)
-    run = Observed(tmp_path, Raise("on_train_step_end", error))
+    breaking = At("on_exception", lambda _: raise_(while_cleaning_up))
+    run = Observed(tmp_path, At("on_train_step_end", lambda _: raise_(error)))
     run.trainer.callback_handler.callbacks.insert(0, breaking)
     if isinstance(while_cleaning_up, Exception):
         run.raises(error)
@@ -314,11 +294,6 @@ class BrokenHistory(InMemoryRunHistory):
         return get(name)
 
 
-class Break(TrainerCallback):
-    def on_train_step_end(self, trainer, **kwargs):
-        trainer.run_history.is_broken = True
-
-
 @pytest.mark.fault("a hook, callback or tracker raises")
 @pytest.mark.parametrize(
     "attribute",
@@ -328,7 +303,11 @@ def test_an_error_in_the_run_history_leaves_everything_in_order(
     attribute, tmp_path, trials, capsys
 ):
     error = OSError("the tracker's server is gone")
-    run = Observed(tmp_path, Break, save_best=False)
+
+    def break_it(trainer):
+        trainer.run_history.is_broken = True
+
+    run = Observed(tmp_path, At("on_train_step_end", break_it), save_best=False)
     run.trainer.run_history = BrokenHistory(attribute, error)
     raised = run.raises(error)
     assert traceback.extract_tb(raised.__traceback__)[-1].name == "__getattribute__"
@@ -340,20 +319,6 @@ def test_an_error_in_the_run_history_leaves_everything_in_order(
     run.scenario = Scenario(callbacks=run.scenario.callbacks[:-1], save_best=False)
     run.scenario.run(tmp_path, trainer=run.trainer)
     trials.add(None)
-
-
-class ExhaustMemory(TrainerCallback):
-    def on_train_step_start(self, trainer, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-
-def test_a_lack_of_memory_says_what_to_try(tmp_path):
-    scenario = Scenario(callbacks=(ExhaustMemory,))
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        scenario.run(tmp_path)
-    assert is_noted("batches of 4 samples", caught.value)
-    advice = "per_device_batch_size=2 and gradient_accumulation_steps=6"
-    assert is_noted(advice, caught.value)
 
 
 def test_the_death_of_a_worker_amid_a_save_is_no_reason_to_save_without_the_schedule(

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
-from processes import HERE, Job, torchrun
+from processes import FAULTS, Job, torchrun
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -145,6 +145,6 @@ def what_is_wrong(job, process, texts, hangs):
 
 @pytest.mark.fault("one of several processes hangs, raises or leaves alone")
 def test_a_launcher_ends_a_job_of_which_one_process_hangs(tmp_path, trials):
-    done = torchrun(HERE / "hang_script.py", seconds=TIMEOUT_SECONDS + 60)
+    done = torchrun(FAULTS / "hang_script.py", seconds=TIMEOUT_SECONDS + 60)
     is_told = LOST in done.stderr and done.returncode == 1
     trials.add(None if is_told else f"{done.returncode}: {done.stderr[-3000:]}")

@@ -5,18 +5,18 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import struct
 import tarfile
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Job
-from scenario import Scenario
+from processes import Job, keep_to_memory
+from runs import SMALL, change_manifest
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.checkpoint import folder as folders
@@ -24,7 +24,7 @@ from pytorch_accelerated.engines import fsdp
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.state import TrainingState
 
-SCENARIO = Scenario(num_epochs=1, num_samples=12, save_best=False)
+SCENARIO = SMALL.with_(ends_schedule=True, save_every_n_steps=1)
 MEGABYTE = 2**20
 # What a process may take of memory, besides what it has; each bomb would take more.
 MEMORY_LEFT = 400 * MEGABYTE
@@ -60,14 +60,6 @@ def sign(state):
         }
 
     change_manifest(state, change)
-
-
-def change_manifest(state, change):
-    path = state / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    manifest["checksum"] = folders._checksum_of(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def change_archive(path, name, change, kind=zipfile.ZIP_STORED):
@@ -118,15 +110,14 @@ def compressed(path):
 
 
 def compressed_tensor(path):
+    zeros = bytes(500 * MEGABYTE)
     torch.save({"state": torch.zeros(4)}, path)
-    change_archive(
-        path, "data/0", lambda _: bytes(500 * MEGABYTE), zipfile.ZIP_DEFLATED
-    )
+    change_archive(path, "data/0", lambda _: zeros, zipfile.ZIP_DEFLATED)
 
 
 def compressed_pickle(path):
-    torch.save({"state": {}}, path)
     push_and_pop = b"\x80\x02" + b"N0" * (250 * MEGABYTE) + b"N."
+    torch.save({"state": {}}, path)
     change_archive(path, "data.pkl", lambda _: push_and_pop, zipfile.ZIP_DEFLATED)
 
 
@@ -142,17 +133,11 @@ def entries_that_share_bytes(path):
         archive._didModify = True  # so that its table of contents is written anew
 
 
-def with_pickle(pickled):
-    def write(path):
-        torch.save({"state": {}}, path)
-        change_archive(path, "data.pkl", lambda _: pickled)
-
-    return write
-
-
-LEVELS = 100_000
-nested = with_pickle(b"\x80\x02" + b"}K\0" * LEVELS + b"}" + b"s" * LEVELS + b".")
-nested.__name__ = "nested"
+def nested(path):
+    levels = 100_000
+    pickled = b"\x80\x02" + b"}K\0" * levels + b"}" + b"s" * levels + b"."
+    torch.save({"state": {}}, path)
+    change_archive(path, "data.pkl", lambda _: pickled)
 
 
 def other_content(path):
@@ -266,32 +251,17 @@ def manifest_nearly_too_deep(state):
             checkpoint.list_checkpoints(state.parent)
 
 
-def naming(name):
-    def change(state):
-        change_manifest(
-            state, lambda m: m["files"].update({name: m["files"]["run.pt"]})
-        )
-
-    change.__name__ = f"naming {name!r}"
-    return change
+def add_file(state, name):
+    change_manifest(state, lambda m: m["files"].update({name: m["files"]["run.pt"]}))
 
 
-def manifest_with(**changes):
-    def change(state):
-        change_manifest(state, lambda manifest: manifest.update(changes))
-
-    change.__name__ = str(changes)
-    return change
+def change_entries(state, **entries):
+    change_manifest(state, lambda manifest: manifest.update(entries))
 
 
-def link(name, target):
-    def change(state):
-        path = state / name
-        path.unlink()
-        path.symlink_to(target)
-
-    change.__name__ = f"{name} linked to {target}"
-    return change
+def link(state, name, target):
+    (state / name).unlink()
+    (state / name).symlink_to(target)
 
 
 def folder_link(state):
@@ -311,42 +281,39 @@ def sparse_terabyte(state):
     os.truncate(state / "run.pt", 2**40)
 
 
-def pipe(name):
-    def change(state):
-        (state / name).unlink()
-        os.mkfifo(state / name)
-        if name != "manifest.json":
-            change_manifest(state, lambda m: m["files"][name].update(size=0))
-
-    change.__name__ = f"{name} is a pipe"
-    return change
+def pipe(state, name):
+    (state / name).unlink()
+    os.mkfifo(state / name)
+    if name != "manifest.json":
+        change_manifest(state, lambda m: m["files"][name].update(size=0))
 
 
-FOLDERS = {
-    weights_as_pickle: "pytorch_model.bin.*would run code",
-    header_longer_than_all_memory: "model.safetensors.*(?i:header)",
-    tensor_of_gigabytes: "model.safetensors.*(?i:offset|metadata|size|buffer)",
-    versions_that_are_none: "model.safetensors.*versions",
-    deep_manifest: "manifest.json.*RecursionError",
-    manifest_nearly_too_deep: "manifest.json.*damaged",
-    manifest_with(files=[1]): "manifest.json.*damaged",
-    manifest_with(progress=1): "manifest.json.*damaged",
-    manifest_with(files={"a": 3}): "a.*damaged",
-    naming("../run.pt"): "leads out",
-    naming("a/../../run.pt"): "leads out",
-    naming(""): "leads out",
-    naming("/etc/passwd"): "leads out",
-    naming("a\0b"): "zzz/a.*damaged",
-    naming("\ud800"): "zzz.*damaged",
-    naming("x" * 300): "x",
-    link("run.pt", "/etc/passwd"): "run.pt is a link",
-    link("manifest.json", "/dev/zero"): "manifest.json.*link",
-    link("manifest.json", "run.pt"): "manifest.json.*link",
-    folder_link: "sub/run.pt is a link",
-    sparse_terabyte: "run.pt has 1,099,511,627,776 bytes instead of",
-    pipe("manifest.json"): "manifest.json.*no plain file",
-    pipe("run.pt"): "run.pt.*no plain file",
-}
+# What is done to a folder, with what, and what is said of it.
+FOLDERS = [
+    (weights_as_pickle, {}, "pytorch_model.bin.*would run code"),
+    (header_longer_than_all_memory, {}, "model.safetensors.*(?i:header)"),
+    (tensor_of_gigabytes, {}, "model.safetensors.*(?i:offset|metadata|size|buffer)"),
+    (versions_that_are_none, {}, "model.safetensors.*versions"),
+    (deep_manifest, {}, "manifest.json.*RecursionError"),
+    (manifest_nearly_too_deep, {}, "manifest.json.*damaged"),
+    (change_entries, {"files": [1]}, "manifest.json.*damaged"),
+    (change_entries, {"progress": 1}, "manifest.json.*damaged"),
+    (change_entries, {"files": {"a": 3}}, "a.*damaged"),
+    (add_file, {"name": "../run.pt"}, "leads out"),
+    (add_file, {"name": "a/../../run.pt"}, "leads out"),
+    (add_file, {"name": ""}, "leads out"),
+    (add_file, {"name": "/etc/passwd"}, "leads out"),
+    (add_file, {"name": "a\0b"}, "zzz/a.*damaged"),
+    (add_file, {"name": "\ud800"}, "zzz.*damaged"),
+    (add_file, {"name": "x" * 300}, "x"),
+    (link, {"name": "run.pt", "target": "/etc/passwd"}, "run.pt is a link"),
+    (link, {"name": "manifest.json", "target": "/dev/zero"}, "manifest.json.*link"),
+    (link, {"name": "manifest.json", "target": "run.pt"}, "manifest.json.*link"),
+    (folder_link, {}, "sub/run.pt is a link"),
+    (sparse_terabyte, {}, "run.pt has 1,099,511,627,776 bytes instead of"),
+    (pipe, {"name": "manifest.json"}, "manifest.json.*no plain file"),
+    (pipe, {"name": "run.pt"}, "run.pt.*no plain file"),
+]
 
 
 # ----------------------------------------------------------------------------- trials
@@ -354,8 +321,7 @@ FOLDERS = {
 
 def what_happens(states, hostile, expected, marker):
     """Read the state in every way, with little memory to spare; say what went wrong."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_LEFT, size + MEMORY_LEFT))
+    keep_to_memory(MEMORY_LEFT)
     told = []
     try:
         TrainingState.read(checkpoint.Checkpoint(hostile))
@@ -395,30 +361,22 @@ def try_it(saved, folder, expected, change):
     return wrong or ("code was run" if Attack.marker.exists() else None)
 
 
+OTHER_FILES = ("optimizer.bin", "scheduler.bin", "trainer_metadata.pt", "processes.pt")
+IN_FILES = [("run.pt", each) for each in CONTENTS]
+IN_FILES += [(name, code) for name in OTHER_FILES]
+
+
 @pytest.mark.fault("hostile checkpoint: code, bombs, links, lies")
-@pytest.mark.parametrize("write", CONTENTS, ids=lambda write: write.__name__)
-def test_a_hostile_file_of_torch_is_refused(write, saved, tmp_path, trials):
+@pytest.mark.parametrize(("name", "write"), IN_FILES)
+def test_a_hostile_file_of_torch_is_refused(name, write, saved, tmp_path, trials):
     def change(state):
-        write(state / "run.pt")
+        write(state / name)
         sign(state)
 
-    trials.add(try_it(saved, tmp_path, f"run.pt.*{CONTENTS[write]}", change))
+    trials.add(try_it(saved, tmp_path, f"{name}.*{CONTENTS[write]}", change))
 
 
 @pytest.mark.fault("hostile checkpoint: code, bombs, links, lies")
-@pytest.mark.parametrize(
-    "name",
-    ["optimizer.bin", "scheduler.bin", "trainer_metadata.pt", "processes.pt"],
-)
-def test_code_in_any_file_is_refused(name, saved, tmp_path, trials):
-    def change(state):
-        code(state / name)
-        sign(state)
-
-    trials.add(try_it(saved, tmp_path, f"{name}.*would run code", change))
-
-
-@pytest.mark.fault("hostile checkpoint: code, bombs, links, lies")
-@pytest.mark.parametrize("change", FOLDERS, ids=lambda change: change.__name__)
-def test_a_hostile_folder_is_refused(change, saved, tmp_path, trials):
-    trials.add(try_it(saved, tmp_path, FOLDERS[change], change))
+@pytest.mark.parametrize(("change", "kwargs", "expected"), FOLDERS)
+def test_a_hostile_folder_is_refused(change, kwargs, expected, saved, tmp_path, trials):
+    trials.add(try_it(saved, tmp_path, expected, partial(change, **kwargs)))

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from processes import HERE, Job, python
+from processes import FAULTS, Job, python
 from runs import undisturbed, wait_until_it_writes, what_is_wrong_after
 from scenario import Scenario
 
@@ -133,7 +133,7 @@ def script(tmp_path):
     started = []
 
     def start(seconds):
-        command, env = python(HERE / "interrupt_script.py", tmp_path, seconds)
+        command, env = python(FAULTS / "interrupt_script.py", tmp_path, seconds)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=env, text=True, **pipes))
         return started[0]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Job
-from runs import train_another_epoch
-from scenario import Scenario, difference
+from processes import Job, memory_taken
+from runs import SMALL, train_another_epoch
+from scenario import difference
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer, checkpoint
@@ -26,13 +26,6 @@ from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.state import TrainingState
 
 LIMITS = "limits of open files, file sizes, memory and shared memory"
-SMALL = Scenario(
-    num_epochs=1,
-    num_samples=12,
-    save_best=False,
-    save_every_n_steps=None,
-    ends_schedule=False,
-)
 MEGABYTE = 2**20
 
 
@@ -67,9 +60,7 @@ def files_left(number):
 def memory_left(megabytes):
     """Let this process take no more than some memory besides what it has."""
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + megabytes * MEGABYTE
-    return limited(resource.RLIMIT_AS, size)
+    return limited(resource.RLIMIT_AS, memory_taken() + megabytes * MEGABYTE)
 
 
 def try_limit(trainer, folder, limit, reason):
@@ -142,11 +133,20 @@ def try_limits(trials, trainer, folder, limits, reason):
         trials.add(wrong or (f"{left} are left" if left else None))
 
 
+SIZES = (0, 10, 1000, 2000, 5000, 10_000, 50_000)
+NO_MORE_FILES = [lambda n=n: files_left(n) for n in range(8)]
+NO_LARGER_FILES = [lambda n=n: limited(resource.RLIMIT_FSIZE, n) for n in SIZES]
+
+
 @pytest.mark.fault(LIMITS)
-def test_no_more_files_can_be_opened(tmp_path, trials):
-    limits = [lambda n=n: files_left(n) for n in range(8)]
+@pytest.mark.parametrize(
+    ("limits", "number"),
+    [(NO_MORE_FILES, 24), (NO_LARGER_FILES, 27)],
+    ids=["open files", "file sizes"],
+)
+def test_files_run_out_or_may_not_grow_larger(limits, number, tmp_path, trials):
     trainer = SMALL.run(tmp_path / "run")
-    try_limits(trials, trainer, tmp_path, limits, "(errno 24)")
+    try_limits(trials, trainer, tmp_path, limits, f"(errno {number})")
 
 
 @pytest.mark.fault(LIMITS)
@@ -161,14 +161,6 @@ def test_what_cannot_be_read_for_want_of_open_files_is_not_taken_for_damaged(
     with files_left(0), pytest.raises(CheckpointError, match=r"may be whole.*errno 24"):
         found.verify()
     trials.add(None)
-
-
-@pytest.mark.fault(LIMITS)
-def test_files_may_not_grow_larger_than_allowed(tmp_path, trials):
-    sizes = (0, 10, 1000, 2000, 5000, 10_000, 50_000)
-    limits = [lambda n=n: limited(resource.RLIMIT_FSIZE, n) for n in sizes]
-    trainer = SMALL.run(tmp_path / "run")
-    try_limits(trials, trainer, tmp_path, limits, "(errno 27)")
 
 
 @pytest.mark.fault(LIMITS)

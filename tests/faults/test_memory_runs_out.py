@@ -1,12 +1,10 @@
 """Memory runs out: the run goes on with smaller batches, and with the same updates."""
 
-import resource
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from processes import Job
+from processes import Job, keep_to_memory
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -113,18 +111,11 @@ def train_wide(folder, name, batch_size, accumulation):
     )
 
 
-def limit_memory(num_bytes):
-    """Let this process take so many bytes more than it has, and no others."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + num_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
 @pytest.mark.fault("memory runs out for real (RLIMIT_AS)")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_real_lack_of_memory(tmp_path, trials):
     def with_little_memory():
-        limit_memory(400 << 20)
+        keep_to_memory(400 << 20)
         train_wide(tmp_path, "little", batch_size=32, accumulation=1)
 
     trials.add(Job(with_little_memory, tmp_path / "log").wait_or_explain())

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from processes import Job
+from runs import At, raise_
 from scenario import Augmented, Scenario, difference
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
@@ -49,7 +50,14 @@ SCENARIO = Scenario(num_epochs=2, in_memory=True, patience=9, ends_schedule=Fals
 def test_each_sample_is_seen_once_with_other_batches(changes, tmp_path, trials):
     for stop in (1, 2, 3):
         before, after = NoteSamples(), NoteSamples()
-        stopped = SCENARIO.with_(callbacks=(before, StopAfter(stop)))
+        # Like Ctrl-C, after the state of that update is saved.
+        stopping = At(
+            "on_train_step_end",
+            lambda _: raise_(KeyboardInterrupt()),
+            stop * SCENARIO.accumulation,
+            is_last=True,
+        )
+        stopped = SCENARIO.with_(callbacks=(before, stopping))
         with pytest.raises(KeyboardInterrupt):
             stopped.run(tmp_path / f"{stop}")
         state = tmp_path / f"{stop}" / "states" / f"step_{stop}"
@@ -60,19 +68,6 @@ def test_each_sample_is_seen_once_with_other_batches(changes, tmp_path, trials):
         seen = before.seen[1] + after.seen[1]
         trials.add(None if sorted(seen) == everything else f"{len(seen)} samples")
         trials.add(None if sorted(after.seen[2]) == everything else "epoch 2")
-
-
-class StopAfter(TrainerCallback):
-    """Stops like Ctrl-C, after the state of that update is saved."""
-
-    called_last = ("on_train_step_end",)
-
-    def __init__(self, num_updates):
-        self.num_updates = num_updates
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        if trainer.num_updates == self.num_updates:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.fault(OTHER_RUN)
@@ -200,17 +195,6 @@ def test_a_stream_goes_on_where_it_was(dataset_class, tmp_path):
             assert dataset.read == 40 - samples_done
 
 
-def test_a_loader_that_keeps_its_place_is_set_there(tmp_path):
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-
-    def loader():
-        return stateful.StatefulDataLoader(Counting(), batch_size=3)
-
-    expected = train_on(loader(), tmp_path / "whole").model.state_dict()
-    trainer = train_on(loader(), tmp_path / "2", tmp_path / "whole" / "step_2")
-    assert difference(expected, trainer.model.state_dict()) is None
-
-
 def test_the_place_in_a_loader_of_the_users_is_not_guessed(tmp_path):
     samples = Augmented(20).inputs[:, :1]
     data = TensorDataset(samples, samples)
@@ -221,6 +205,3 @@ def test_the_place_in_a_loader_of_the_users_is_not_guessed(tmp_path):
     train_on(loader(3), tmp_path)
     with pytest.raises(CheckpointError, match="loader or sampler of yours"):
         train_on(loader(5), tmp_path / "2", tmp_path / "step_2")
-
-
-# --------------------------------------------------------------------- other states

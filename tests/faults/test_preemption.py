@@ -10,6 +10,7 @@ import time
 import pytest
 from processes import Job
 from runs import (
+    At,
     finish,
     result_of,
     undisturbed,
@@ -24,23 +25,9 @@ from pytorch_accelerated.callbacks import PreemptionCallback, TrainerCallback
 SCENARIO = Scenario(save_every_n_steps=None, callbacks=(PreemptionCallback,))
 
 
-class SignalAt(TrainerCallback):
-    """Sends a signal to this process at an event of the run."""
-
-    def __init__(self, event, count=1, number=signal.SIGTERM):
-        self.left = count
-
-        def send(trainer, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), number)
-
-        setattr(self, event, send)
-
-
 def test_a_signal_at_the_very_end_is_not_lost_on_the_script(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    late = SignalAt("on_training_run_end")
+    late = At("on_training_run_end", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     trainer = SCENARIO.with_(callbacks=(late, PreemptionCallback)).run(tmp_path)
     assert trainer.interrupted
     assert signal.getsignal(signal.SIGTERM) == before
@@ -91,22 +78,6 @@ def test_names_that_are_no_signals_are_refused():
 SAVING = SCENARIO.with_(save_every_n_steps=2, num_workers=1)
 
 
-class SignalSome(SignalAt):
-    """Sends a signal to some of the processes, and notes how many updates were made."""
-
-    def __init__(self, event, count, number, processes, note):
-        super().__init__(event, count, number)
-        send = getattr(self, event)
-
-        def send_here(trainer, **kwargs):
-            if trainer._accelerator.process_index in processes:
-                send(trainer, **kwargs)
-                if self.left == 0:
-                    note.write_text(str(trainer.num_updates))
-
-        setattr(self, event, send_here)
-
-
 class SignalledInWait(Augmented):
     """A worker signals its process while that waits for a sample."""
 
@@ -136,9 +107,15 @@ PLACES = {
 
 def interrupted_in(place, number, processes, folder):
     """Return a scenario in which some processes get a signal in a certain place."""
+
+    def send(trainer):
+        if trainer._accelerator.process_index in processes:
+            os.kill(os.getpid(), number)
+            (folder / "updates").write_text(str(trainer.num_updates))
+
     if PLACES[place] is not None:
-        sending = SignalSome(*PLACES[place], number, processes, folder / "updates")
-        return SAVING.with_(callbacks=(PreemptionCallback, sending))
+        event, count = PLACES[place]
+        return SAVING.with_(callbacks=(PreemptionCallback, At(event, send, count)))
 
     class WaitsForData(Scenario):
         def train_dataset(self):

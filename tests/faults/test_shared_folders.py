@@ -1,7 +1,6 @@
 """Several runs in one folder, and files in it that belong to others."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -10,27 +9,22 @@ import sys
 import time
 import types
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from processes import Job
-from scenario import Scenario, difference, fingerprint
+from runs import SMALL, At, change_manifest, raise_
+from scenario import difference, fingerprint
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import TrainerCallback, checkpointing
 from pytorch_accelerated.checkpoint import directory
-from pytorch_accelerated.checkpoint import folder as folders
 from pytorch_accelerated.errors import CheckpointError
 
 SEVERAL_RUNS = "several runs in one folder, locks of dead processes"
 FOREIGN_FILES = "foreign files in the folder"
-SMALL = Scenario(
-    num_epochs=1,
-    num_samples=24,
-    save_best=False,
-    max_checkpoints=1,
-    ends_schedule=False,
-)
+TWO_UPDATES = SMALL.with_(num_samples=24, save_every_n_steps=1, max_checkpoints=1)
 
 
 class WaitForOthers(TrainerCallback):
@@ -52,7 +46,7 @@ def start_together(folder, num_runs):
     def run(number):
         while time.monotonic() < start:
             time.sleep(0.001)
-        scenario = SMALL.with_(
+        scenario = TWO_UPDATES.with_(
             seed=number, callbacks=(WaitForOthers(folder, num_runs - 1),)
         )
         try:
@@ -74,7 +68,7 @@ def start_together(folder, num_runs):
     ):
         return "a refusal names another process"
     alone = folder / "alone"
-    SMALL.with_(seed=winner).run(alone)
+    TWO_UPDATES.with_(seed=winner).run(alone)
     names = [each.path.name for each in checkpoint.list_checkpoints(alone / "states")]
     left = sorted(path.name for path in (folder / "states").iterdir())
     if left != sorted(names):
@@ -103,14 +97,12 @@ def test_of_runs_that_start_together_one_writes_and_the_others_are_refused(
 def test_the_lock_of_a_killed_run_stops_nobody(named, tmp_path, trials):
     """Whatever process it names: its number may have been given to another since."""
 
-    class Die(TrainerCallback):
-        called_last = ("on_train_step_end",)
+    def die(trainer):
+        assert trainer.num_updates == 1
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        def on_train_step_end(self, trainer, **kwargs):
-            if trainer.num_updates == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    dying = SMALL.with_(callbacks=(Die,))
+    die_at_update = At("on_train_step_end", die, TWO_UPDATES.accumulation, is_last=True)
+    dying = TWO_UPDATES.with_(callbacks=(die_at_update,))
     job = Job(lambda: dying.run(tmp_path) and None, tmp_path / "log")
     assert job.wait() == [-signal.SIGKILL]
     lock = tmp_path / "states" / ".lock"
@@ -119,8 +111,8 @@ def test_the_lock_of_a_killed_run_stops_nobody(named, tmp_path, trials):
         lock.write_text(f"{os.uname().nodename} {os.getpid()}")
     elif named == "on another machine":
         lock.write_text("elsewhere 1")
-    expected = fingerprint(SMALL.run(tmp_path / "undisturbed"))
-    resumed = SMALL.run(tmp_path, resume_from="auto")
+    expected = fingerprint(TWO_UPDATES.run(tmp_path / "undisturbed"))
+    resumed = TWO_UPDATES.run(tmp_path, resume_from="auto")
     trials.add(difference(expected, fingerprint(resumed)))
     assert not lock.exists()
 
@@ -130,35 +122,30 @@ def test_the_lock_of_a_killed_run_stops_nobody(named, tmp_path, trials):
 def test_states_that_others_keep_in_the_folder_are_not_deleted(kind, tmp_path, trials):
     """found 83: whatever their names, and whoever has written them."""
     other = tmp_path / "other"
-    SMALL.with_(max_checkpoints=None).run(other)
+    TWO_UPDATES.with_(max_checkpoints=None).run(other)
     source = other / "states" / "step_1"
     if kind != "ours":
-        change_progress(source, without=("run_id", "saved_by"))
+        change_manifest(source, forget_who_saved_it)
     states = tmp_path / "states"
     names = ("mine", "step_1 of another run", "run_2/step_1", "step_x", "step_9")
     for name in names:
         shutil.copytree(source, states / name)
     before = contents(states)
-    overwriting = SMALL.with_(save_kwargs=(("overwrite", True),))
+    overwriting = TWO_UPDATES.with_(save_kwargs=(("overwrite", True),))
     overwriting.run(tmp_path)
     overwriting.run(tmp_path)
-    SMALL.with_(num_epochs=2).run(tmp_path, resume_from=states / "final")
+    TWO_UPDATES.with_(num_epochs=2).run(tmp_path, resume_from=states / "final")
     after = contents(states)
     lost = [path for path in before if after.get(path) != before[path]]
     trials.add(lost and f"{lost} are lost")
     with pytest.raises(CheckpointError, match="states of another run"):
-        SMALL.run(tmp_path)
+        TWO_UPDATES.run(tmp_path)
     assert contents(states) == after
 
 
-def change_progress(state, without):
-    """Write the manifest of a state anew, with less in it."""
-    path = state / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for key in without:
+def forget_who_saved_it(manifest):
+    for key in ("run_id", "saved_by"):
         del manifest["progress"][key]
-    manifest["checksum"] = folders._checksum_of(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 @pytest.mark.fault(SEVERAL_RUNS)
@@ -169,7 +156,7 @@ def test_only_the_main_process_deletes(tmp_path, trials):
         removed = []
         prune = checkpointing.prune
         checkpointing.prune = lambda *args: (removed.append(args), prune(*args))
-        trainer = SMALL.with_(num_epochs=3).run(tmp_path)
+        trainer = TWO_UPDATES.with_(num_epochs=3).run(tmp_path)
         is_main = trainer._accelerator.is_main_process
         assert bool(removed) == is_main, removed
         left = {path.name for path in (tmp_path / "states").iterdir()}
@@ -182,13 +169,11 @@ def test_only_the_main_process_deletes(tmp_path, trials):
 def test_the_folder_is_free_again_after_a_run_that_failed(tmp_path, trials):
     """On two processes, where no event of the end follows the error."""
 
-    class Fail(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            raise RuntimeError("broken")
+    fail = At("on_train_epoch_end", lambda _: raise_(RuntimeError("broken")))
 
     def train():
         with pytest.raises(RuntimeError, match="broken"):
-            SMALL.with_(callbacks=(Fail,)).run(tmp_path)
+            TWO_UPDATES.with_(callbacks=(fail,)).run(tmp_path)
         torch.distributed.barrier()
         assert not (tmp_path / "states" / ".lock").exists()
 
@@ -251,36 +236,14 @@ def test_a_lock_on_a_file_that_its_last_owner_has_removed_is_none(
 # ---------------------------------------------------------------------- foreign files
 
 
-def a_file(path):
-    path.write_text("mine")
-
-
-def a_folder(path):
+def a_folder(path, file="file", content="mine"):
     path.mkdir()
-    (path / "file").write_text("mine")
+    (path / file).write_text(content)
 
 
-def a_json_of_another_program(path):
-    path.mkdir()
-    (path / "manifest.json").write_text('{"name": "an extension"}')
-
-
-def a_link_to_a_folder(path):
-    (path.parents[1] / "target").mkdir()
-    (path.parents[1] / "target" / "file").write_text("mine")
+def a_link(path):
+    a_folder(path.parents[1] / "target")
     path.symlink_to(path.parents[1] / "target")
-
-
-def a_link_to_itself(path):
-    path.symlink_to(path)
-
-
-def a_link_to_nothing(path):
-    path.symlink_to("nothing")
-
-
-def a_pipe(path):
-    os.mkfifo(path)
 
 
 def a_socket(path):
@@ -290,22 +253,22 @@ def a_socket(path):
     listener.close()
 
 
-FOREIGN = [
-    (a_file, "notes.txt"),
-    (a_file, "epoch_1.tmp"),
-    (a_file, "step_2"),
-    (a_file, ".trash"),
-    (a_folder, "step_2.tmp-mine"),
-    (a_folder, ".trash-mine"),
-    (a_folder, "model.safetensors"),
-    (a_json_of_another_program, "extension"),
-    (a_link_to_a_folder, "epoch_7"),
-    (a_link_to_a_folder, "latest"),
-    (a_link_to_itself, "loop"),
-    (a_link_to_nothing, "step_9"),
-    (a_pipe, "pipe"),
-    (a_socket, "socket"),
-]
+def a_file(path):
+    path.write_text("mine")
+
+
+FOREIGN = {
+    **dict.fromkeys(("notes.txt", "epoch_1.tmp", "step_2", ".trash"), a_file),
+    **dict.fromkeys(("step_2.tmp-mine", ".trash-mine", "model.safetensors"), a_folder),
+    # of another program
+    "extension": partial(a_folder, file="manifest.json", content='{"name": "theirs"}'),
+    "epoch_7": a_link,
+    "latest": a_link,
+    "loop": lambda path: path.symlink_to(path),
+    "step_9": lambda path: path.symlink_to("nothing"),
+    "pipe": os.mkfifo,
+    "socket": a_socket,
+}
 
 
 def contents(folder):
@@ -322,24 +285,22 @@ def contents(folder):
 
 
 @pytest.mark.fault(FOREIGN_FILES)
-@pytest.mark.parametrize(
-    ("create", "name"), FOREIGN, ids=lambda each: getattr(each, "__name__", each)
-)
-def test_what_belongs_to_others_is_left_alone(create, name, tmp_path, trials):
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_belongs_to_others_is_left_alone(name, tmp_path, trials):
     """It is not opened either: a run that opened a pipe would wait for ever."""
     states = tmp_path / "states"
     states.mkdir()
 
     def train():
         warnings.simplefilter("ignore")  # that a file is in the way
-        create(states / name)
+        FOREIGN[name](states / name)
         before = contents(states)
         opened = []
         sys.addaudithook(
             lambda event, args: event == "open" and opened.append(str(args[0]))
         )
-        SMALL.run(tmp_path, resume_from="auto")
-        SMALL.with_(num_epochs=2).run(tmp_path, resume_from="auto")
+        TWO_UPDATES.run(tmp_path, resume_from="auto")
+        TWO_UPDATES.with_(num_epochs=2).run(tmp_path, resume_from="auto")
         place = str(states / name)
         parsed = [path for path in opened if f"{path}/".startswith(f"{place}/")]
         # Of a folder it has to be found out what it is.
@@ -356,11 +317,13 @@ def test_what_belongs_to_others_is_left_alone(create, name, tmp_path, trials):
 def test_a_link_to_a_state_of_another_run_is_not_followed(name, tmp_path, trials):
     """Not to go on from it, nor to count or delete it."""
     other, mine = tmp_path / "other", tmp_path / "mine"
-    SMALL.with_(num_epochs=3).run(other)
+    TWO_UPDATES.with_(num_epochs=3).run(other)
     (mine / "states").mkdir(parents=True)
     (mine / "states" / name).symlink_to(other / "states" / "final")
     before = contents(tmp_path)
-    expected = fingerprint(SMALL.run(tmp_path / "alone"))
-    trials.add(difference(expected, fingerprint(SMALL.run(mine, resume_from="auto"))))
+    expected = fingerprint(TWO_UPDATES.run(tmp_path / "alone"))
+    trials.add(
+        difference(expected, fingerprint(TWO_UPDATES.run(mine, resume_from="auto")))
+    )
     lost = before.items() - contents(tmp_path).items()
     trials.add(lost and f"{lost} are lost")

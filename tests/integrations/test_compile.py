@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.data import TensorDataset
+from train import create_data
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import ModelEmaCallback
@@ -15,11 +15,9 @@ from pytorch_accelerated.checkpoint import Checkpoint
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before():
-    AcceleratorState._reset_state(reset_partial_state=True)
     torch._dynamo.reset()
     counters.clear()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
     torch._dynamo.reset()
 
 
@@ -46,12 +44,6 @@ class Network(nn.Module):
         return self.head(self.norm(inputs))
 
 
-def create_data(num_samples=22):
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(num_samples, 6, generator=generator)
-    return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
-
-
 def create_trainer(model, callbacks=(), **accelerator_kwargs):
     return Trainer(
         model,
@@ -66,7 +58,7 @@ def create_trainer(model, callbacks=(), **accelerator_kwargs):
 def train(trainer, num_epochs=2, **kwargs):
     """Train on batches of 4, of which the last has 2; evaluate on 4 and 3."""
     return trainer.train(
-        create_data(),
+        create_data(22),
         num_epochs=num_epochs,
         eval_dataset=create_data(7),
         per_device_batch_size=4,

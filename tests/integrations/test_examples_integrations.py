@@ -2,11 +2,11 @@
 
 import importlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import torchrun
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
@@ -20,6 +20,12 @@ def _examples_can_be_imported(monkeypatch, tmp_path):
     for folder in (EXAMPLES, EXAMPLES / "nlp", EXAMPLES / "vision"):
         monkeypatch.syspath_prepend(folder)
     monkeypatch.chdir(tmp_path)
+
+
+def python_path(folder):
+    """Return where two processes find the modules of a folder."""
+    path = [str(folder), str(EXAMPLES.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(path)
 
 
 def load(example):
@@ -44,15 +50,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not():
 
 def test_two_processes_train_as_one_with_twice_the_batch(launch, capsys):
     checksum = load("two_processes").main(num_epochs=1, per_device_batch_size=64)
-    launched = launch(
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        EXAMPLES / "two_processes.py",
-        "--num-epochs=1",
-    )
+    script = EXAMPLES / "two_processes.py"
+    launched = launch(*torchrun(2, script, "--num-epochs=1"))
 
     in_one, in_two = (
         [line for line in output.splitlines() if "sum of the weights" in line]
@@ -87,17 +86,8 @@ def test_the_connections_between_processes_are_closed_before_python_ends(
     """What outlives the interpreter aborted one process in ten that had trained."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT_THAT_WATCHES_THE_END)
-    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent / "src")])
 
-    launched = launch(
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        script,
-        PYTHONPATH=path,
-    )
+    launched = launch(*torchrun(2, script), PYTHONPATH=python_path(EXAMPLES))
 
     assert launched.output.count("Connected: False\n") == 2
 
@@ -134,17 +124,8 @@ def test_the_tasks_run_on_two_processes(launch, tmp_path):
     names.remove("digits")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT_OF_TASKS.format(names=names))
-    path = os.pathsep.join([str(EXAMPLES / "tasks"), str(EXAMPLES.parent / "src")])
 
-    launched = launch(
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        script,
-        PYTHONPATH=os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]),
-    )
+    launched = launch(*torchrun(2, script), PYTHONPATH=python_path(EXAMPLES / "tasks"))
 
     assert [launched.output.count(f"Done: {name}\n") for name in names] == [2] * 10
 

@@ -4,31 +4,12 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, ParallelismConfig, ProfileKwargs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import TensorDataset
+from train import create_data, create_model
 
 from pytorch_accelerated import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def create_model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def create_data(num_samples=26):
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(num_samples, 6, generator=generator)
-    return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
 
 
 class KeepsDtypes(Trainer):

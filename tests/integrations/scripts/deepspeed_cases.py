@@ -10,10 +10,9 @@ from sharded_cases import (
     CountsItems,
     SaveOnce,
     WithoutDropout,
-    batch_size,
-    create_data,
     create_model,
     train,
+    trained_again,
     weights,
 )
 from torch import nn
@@ -96,23 +95,13 @@ resumed_2, resumed_3 = (partial(_resumed, stage=stage) for stage in (2, 3))
 
 def again(folder):
     trainer = create_trainer(2)
-    train(trainer, num_epochs=1)
-    evaluated = trainer.evaluate(create_data(10), per_device_batch_size=batch_size())
-    train(trainer, num_epochs=1, reset_run_history=False)
-    losses = list(trainer.run_history.get_metric_values("eval_loss_epoch"))
+    result = trained_again(trainer, evaluates=True)
     trainer.save_checkpoint(folder / "exported.pt", save_optimizer=False)
-    return {
-        "evaluated": evaluated["evaluation_loss"],
-        "losses": losses,
-        "weights": weights(trainer),
-    }
+    return result
 
 
 def plain_again(folder):
-    trainer = create_trainer(None)
-    train(trainer, num_epochs=1)
-    train(trainer, num_epochs=1, reset_run_history=False)
-    return {"weights": weights(trainer)}
+    return trained_again(create_trainer(None))
 
 
 def refused(folder):

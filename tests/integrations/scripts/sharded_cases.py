@@ -8,18 +8,12 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import TensorDataset
+from train import create_data
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import ModelEmaCallback, TrainerCallback
 
 NUM_EPOCHS = 3
-
-
-def create_data(num_samples=26):
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(num_samples, 6, generator=generator)
-    return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
 
 
 def create_model():
@@ -129,23 +123,26 @@ def counted(folder):
     return {"weights": weights(trainer)}
 
 
-def evaluated_and_trained_again(folder):
-    trainer = create_trainer(trainer_class=WithoutDropout)
+def trained_again(trainer, evaluates=False):
+    """Train twice, and evaluate in between if that is asked for."""
     train(trainer, num_epochs=1)
-    before = trainer.evaluate(create_data(10), per_device_batch_size=batch_size())
-    train(trainer, num_epochs=1, reset_run_history=False)
+    evaluated = evaluates and trainer.evaluate(
+        create_data(10), per_device_batch_size=batch_size()
+    )
+    history = train(trainer, num_epochs=1, reset_run_history=False)
     return {
-        "evaluated": before["evaluation_loss"],
-        "losses": list(trainer.run_history.get_metric_values("eval_loss_epoch")),
+        "evaluated": evaluated and evaluated["evaluation_loss"],
+        "losses": list(history.get_metric_values("eval_loss_epoch")),
         "weights": weights(trainer),
     }
 
 
+def evaluated_and_trained_again(folder):
+    return trained_again(create_trainer(trainer_class=WithoutDropout), evaluates=True)
+
+
 def trained_again_plainly(folder):
-    trainer = create_trainer(fsdp=False, trainer_class=WithoutDropout)
-    train(trainer, num_epochs=1)
-    train(trainer, num_epochs=1, reset_run_history=False)
-    return {"weights": weights(trainer)}
+    return trained_again(create_trainer(fsdp=False, trainer_class=WithoutDropout))
 
 
 def exported(folder):
@@ -177,20 +174,19 @@ class SaveOnce(TrainerCallback):
 
 
 def _resumed(folder, kind):
-    path = folder / f"state_{kind}"
-    plugin = {"state_dict_type": kind}
-    undisturbed = create_trainer(callbacks=[SaveOnce(path, 9)], plugin=plugin)
-    train(undisturbed)
-    resumed = create_trainer(plugin=plugin)
-    train(resumed, resume_from=path)
-    return {
-        "whole": weights(undisturbed),
-        "resumed": weights(resumed),
-        "histories": [
-            list(each.run_history.get_metric_values("train_loss_epoch"))
-            for each in (undisturbed, resumed)
-        ],
-    }
+    """Return what a run ends with that never stopped, and one that was resumed."""
+    path, results = folder / f"state_{kind}", []
+    for callbacks, resume_from in (([SaveOnce(path, 9)], None), ([], path)):
+        ema = ModelEmaCallback(decay=0.8, save_path=folder / "average.pt")
+        trainer = create_trainer(
+            callbacks=[ema, *callbacks], plugin={"state_dict_type": kind}
+        )
+        history = train(trainer, resume_from=resume_from)
+        losses = list(history.get_metric_values("train_loss_epoch"))
+        average = whole(ema.ema_model.module)
+        result = {"weights": weights(trainer), "average": average, "losses": losses}
+        results.append(result)
+    return results
 
 
 resumed_from_parts = partial(_resumed, kind="SHARDED_STATE_DICT")
@@ -212,17 +208,6 @@ def _averaged(folder, fsdp):
 
 averaged = partial(_averaged, fsdp=True)
 plain_averaged = partial(_averaged, fsdp=False)
-
-
-def average_resumed(folder):
-    path = folder / "state_average"
-    averages = []
-    for callbacks, resume_from in (([SaveOnce(path, 9)], None), ([], path)):
-        ema = ModelEmaCallback(decay=0.8, save_path=folder / "average.pt")
-        trainer = create_trainer(callbacks=[ema, *callbacks])
-        train(trainer, resume_from=resume_from)
-        averages.append(whole(ema.ema_model.module))
-    return {"whole": averages[0], "resumed": averages[1]}
 
 
 def low_precision(folder):
