@@ -28,6 +28,9 @@ def test_one_line_makes_all_warnings_errors():
             warn("something")
 
 
+EIGHT = TensorDataset(torch.ones(8, 1), torch.ones(8, 1))
+
+
 class Raises(nn.Linear):
     def __init__(self, error):
         super().__init__(1, 1)
@@ -35,33 +38,6 @@ class Raises(nn.Linear):
 
     def forward(self, inputs):
         raise self.error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("no memory"), MemoryError()],
-    ids=["on the device", "on the host"],
-)
-def test_on_python_3_10_an_out_of_memory_error_has_it_all_in_its_message_found_108(
-    monkeypatch, error
-):
-    monkeypatch.setattr(errors, "_NOTES_ARE_SHOWN", False)
-    said = str(error)
-    model = Raises(error)
-    dataset = TensorDataset(torch.ones(8, 1), torch.ones(8, 1))
-    trainer = Trainer(
-        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), ()
-    )
-
-    with pytest.raises(type(error)) as caught:
-        trainer.train(dataset, num_epochs=1, per_device_batch_size=4)
-
-    message = str(caught.value)
-    assert message.startswith(said)
-    assert "The run ended in epoch 1 (training)" in message
-    assert "Last training state: none" in message
-    assert "batches of 4 samples" in message
-    assert "per_device_batch_size=2 and gradient_accumulation_steps=2" in message
 
 
 class FailsAtThree(Dataset):
@@ -79,34 +55,50 @@ class Fails(TrainerCallback):
         raise ValueError("a broken callback")
 
 
+OUT_OF_MEMORY = (
+    "The run ended in epoch 1 (training)",
+    "Last training state: none",
+    "batches of 4 samples",
+    "per_device_batch_size=2 and gradient_accumulation_steps=2",
+)
+
+
 @pytest.mark.parametrize(
-    ("dataset", "callbacks", "texts"),
+    ("model", "dataset", "callbacks", "error", "texts"),
     [
-        (FailsAtThree(), (), ["a broken file", "Raised by sample 3."]),
         (
-            TensorDataset(torch.ones(1, 1), torch.ones(1, 1)),
-            [Fails],
-            [
-                "a broken callback",
-                "callback Fails in the event on_train_step_end",
-            ],
+            *(Raises(torch.OutOfMemoryError("no memory")), EIGHT, ()),
+            *(torch.OutOfMemoryError, ("no memory", *OUT_OF_MEMORY)),
+        ),
+        (Raises(MemoryError()), EIGHT, (), MemoryError, OUT_OF_MEMORY),
+        (
+            *(nn.Linear(1, 1), FailsAtThree(), (), ValueError),
+            ("a broken file", "Raised by sample 3."),
+        ),
+        (
+            *(nn.Linear(1, 1), EIGHT, [Fails], ValueError),
+            ("a broken callback", "callback Fails in the event on_train_step_end"),
         ),
     ],
-    ids=["dataset", "callback"],
+    ids=["memory of the device", "memory of the host", "dataset", "callback"],
 )
-def test_on_python_3_10_an_error_says_in_its_message_where_it_is_from_found_108(
-    monkeypatch, dataset, callbacks, texts
+def test_on_python_3_10_an_error_has_it_all_in_its_message_found_108(
+    monkeypatch, model, dataset, callbacks, error, texts
 ):
     monkeypatch.setattr(errors, "_NOTES_ARE_SHOWN", False)
-    model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks)
 
-    with pytest.raises(ValueError, match=texts[0]) as caught:
-        Trainer(model, nn.MSELoss(), optimizer, callbacks).train(
-            dataset, 1, train_dataloader_kwargs={"num_workers": 0}
+    with pytest.raises(error) as caught:
+        trainer.train(
+            *(dataset, 1),
+            per_device_batch_size=4,
+            train_dataloader_kwargs={"num_workers": 0},
         )
 
-    assert all(text in str(caught.value) for text in texts), str(caught.value)
+    message = str(caught.value)
+    assert all(text in message for text in texts), message
+    assert message.startswith(texts[0])
 
 
 def test_an_error_that_is_no_text_keeps_its_arguments(monkeypatch):

@@ -23,11 +23,6 @@ def test_the_quick_start_runs_in_an_empty_folder_found_109(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_python_block_compiles():
-    for block in PYTHON_BLOCKS:
-        compile(block, "README.md", "exec")
-
-
 def test_no_link_is_dead_where_the_page_is_shown_without_the_files_found_109():
     """A package index shows the page; what a relative link points at is not there."""
     targets = re.findall(r"\]\(([^)]+)\)", README)

@@ -1,6 +1,6 @@
 """A training script for launchers; the first process hangs in the second epoch."""
 
-from test_hangs import IN_STEP, sleep, train_together
+from test_hangs import sleep, train_together
 
 if __name__ == "__main__":
-    train_together(process=0, event=IN_STEP, action=sleep)
+    train_together(process=0, action=sleep)

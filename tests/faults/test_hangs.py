@@ -10,32 +10,13 @@ import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
 from processes import FAULTS, Job, torchrun
+from runs import At
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import TrainerCallback
 
 TIMEOUT_SECONDS = 6
-
-
-class Act(TrainerCallback):
-    """Does something in one process, at an event of the second epoch."""
-
-    def __init__(self, process, event, action):
-        self.process, self.event, self.action = process, event, action
-
-    def _act(self, trainer, event):
-        is_here = trainer._accelerator.process_index == self.process
-        is_due = trainer.num_updates == 7 or event == "on_eval_step_start"
-        if is_here and is_due and event == self.event:
-            self.action()
-
-    def on_train_step_start(self, trainer, **kwargs):
-        self._act(trainer, "on_train_step_start")
-
-    def on_eval_step_start(self, trainer, **kwargs):
-        self._act(trainer, "on_eval_step_start")
 
 
 class RaisesInStep(Trainer):
@@ -61,7 +42,16 @@ class Uneven:
         yield from [(torch.ones(2, 6), torch.ones(2, 1))] * self.num_batches
 
 
-def train_together(process, event=None, action=None, raises=False, uneven=False):
+IN_STEP, IN_EVALUATION = "on_train_step_start", "on_eval_step_start"
+# In the second epoch, and in the first evaluation.
+TIMES = {IN_STEP: 8, IN_EVALUATION: 1}
+
+
+def train_together(process, event=IN_STEP, action=None, raises=False, uneven=False):
+    def act(trainer):
+        if action is not None and trainer._accelerator.process_index == process:
+            action()
+
     torch.manual_seed(0)
     model = nn.Linear(6, 1)
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS))
@@ -69,7 +59,7 @@ def train_together(process, event=None, action=None, raises=False, uneven=False)
         model,
         nn.MSELoss(),
         torch.optim.SGD(model.parameters(), lr=0.01),
-        callbacks=[Act(process, event, action)],
+        callbacks=[At(event, act, TIMES[event])],
         seed=0,
         accelerator_kwargs={"cpu": True, "kwargs_handlers": [timeout]},
     )
@@ -88,22 +78,21 @@ def sleep():
     time.sleep(1000)
 
 
-IN_STEP, IN_EVALUATION = "on_train_step_start", "on_eval_step_start"
 LOST = "Another process of the job has ended or hangs, or is elsewhere in the script"
 AMID_TRAINING = "The run ended in epoch 2 (training), after 2 of its batches and 7 up"
 AMID_EVALUATION = "The run ended in epoch 1 (evaluation)"
 # What one process does, of how many, which one, and where the others stand.
 TOGETHER = {
-    "it hangs": (2, 1, {"event": IN_STEP, "action": sleep}, AMID_TRAINING),
-    "the first hangs": (2, 0, {"event": IN_STEP, "action": sleep}, AMID_TRAINING),
-    "one of three hangs": (3, 2, {"event": IN_STEP, "action": sleep}, AMID_TRAINING),
+    "it hangs": (2, 1, {"action": sleep}, AMID_TRAINING),
+    "the first hangs": (2, 0, {"action": sleep}, AMID_TRAINING),
+    "one of three hangs": (3, 2, {"action": sleep}, AMID_TRAINING),
     "it hangs in an evaluation": (
         *(2, 1, {"event": IN_EVALUATION, "action": sleep}),
         AMID_EVALUATION,
     ),
     "it raises in a step": (2, 1, {"raises": True}, AMID_TRAINING),
     "the first raises in a step": (2, 0, {"raises": True}, AMID_TRAINING),
-    "it leaves": (2, 1, {"event": IN_STEP, "action": partial(sys.exit, 3)}, ""),
+    "it leaves": (2, 1, {"action": partial(sys.exit, 3)}, ""),
     "it has more batches": (2, 1, {"uneven": True}, ""),
 }
 

@@ -59,28 +59,29 @@ def write_config(path, **changes):
     return path
 
 
-def test_torchrun_trains_one_model_on_two_processes(launch, reference):
-    launched = launch(*torchrun(2, SCRIPT.name, "{folder}"))
-    assert_is_one_job_of_two_with(reference, launched)
-
-
-@pytest.mark.parametrize("use_cpu", [None, "true"])
-def test_accelerate_launch_for_several_devices_uses_cpus_where_there_are_none(
-    launch, reference, use_cpu
+@pytest.mark.parametrize(
+    ("started_by", "env"),
+    [
+        ("torchrun", {}),
+        ("accelerate launch", {}),
+        # It says that there are several devices; there are CPUs.
+        ("accelerate launch", {"ACCELERATE_USE_CPU": "true"}),
+        ("config file", {}),
+    ],
+)
+def test_one_model_is_trained_on_two_processes(
+    launch, reference, tmp_path, started_by, env
 ):
-    launched = launch(
-        *ACCELERATE_LAUNCH,
-        *("--multi_gpu", "--num_processes", 2, "--main_process_port", free_port()),
-        *(SCRIPT, "{folder}"),
-        ACCELERATE_USE_CPU=use_cpu,
-    )
-    assert_is_one_job_of_two_with(reference, launched)
-
-
-def test_a_config_file_for_two_processes_is_followed(launch, reference, tmp_path):
-    config = write_config(tmp_path / "config.yaml")
-    launched = launch(*ACCELERATE_LAUNCH, "--config_file", config, SCRIPT, "{folder}")
-    assert_is_one_job_of_two_with(reference, launched)
+    port = ("--main_process_port", free_port())
+    options = {
+        "accelerate launch": ("--multi_gpu", "--num_processes", 2, *port),
+        "config file": ("--config_file", write_config(tmp_path / "config.yaml")),
+    }
+    if started_by == "torchrun":
+        command = torchrun(2, SCRIPT.name, "{folder}")
+    else:
+        command = (*ACCELERATE_LAUNCH, *options[started_by], SCRIPT, "{folder}")
+    assert_is_one_job_of_two_with(reference, launch(*command, **env))
 
 
 def test_the_config_file_that_accelerate_makes_by_itself_is_followed(

@@ -3,21 +3,16 @@
 import multiprocessing
 import os
 import signal
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Job
 from torch import nn
 from torch.utils.data import Dataset
 
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
-
-sys.path.append(str(Path(__file__).parents[1] / "faults"))
-
-from processes import Job
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader")
 

@@ -182,25 +182,14 @@ def create_digits_model():
         return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
 
 
-def train_with_mixup(dataset, callbacks=(), eval_dataset=None):
-    model = create_digits_model()
-    trainer = MixupTrainer(
-        model,
-        SoftTargetCrossEntropy(),
-        create_optimizer_v2(model, opt="sgd", lr=0.1),
-        callbacks,
-        mixup=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10),
-        seed=2,
-    )
-    trainer.train(dataset, 2, eval_dataset, per_device_batch_size=16)
-    return trainer
+def create_mixup():
+    return Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10)
 
 
-def train_with_mixup_by_hand(dataset, ema=None):
+def train_with_mixup_by_hand(dataset):
     model = create_digits_model()
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1)
-    ema = ema and ema(model)
-    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=10)
+    ema, mixup = ModelEmaV3(model, decay=0.8), create_mixup()
     loss_func = SoftTargetCrossEntropy()
     seed_everything(2)
     losses = []
@@ -212,41 +201,34 @@ def train_with_mixup_by_hand(dataset, ema=None):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            if ema is not None:
-                ema.update(model)
-    return model, losses, ema
+            ema.update(model)
+    return model.state_dict(), losses, ema.module.state_dict()
 
 
-def test_mixup_with_soft_targets_trains_bit_for_bit_as_by_hand(tensors):
+def test_mixup_and_the_average_of_timm_train_bit_for_bit_as_by_hand(tensors, tmp_path):
     dataset = tensors(0, 64, 8)
-    model, losses, _ = train_with_mixup_by_hand(dataset)
+    weights, losses, average = train_with_mixup_by_hand(dataset)
+    model = create_digits_model()
+    ema = ModelEmaCallback(0.8, model_ema=ModelEmaV3, save_path=tmp_path / "ema.pt")
+    trainer = MixupTrainer(
+        model,
+        SoftTargetCrossEntropy(),
+        create_optimizer_v2(model, opt="sgd", lr=0.1),
+        [ema],
+        mixup=create_mixup(),
+        seed=2,
+    )
 
-    trainer = train_with_mixup(dataset, eval_dataset=tensors(64, 128, 8))
+    history = trainer.train(dataset, 2, tensors(64, 128, 8), per_device_batch_size=16)
 
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[name], tensor), name
-    recorded = trainer.run_history.get_metric_values("train_loss_epoch")
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    torch.testing.assert_close(ema.ema_model.module.state_dict(), average)
+    recorded = history.get_metric_values("train_loss_epoch")
     assert recorded == pytest.approx([np.mean(losses[:4]), np.mean(losses[4:])])
-    assert len(trainer.run_history.get_metric_values("eval_loss_epoch")) == 2
-
-
-def test_the_average_of_timm_is_kept_after_every_update(tensors, tmp_path):
-    dataset = tensors(0, 64, 8)
-    _, _, expected = train_with_mixup_by_hand(dataset, partial(ModelEmaV3, decay=0.8))
-    callback = ModelEmaCallback(
-        decay=0.8, model_ema=ModelEmaV3, save_path=tmp_path / "ema.pt"
-    )
-
-    trainer = train_with_mixup(dataset, [callback], eval_dataset=dataset)
-
-    torch.testing.assert_close(
-        callback.ema_model.module.state_dict(), expected.module.state_dict()
-    )
-    history = trainer.run_history
-    assert len(history.get_metric_values("ema_model_eval_loss_epoch")) == 2
-    assert history.get_latest_metric("ema_model_eval_loss_epoch") != (
-        history.get_latest_metric("eval_loss_epoch")
-    )
+    evaluated = history.get_metric_values("eval_loss_epoch")
+    of_average = history.get_metric_values("ema_model_eval_loss_epoch")
+    assert len(evaluated) == len(of_average) == 2
+    assert of_average[-1] != evaluated[-1]
 
 
 # ------------------------------------------------------------------------- loaders
