@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import TensorDataset, default_collate
+from toys import At, OneByOne, Stream, create_trainer, one_weight, seeded
 
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.data import epoch_order
 from pytorch_accelerated.trainer import Trainer
 
@@ -40,20 +40,13 @@ class Case:
     num_processes: int = 1
 
 
-class Numbered(Dataset):
-    """Samples that know their number; not in memory as a whole."""
-
-    def __init__(self, length):
-        generator = torch.Generator().manual_seed(length)
-        kwargs = {"generator": generator, "dtype": torch.float64}
-        self.inputs = torch.randn(length, NUM_FEATURES, **kwargs)
-        self.targets = torch.randn(length, 1, **kwargs)
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, index):
-        return self.inputs[index], self.targets[index], index
+def numbered(length):
+    """Return samples that know their number."""
+    generator = torch.Generator().manual_seed(length)
+    kwargs = {"generator": generator, "dtype": torch.float64}
+    inputs = torch.randn(length, NUM_FEATURES, **kwargs)
+    targets = torch.randn(length, 1, **kwargs)
+    return TensorDataset(inputs, targets, torch.arange(length))
 
 
 LEFT_OUT = {
@@ -93,11 +86,11 @@ class WithItems(Trainer):
 
 
 def create_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return nn.Sequential(
+    return seeded(
+        lambda: nn.Sequential(
             nn.Linear(NUM_FEATURES, 4), nn.Tanh(), nn.Linear(4, 1)
         ).double()
+    )
 
 
 def create_optimizer(case, model):
@@ -111,12 +104,15 @@ def create_optimizer(case, model):
 def train(case):
     """Train with the trainer; return the parameters as one vector."""
     model = create_model()
-    trainer = WithItems(
-        model, None, create_optimizer(case, model), callbacks=(), seed=SEED
+    trainer = create_trainer(
+        model=model,
+        optimizer=create_optimizer(case, model),
+        trainer_class=WithItems,
+        seed=SEED,
     )
     trainer.items = case.items
     trainer.train(
-        Numbered(case.num_samples),
+        OneByOne(numbered(case.num_samples)),
         num_epochs=NUM_EPOCHS,
         per_device_batch_size=case.batch_size,
         gradient_accumulation_steps=case.accumulation,
@@ -150,7 +146,7 @@ def train_on_large_batches(case):
     """Train by hand, on one process, with a batch for each window."""
     model = create_model()
     optimizer = create_optimizer(case, model)
-    dataset = Numbered(case.num_samples)
+    inputs, targets, _ = numbered(case.num_samples).tensors
     for epoch in range(1, NUM_EPOCHS + 1):
         order = epoch_order(case.num_samples, SEED, epoch).tolist()
         step_size = case.batch_size * case.num_processes
@@ -169,7 +165,7 @@ def train_on_large_batches(case):
             weights = torch.ones(len(window), dtype=torch.float64)
             if case.items != "samples":
                 weights = num_tokens(window).double()
-            losses = (model(dataset.inputs[window]) - dataset.targets[window]).square()
+            losses = (model(inputs[window]) - targets[window]).square()
             loss = (losses.squeeze(1) * weights).sum() / weights.sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()
@@ -254,7 +250,7 @@ def test_many_random_cases_on_several_processes(on_processes, num_processes):
     check_on_processes(on_processes, list(random_cases(150, num_processes)))
 
 
-class CountsSamples(WithItems):
+class LeavesOut(WithItems):
     """Leaves samples out of a batch after it was loaded, but only of a later one."""
 
     def calculate_train_batch_loss(self, batch):
@@ -265,18 +261,11 @@ class CountsSamples(WithItems):
 
 def test_a_step_that_leaves_out_samples_by_itself_is_told_to_count_items(on_processes):
     def run():
-        model = create_model()
-        trainer = CountsSamples(
-            model, None, torch.optim.SGD(model.parameters(), lr=0.1), ()
-        )
-        try:
-            trainer.train(Numbered(16), num_epochs=1, per_device_batch_size=2)
-        except UserWarning as warning:
-            return str(warning)
-        return ""
+        trainer = create_trainer(model=create_model(), trainer_class=LeavesOut)
+        with pytest.raises(UserWarning, match="Return num_items_in_batch for every"):
+            trainer.train(OneByOne(numbered(16)), 1, per_device_batch_size=2)
 
-    for message in on_processes(2, run):
-        assert "Return num_items_in_batch for every batch" in message
+    on_processes(2, run)
 
 
 class WithScaler(WithItems):
@@ -295,24 +284,20 @@ class WithScaler(WithItems):
         return accelerator
 
 
-class KeepsRates(TrainerCallback):
-    def __init__(self):
-        self.rates, self.updates = [], []
-
-    def on_train_update_end(self, trainer, num_updates, **kwargs):
-        self.updates.append(num_updates)
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        self.rates.append(trainer.scheduler.get_last_lr()[0])
-
-
 def train_with_scaler(trainer_class, clip_norm=None, num_runs=1):
-    model, keeps = create_model(), KeepsRates()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    trainer = trainer_class(model, None, optimizer, [keeps], seed=SEED)
+    model, rates, updates = create_model(), [], []
+    keeps = At(
+        on_train_update_end=lambda _, num_updates, **__: updates.append(num_updates),
+        on_train_step_end=lambda trainer, **_: rates.append(
+            trainer.scheduler.get_last_lr()[0]
+        ),
+    )
+    trainer = create_trainer(
+        [keeps], model=model, lr=1.0, trainer_class=trainer_class, seed=SEED
+    )
     for _ in range(num_runs):
         trainer.train(
-            Numbered(12),
+            OneByOne(numbered(12)),
             num_epochs=1,
             per_device_batch_size=2,
             gradient_accumulation_steps=2,
@@ -320,7 +305,7 @@ def train_with_scaler(trainer_class, clip_norm=None, num_runs=1):
             create_scheduler_fn=partial(StepLR, step_size=1, gamma=0.5),
         )
     parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
-    return parameters, keeps.rates, keeps.updates
+    return parameters, rates, updates
 
 
 @pytest.fixture
@@ -371,27 +356,18 @@ class LossWithAWeight(nn.Module):
         return (outputs + self.weight * targets).mean()
 
 
-class OneToTwelve(IterableDataset):
-    """Samples whose input and target are their number."""
-
-    def __iter__(self):
-        return ((torch.full((1,), i), torch.full((1,), i)) for i in map(float, NUMBERS))
-
-
-NUMBERS = range(1, 13)
-
-
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(3, 4), (5, 3), (12, 1)])
 def test_the_weights_of_a_loss_are_trained_as_by_the_large_batch_found_69(
     batch_size, accumulation
 ):
     """All gradients are the mean of the numbers, 6.5."""
-    model, loss_func = nn.Linear(1, 1, bias=False), LossWithAWeight()
-    nn.init.zeros_(model.weight)
+    model, loss_func = one_weight(0.0), LossWithAWeight()
     parameters = [*model.parameters(), *loss_func.parameters()]
-    trainer = Trainer(model, loss_func, torch.optim.SGD(parameters, lr=1.0), ())
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    trainer = create_trainer(model=model, loss_func=loss_func, optimizer=optimizer)
+    numbers = torch.arange(1.0, 13).unsqueeze(1)
     trainer.train(
-        OneToTwelve(),
+        Stream(TensorDataset(numbers, numbers)),
         1,
         per_device_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,

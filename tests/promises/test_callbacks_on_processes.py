@@ -1,26 +1,12 @@
 """Callbacks that change weights leave the same on two processes as on one."""
 
+import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from toys import create_trainer, noise, seeded
 
 from pytorch_accelerated.callbacks import SwaCallback, UnfreezeCallback
 from pytorch_accelerated.finetuning import ModelFreezer
-from pytorch_accelerated.trainer import Trainer
-
-
-def noise(count):
-    generator = torch.Generator().manual_seed(1)
-    return TensorDataset(
-        torch.randn(count, 3, generator=generator),
-        torch.randn(count, 2, generator=generator),
-    )
-
-
-def seeded(create):
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return create()
 
 
 def state_of(model):
@@ -30,10 +16,11 @@ def state_of(model):
 def measure_batch_norms():
     """Train nothing, so that what differs is what each process has seen."""
     model = seeded(
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, [SwaCallback(2)], seed=0)
+    trainer = create_trainer(
+        [SwaCallback(2)], model=model, lr=0.0, loss_func=nn.CrossEntropyLoss(), seed=0
+    )
     trainer.train(noise(24), num_epochs=2, per_device_batch_size=3)
     return state_of(model)
 
@@ -49,15 +36,15 @@ def test_the_batch_norms_of_a_mean_see_the_data_of_all_processes(on_processes):
 def unfreeze(num_processes, **kwargs):
     """Train four epochs, the last two with one more layer each."""
     model = seeded(
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     )
     freezer = ModelFreezer(model)
     freezer.freeze()
-    trainer = Trainer(
-        model,
-        nn.MSELoss(),
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    trainer = create_trainer(
         [UnfreezeCallback(freezer, {3: -2, 4: 0})],
+        model=model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         seed=0,
     )
     trainer.train(
@@ -70,20 +57,14 @@ def unfreeze(num_processes, **kwargs):
     return state_of(model)
 
 
-def test_what_is_unfrozen_amid_a_run_is_trained_by_all_processes(on_processes):
+@pytest.mark.parametrize("halve", [False, True])
+def test_what_is_unfrozen_amid_a_run_is_trained_by_all_processes(on_processes, halve):
+    """Also where batches may be halved."""
     alone = unfreeze(1)
 
-    for one_of_two in on_processes(2, unfreeze, 2):
-        for name, tensor in alone.items():
-            torch.testing.assert_close(one_of_two[name], tensor)
+    def on_one_of_two():
+        return unfreeze(2, halve_batch_if_out_of_memory=halve)
 
-
-def test_it_is_also_where_batches_may_be_halved(on_processes):
-    alone = unfreeze(1)
-
-    def halving():
-        return unfreeze(2, halve_batch_if_out_of_memory=True)
-
-    for one_of_two in on_processes(2, halving):
+    for one_of_two in on_processes(2, on_one_of_two):
         for name, tensor in alone.items():
             torch.testing.assert_close(one_of_two[name], tensor)

@@ -6,19 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from toys import Keeps, create_trainer, noise, seeded
 
 from pytorch_accelerated.callbacks import (
     ModelEmaCallback,
     TrainerCallback,
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
-from pytorch_accelerated.trainer import Trainer
-
-
-def noise(count, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, 6, generator=generator)
-    return TensorDataset(inputs, torch.randint(3, (count,), generator=generator))
 
 
 def evaluate(trainer):
@@ -65,28 +59,25 @@ class At(TrainerCallback):
             self.is_acting = False
 
 
-class KeepsRun(TrainerCallback):
-    """Keeps what other callbacks may read of a run, at the end of each epoch."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_training_run_epoch_end(self, trainer, **kwargs):
-        config = trainer.run_config.to_dict()
-        lengths = len(trainer._train_dataloader), len(trainer._eval_dataloader)
-        self.seen.append((config, lengths, len(trainer.eval_dataset)))
+def read_run(trainer, **kwargs):
+    """Return what other callbacks may read of a run."""
+    lengths = len(trainer._train_dataloader), len(trainer._eval_dataloader)
+    return trainer.run_config.to_dict(), lengths, len(trainer.eval_dataset)
 
 
 def train(callbacks=()):
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = nn.Sequential(
+    model = seeded(
+        lambda: nn.Sequential(
             nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3)
         )
-    keeps = KeepsRun()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    trainer = Trainer(
-        model, nn.CrossEntropyLoss(), optimizer, [*callbacks, keeps], seed=5
+    )
+    keeps = Keeps("on_training_run_epoch_end", read_run)
+    trainer = create_trainer(
+        [*callbacks, keeps],
+        model=model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.05),
+        seed=5,
     )
     trainer.train(
         noise(22),
@@ -107,7 +98,7 @@ def train(callbacks=()):
         "optimizer": trainer.optimizer.state_dict(),
         "modes": [module.training for module in trainer.model.modules()],
         "metrics": metrics,
-        "seen": keeps.seen,
+        "seen": keeps.kept,
         "counts": (trainer.num_updates, trainer.num_steps, trainer.num_samples_seen),
         "random": torch.get_rng_state(),
         "dataset": len(trainer.eval_dataset),

@@ -3,21 +3,19 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from toys import At, Keeps, Numbers, create_trainer, noise, overriding, seeded
 
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     SaveTrainingStateCallback,
-    TrainerCallback,
 )
-from pytorch_accelerated.trainer import Trainer
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB"
 
 
 def data(num_samples=44):
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(num_samples, 5, generator=generator)
+    inputs, _ = noise(num_samples, 5).tensors
     return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
 
 
@@ -61,9 +59,7 @@ class SmallMemory(nn.Module):
 
 
 def create_model(*layers):
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return nn.Sequential(nn.Linear(5, 6), *layers, nn.Linear(6, 1))
+    return seeded(lambda: nn.Sequential(nn.Linear(5, 6), *layers, nn.Linear(6, 1)))
 
 
 def with_dropout_and_batch_norm():
@@ -73,7 +69,7 @@ def with_dropout_and_batch_norm():
 def train(model, batch_size, accumulation=1, dataset=None, callbacks=(), **kwargs):
     """Train for three epochs and return what the run ends with."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks, seed=3)
+    trainer = create_trainer(callbacks, model=model, optimizer=optimizer, seed=3)
     history = trainer.train(
         data() if dataset is None else dataset,
         num_epochs=3,
@@ -129,59 +125,50 @@ def test_a_window_in_the_middle_of_an_epoch_is_done_again():
     assert run["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
-class Recording(Dataset):
-    def __init__(self):
-        self.inputs, self.targets = data().tensors
-
-    def __len__(self):
-        return len(self.inputs)
-
+class Numbered(Numbers):
     def __getitem__(self, index):
-        return {"index": index, "x": self.inputs[index], "y": self.targets[index]}
+        return index, *data()[index]
 
 
-class OnDictionaries(Trainer):
-    """Notes the samples of each update that is applied."""
-
-    def calculate_train_batch_loss(self, batch):
-        loss = self.loss_func(self.model(batch["x"]), batch["y"])
-        return {"loss": loss, "batch_size": len(batch["x"]), "index": batch["index"]}
-
-
-class NoteSamples(TrainerCallback):
-    def __init__(self):
-        self.open, self.updates = [], []
-
-    def on_train_step_end(self, trainer, batch_output, **kwargs):
-        self.open += batch_output["index"].tolist()
-        if trainer.num_updates > len(self.updates):
-            self.updates.append(sorted(self.open))
-            self.open = []
+def loss_of_numbered(self, batch):
+    indices, inputs, targets = batch
+    loss = self.loss_func(self.model(inputs), targets)
+    return {"loss": loss, "batch_size": len(inputs), "index": indices}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_each_update_keeps_its_samples(drop_last, num_workers):
-    def train_on_indices(**kwargs):
-        model, note = kwargs.pop("model"), NoteSamples()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        trainer = OnDictionaries(model, nn.MSELoss(), optimizer, [note], seed=3)
+    def train_on_indices(model, **kwargs):
+        noted, updates = [], []
+
+        def note(trainer, batch_output, **kwargs):
+            noted.extend(batch_output["index"].tolist())
+            if trainer.num_updates > len(updates):
+                updates.append(sorted(noted))
+                noted.clear()
+
+        trainer = create_trainer(
+            [At(on_train_step_end=note)],
+            lr=0.01,
+            model=model,
+            trainer_class=overriding(calculate_train_batch_loss=loss_of_numbered),
+            seed=3,
+        )
+        loader = {"drop_last": drop_last, "num_workers": num_workers}
         trainer.train(
-            Recording(),
+            Numbered(44),
             num_epochs=2,
             per_device_batch_size=6,
             gradient_accumulation_steps=2,
-            train_dataloader_kwargs={
-                "drop_last": drop_last,
-                "num_workers": num_workers,
-            },
+            train_dataloader_kwargs=loader,
             **kwargs,
         )
-        return note.updates
+        return updates
 
-    expected = train_on_indices(model=create_model())
+    expected = train_on_indices(create_model())
     model = SmallMemory(create_model(), fits=1, from_pass=4)
-    updates = train_on_indices(model=model, halve_batch_if_out_of_memory=True)
+    updates = train_on_indices(model, halve_batch_if_out_of_memory=True)
     # What a window had done before memory ran out is done again, and noted twice.
     assert [sorted(set(update)) for update in updates] == expected
     assert model.sizes[-1] == 1
@@ -191,26 +178,16 @@ def test_each_update_keeps_its_samples(drop_last, num_workers):
 
 
 def test_augmentation_differs_before_and_after():
-    class Noise(Dataset):
-        def __len__(self):
-            return 16
-
+    class Noise(Numbers):
         def __getitem__(self, index):
             return torch.randn(5), torch.zeros(1)
 
-    class Keep(TrainerCallback):
-        def __init__(self):
-            self.seen = []
-
-        def on_train_step_end(self, trainer, batch, **kwargs):
-            self.seen.append(batch[0])
-
-    keep = Keep()
+    keep = Keeps("on_train_step_end", lambda trainer, batch, **_: batch[0])
     model = SmallMemory(create_model(), fits=2, from_pass=2)
     train(
-        model, 4, dataset=Noise(), callbacks=[keep], halve_batch_if_out_of_memory=True
+        model, 4, dataset=Noise(16), callbacks=[keep], halve_batch_if_out_of_memory=True
     )
-    first_epoch = torch.cat(keep.seen[: 2 + 4])
+    first_epoch = torch.cat(keep.kept[: 2 + 4])
     assert len(first_epoch) == 16
     assert len(torch.unique(first_epoch, dim=0)) == 16
 
@@ -239,12 +216,12 @@ def test_other_errors_are_raised_as_they_are():
 def test_memory_that_runs_out_in_the_optimizer_ends_the_run():
     """Weights may have moved halfway by then: there is no way back."""
 
-    class Exhausting(torch.optim.SGD):
-        def step(self, closure=None):
-            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+    def exhaust(trainer):
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
-    model = create_model()
-    trainer = Trainer(model, nn.MSELoss(), Exhausting(model.parameters(), lr=0.1), ())
+    trainer = create_trainer(
+        model=create_model(), trainer_class=overriding(optimizer_step=exhaust)
+    )
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train(data(), num_epochs=1, halve_batch_if_out_of_memory=True)
 
@@ -365,8 +342,7 @@ def test_a_gradient_of_one_process_is_halved_by_two(on_processes):
             expected = [
                 0.1 * (layer(inputs[:1]) - 3.0) * inputs[:1] for layer in model.layers
             ]
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(model, nn.MSELoss(), optimizer, (), seed=3)
+        trainer = create_trainer(model=model, lr=0.1, seed=3)
         trainer.train(
             TensorDataset(inputs, torch.full((2, 1), 3.0)),
             num_epochs=1,
