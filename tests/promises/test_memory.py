@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from toys import Numbers
 
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback, TrainerCallback
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
@@ -49,11 +49,7 @@ class WatchesTensors(Trainer):
                 self.watch(f"{phase} {name}", tensor)
         return output
 
-    def train_epoch_end(self):
-        self.look()
-
-    def eval_epoch_end(self):
-        self.look()
+    train_epoch_end = eval_epoch_end = look
 
 
 class ReadsEverything(TrainerCallback):
@@ -148,20 +144,12 @@ def test_nothing_piles_up_over_ten_thousand_steps(create_trainer, samples, capsy
     assert late_objects <= early_objects + 100
 
 
-def test_a_run_lets_go_of_its_data_once_it_has_ended(create_trainer):
-    class Samples(Dataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            return torch.ones(1), torch.zeros(1)
-
-    trainer = create_trainer()
-    dataset = Samples()
+def test_a_run_lets_go_of_its_data_once_it_has_ended(create_trainer, samples):
+    trainer, dataset = create_trainer(), Numbers(4)
     data = weakref.ref(dataset)
     trainer.train(dataset, num_epochs=1)
     del dataset
-    trainer.train(TensorDataset(torch.ones(2, 1), torch.zeros(2, 1)), num_epochs=1)
+    trainer.train(samples(2), num_epochs=1)
     gc.collect()
 
     assert data() is None

@@ -6,6 +6,7 @@ the host.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import At, create_trainer
 
 from pytorch_accelerated.callbacks import (
     RecordHistoryCallback,
@@ -28,9 +30,7 @@ OTHER_READS = {"tolist", "numpy", "cpu", "__array__", "equal", "nonzero"}
 class CountReads(TorchFunctionMode):
     """Counts the reads of whole tensors that python code asks for."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in OTHER_READS and not _is_order(args[0]):
@@ -41,9 +41,7 @@ class CountReads(TorchFunctionMode):
 class CountReadsOfNumbers(TorchDispatchMode):
     """Counts the reads of single numbers, those inside of torch's functions too."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and not _is_order(
@@ -60,9 +58,7 @@ def _is_order(tensor):
 class CountedSteps(Trainer):
     """Counts the reads from the first step of each epoch to the end of its last."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.reads = 0
+    reads = 0
 
     def _run_windows(self, train_dl):
         with CountReads() as reads, CountReadsOfNumbers() as numbers:
@@ -92,8 +88,13 @@ class CountedStepsWithMetrics(CountedSteps):
 
 
 def count_reads(model, dataset, callbacks=(), trainer_class=CountedSteps, **kwargs):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = trainer_class(model, nn.CrossEntropyLoss(), optimizer, callbacks)
+    trainer = create_trainer(
+        callbacks,
+        model=model,
+        lr=0.1,
+        loss_func=nn.CrossEntropyLoss(),
+        trainer_class=trainer_class,
+    )
     trainer.train(
         dataset,
         num_epochs=1,
@@ -149,19 +150,17 @@ def test_the_default_callbacks_read_no_more_often_in_more_steps(
     assert reads(200) == few
 
 
-def test_a_tracker_costs_one_read_in_an_interval(create_classifier, noise):
-    class Nothing(GeneralTracker):
-        name, tracker, requires_logging_directory = "nothing", None, False
-
-    callback = TrackerCallback(Nothing(), every_n_updates=5)
-    reads = count_reads(
-        create_classifier(), noise(40), [callback], gradient_clip_norm=1.0
-    )
-    assert reads == 20 / 5
+class Nothing(GeneralTracker):
+    name, tracker, requires_logging_directory = "nothing", None, False
 
 
-def test_the_history_is_read_once_in_n_updates(create_classifier, noise):
-    callbacks = [RecordHistoryCallback(every_n_updates=5)]
+@pytest.mark.parametrize(
+    "create", [partial(TrackerCallback, Nothing()), RecordHistoryCallback]
+)
+def test_a_tracker_or_a_history_costs_one_read_in_n_updates(
+    create_classifier, noise, create
+):
+    callbacks = [create(every_n_updates=5)]
 
     reads = count_reads(
         create_classifier(), noise(40), callbacks, gradient_clip_norm=math.inf
@@ -173,13 +172,13 @@ def test_the_history_is_read_once_in_n_updates(create_classifier, noise):
 def test_reads_are_seen(create_classifier, noise):
     """The tests above would notice a read."""
 
-    class Reads(TrainerCallback):
-        def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-            batch_output["loss"].item()
-            bool(batch_output["loss"] > 0)
-            torch.isfinite(batch_output["loss"]).tolist()
+    def read(trainer, batch_output, **kwargs):
+        batch_output["loss"].item()
+        bool(batch_output["loss"] > 0)
+        torch.isfinite(batch_output["loss"]).tolist()
 
-    assert count_reads(create_classifier(), noise(20), [Reads()]) >= 30
+    reads = At(on_train_step_end=read)
+    assert count_reads(create_classifier(), noise(20), [reads]) >= 30
 
 
 def test_the_methods_of_callbacks_are_looked_up_once_a_run_and_not_at_each_step(
@@ -198,9 +197,9 @@ def test_the_methods_of_callbacks_are_looked_up_once_a_run_and_not_at_each_step(
 
     def lookups_of(count, num_epochs):
         lookups.clear()
-        model = create_classifier()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, [Watched()])
+        trainer = create_trainer(
+            [Watched()], model=create_classifier(), loss_func=nn.CrossEntropyLoss()
+        )
         trainer.train(noise(count), num_epochs)
         return sorted(lookups)
 
@@ -220,8 +219,10 @@ def test_a_step_never_waits_for_a_real_gpu(create_classifier, noise, options):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    model = create_classifier()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Strict(model, nn.CrossEntropyLoss(), optimizer, callbacks=())
+    trainer = create_trainer(
+        model=create_classifier(),
+        loss_func=nn.CrossEntropyLoss(),
+        trainer_class=Strict,
+    )
     trainer.train(noise(64), num_epochs=2, **options)
     assert trainer.num_updates == 16

@@ -10,15 +10,8 @@ import accelerate
 import pytest
 
 import pytorch_accelerated
-from pytorch_accelerated import callbacks, tracking, utils
+from pytorch_accelerated import callbacks, schedulers, tracking, utils
 from pytorch_accelerated import trainer as trainer_module
-from pytorch_accelerated.finetuning import ModelFreezer
-from pytorch_accelerated.schedulers import (
-    CosineLrScheduler,
-    SchedulerBase,
-    StatefulSchedulerBase,
-    WSDLrScheduler,
-)
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 
 # Each line is a signature of 0.1.61, with the names and defaults of its arguments. What
@@ -246,54 +239,40 @@ def test_names_of_the_root():
         assert getattr(pytorch_accelerated, name) is module
 
 
-@pytest.mark.parametrize(
-    ("module", "names"),
-    [
-        (
-            "trainer",
-            "Trainer TrainerWithTimmScheduler TrainerPlaceholderValues "
-            "replace_trainer_placeholder_values DEFAULT_CALLBACKS DataLoader",
-        ),
-        ("callbacks", "StopTrainingError CallbackMethodNotImplementedError"),
-        ("tracking", "RunHistory InMemoryRunHistory LossTracker"),
-        ("run_config", "TrainerRunConfig"),
-        ("utils", "LIMIT_BATCHES_ENV_VAR ModelEma DataLoaderSlice LimitBatches"),
-        (
-            "finetuning",
-            "Layer LayerGroup ModelFreezer BN_MODULES _module_is_batch_norm",
-        ),
-        (
-            "schedulers",
-            "CosineLrScheduler WSDLrScheduler StatefulSchedulerBase SchedulerBase",
-        ),
-        ("schedulers.scheduler_base", "SchedulerBase StatefulSchedulerBase"),
-        ("schedulers.cosine_scheduler", "CosineLrScheduler"),
-        ("schedulers.wsd_scheduler", "WSDLrScheduler estimate_checkpoint_steps"),
-    ],
-)
-def test_names_can_be_imported_from_where_they_were(module, names):
+# Besides those whose signatures are above.
+NAMES = """
+trainer: TrainerPlaceholderValues DEFAULT_CALLBACKS DataLoader
+callbacks: StopTrainingError CallbackMethodNotImplementedError
+tracking: RunHistory
+utils: LIMIT_BATCHES_ENV_VAR
+finetuning: BN_MODULES
+schedulers.scheduler_base: SchedulerBase StatefulSchedulerBase
+schedulers.cosine_scheduler: CosineLrScheduler
+schedulers.wsd_scheduler: WSDLrScheduler
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", NAMES)
+def test_names_can_be_imported_from_where_they_were(line):
+    module, _, names = line.partition(": ")
     found = importlib.import_module(f"pytorch_accelerated.{module}")
 
     assert [name for name in names.split() if not hasattr(found, name)] == []
 
 
 def test_default_callbacks_are_classes_in_their_order():
-    names = [callback.__name__ for callback in trainer_module.DEFAULT_CALLBACKS]
-
-    assert isinstance(trainer_module.DEFAULT_CALLBACKS, tuple)
-    assert names == [
-        "MoveModulesToDeviceCallback",
-        "TerminateOnNaNCallback",
-        "PrintProgressCallback",
-        "ProgressBarCallback",
-        "LogMetricsCallback",
-    ]
-    assert callbacks.get_default_callbacks() == trainer_module.DEFAULT_CALLBACKS
-    assert callbacks.get_default_callbacks(progress_bar=False) == tuple(
-        callback
-        for callback in trainer_module.DEFAULT_CALLBACKS
-        if callback is not callbacks.ProgressBarCallback
+    classes = (
+        callbacks.MoveModulesToDeviceCallback,
+        callbacks.TerminateOnNaNCallback,
+        callbacks.PrintProgressCallback,
+        callbacks.ProgressBarCallback,
+        callbacks.LogMetricsCallback,
     )
+
+    assert classes == trainer_module.DEFAULT_CALLBACKS
+    assert callbacks.get_default_callbacks() == classes
+    without_bar = callbacks.get_default_callbacks(progress_bar=False)
+    assert without_bar == classes[:3] + classes[4:]
 
 
 def test_placeholders():
@@ -308,37 +287,30 @@ def test_placeholders():
 
 
 def test_which_classes_are_bases_of_others():
-    assert issubclass(callbacks.TrainerCallback, abc.ABC)
+    for derived, base in (
+        (callbacks.TrainerCallback, abc.ABC),
+        (callbacks.StopTrainingError, Exception),
+        (callbacks.CallbackMethodNotImplementedError, Exception),
+        (callbacks.ModelEmaCallback, callbacks.SaveBestModelCallback),
+        (trainer_module.TrainerWithTimmScheduler, Trainer),
+        (schedulers.StatefulSchedulerBase, schedulers.SchedulerBase),
+        (schedulers.CosineLrScheduler, schedulers.StatefulSchedulerBase),
+        (schedulers.WSDLrScheduler, schedulers.StatefulSchedulerBase),
+    ):
+        assert issubclass(derived, base), derived
     assert not callbacks.TrainerCallback.__abstractmethods__
-    assert issubclass(callbacks.StopTrainingError, Exception)
-    assert issubclass(callbacks.CallbackMethodNotImplementedError, Exception)
-    assert issubclass(callbacks.ModelEmaCallback, callbacks.SaveBestModelCallback)
-    assert issubclass(trainer_module.TrainerWithTimmScheduler, Trainer)
-    assert issubclass(StatefulSchedulerBase, SchedulerBase)
-    assert issubclass(CosineLrScheduler, StatefulSchedulerBase)
-    assert issubclass(WSDLrScheduler, StatefulSchedulerBase)
     assert utils.LIMIT_BATCHES_ENV_VAR == "PT_ACC_LIMIT_BATCHES"
-    assert ModelFreezer
 
 
 def test_attributes_of_a_new_trainer(create_trainer):
     trainer = create_trainer()
 
-    for name in [
-        "create_scheduler_fn",
-        "scheduler",
-        "collate_fn",
-        "train_dataset",
-        "eval_dataset",
-        "run_config",
-        "_train_dataloader",
-        "_eval_dataloader",
-        "_train_dl_kwargs",
-        "_eval_dl_kwargs",
-        "num_updates",
-        "num_steps",
-        "num_samples_seen",
-    ]:
+    names = (
+        "create_scheduler_fn scheduler collate_fn train_dataset eval_dataset run_config "
+        "_train_dataloader _eval_dataloader _train_dl_kwargs _eval_dl_kwargs "
+        "num_updates num_steps num_samples_seen"
+    )
+    for name in names.split():
         assert getattr(trainer, name) is None, name
     assert trainer._pad_uneven_eval_batches is False
     assert trainer._callbacks == ()
