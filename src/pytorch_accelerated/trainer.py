@@ -740,15 +740,19 @@ class Trainer:
             events.announce(
                 self, "on_eval_epoch_start", is_intermediate=is_intermediate
             )
-            with torch.no_grad():
-                for batch in islice(valid_dl, self.eval_batch_limit):
-                    self._run_eval_step(batch)
+            self._run_eval_steps(valid_dl)
             events.agree_to_go_on(self)
             events.call(self, self.eval_epoch_end)
             self._add_epoch_loss_to_run_history(metric_name)
             if is_training and not is_intermediate:
                 run.progress.finish(Stage.EVALUATION)
             events.announce(self, "on_eval_epoch_end", is_intermediate=is_intermediate)
+
+    def _run_eval_steps(self, valid_dl: Any) -> None:
+        # On its own: the last batch is not to outlive the steps.
+        with torch.no_grad():
+            for batch in islice(valid_dl, self.eval_batch_limit):
+                self._run_eval_step(batch)
 
     def _run_eval_step(self, batch: Any) -> None:
         events.tell(self, "on_eval_step_start")
