@@ -306,8 +306,8 @@ def test_attributes_of_a_new_trainer(create_trainer):
     trainer = create_trainer()
 
     names = (
-        "create_scheduler_fn scheduler collate_fn train_dataset eval_dataset run_config "
-        "_train_dataloader _eval_dataloader _train_dl_kwargs _eval_dl_kwargs "
+        "create_scheduler_fn scheduler collate_fn train_dataset eval_dataset run_config"
+        " _train_dataloader _eval_dataloader _train_dl_kwargs _eval_dl_kwargs "
         "num_updates num_steps num_samples_seen"
     )
     for name in names.split():
