@@ -197,31 +197,27 @@ def start_schedule(scheduler: Any) -> None:
         scheduler.step()
 
 
-def remember_scheduled_values(
-    optimizer: Optimizer, param_group_field: str = "lr"
-) -> None:
-    """Note that the present values were left by a scheduler, not set by the user.
+def remember_scheduled_values(optimizer: Optimizer) -> None:
+    """Note that the learning rates were left by a scheduler, not set by the user.
 
     The schedulers of the library do so themselves. Call it after a schedule of
     another library has ended, so that the next scheduler of this one starts from
-    ``initial_<field>`` again, and not from the value at the end of that schedule.
+    ``initial_lr`` again, and not from the value at the end of that schedule.
     """
     for group in optimizer.param_groups:
-        if param_group_field in group:
-            group[_memory_of(param_group_field)] = float(group[param_group_field])
+        if "lr" in group:
+            group[_memory_of("lr")] = float(group["lr"])
 
 
-def forget_start_if_set_by_hand(
-    optimizer: Optimizer, param_group_field: str = "lr"
-) -> None:
+def forget_start_if_set_by_hand(optimizer: Optimizer) -> None:
     """Let the next scheduler start from a value that the user has set since the last.
 
-    torch's schedulers start from ``initial_<field>`` as long as a group has it. Those
-    of this library find out by themselves.
+    torch's schedulers start from ``initial_lr`` as long as a group has it. Those of
+    this library find out by themselves.
     """
     for group in optimizer.param_groups:
-        if _was_set_by_hand(group, param_group_field):
-            group.pop(f"initial_{param_group_field}", None)
+        if _was_set_by_hand(group, "lr"):
+            group.pop("initial_lr", None)
 
 
 def _memory_of(field: str) -> str:
