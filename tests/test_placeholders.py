@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -16,9 +16,6 @@ from pytorch_accelerated.placeholders import (
     TrainerPlaceholderValues,
     replace_trainer_placeholder_values,
 )
-
-# A busy machine must not fail a test.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 EPOCHS = TrainerPlaceholderValues.NUM_EPOCHS
 UPDATES = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
@@ -165,7 +162,6 @@ numbers = (
 )
 
 
-@unhurried
 @given(
     operands=st.lists(numbers | st.just(EPOCHS) | st.just(UPDATES), max_size=6),
     symbols=st.lists(st.tuples(st.sampled_from(SYMBOLS), st.booleans()), min_size=6),
@@ -196,7 +192,6 @@ def filled_in_pair(run, **more):
     return replaced.keywords["epochs"], replaced.keywords["steps"]
 
 
-@unhurried
 @given(
     epochs=st.integers(1, 20),
     updates=st.integers(1, 10_000),

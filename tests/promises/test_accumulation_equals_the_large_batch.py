@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import AutocastKwargs
 from accelerate.state import AcceleratorState
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
@@ -195,7 +195,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(cases)
 @example(Case(5, 1, 2))
 @example(Case(5, 2, 2, items="tokens"))

@@ -5,14 +5,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.schedulers import CosineLrScheduler
-
-# A busy machine must not fail a test.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def create_optimizer(*lrs):
@@ -61,7 +58,6 @@ def test_ratios_are_taken_of_the_learning_rate_of_each_group():
     assert curve == [pytest.approx(lrs, rel=1e-12) for lrs in expected]
 
 
-@unhurried
 @given(stop=st.integers(0, 30), warmup=st.integers(0, 4), cooldown=st.integers(0, 4))
 def test_a_saved_schedule_goes_on_as_if_never_interrupted(stop, warmup, cooldown):
     settings = {"num_warmup_epochs": warmup, "num_cooldown_epochs": cooldown}

@@ -3,15 +3,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pytorch_accelerated.errors import TrainingWarning
 from pytorch_accelerated.schedulers import WSDLrScheduler
 from pytorch_accelerated.schedulers.wsd_scheduler import estimate_checkpoint_steps
-
-# A busy machine must not fail a test.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 FLOOR = 1e-6
 A_LONG_WARMUP = "ignore:The warm-up of"
@@ -244,7 +241,6 @@ any_settings = st.fixed_dictionaries(
 
 
 @pytest.mark.filterwarnings(A_LONG_WARMUP)
-@unhurried
 @given(settings=any_settings, stop=st.integers(0, 60))
 def test_a_saved_schedule_goes_on_as_if_never_interrupted(settings, stop):
     """Defect 3: every resumed schedule started again."""
@@ -362,7 +358,6 @@ def test_a_continuation_accepts_an_incomplete_state():
     assert scheduler.get_updated_values(0) == [0.1]
 
 
-@unhurried
 @given(stop=st.integers(0, 40))
 def test_an_interrupted_continuation_goes_on_where_it_stopped(stop):
     settings = {"total_steps": 40, "is_continuation_from_checkpoint": True}
