@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pytorch_accelerated import checkpoint, data, distributed, engines
 from pytorch_accelerated.callbacks import ModelEmaCallback
 from pytorch_accelerated.callbacks.checkpointing import savers_in
+from pytorch_accelerated.checkpoint.files import new_token
+from pytorch_accelerated.checkpoint.folder import without_wrappers
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.means import Means
 from pytorch_accelerated.metrics import start_metrics
@@ -90,7 +92,7 @@ def save_model(trainer: Trainer, path: str | os.PathLike[str], ema: bool) -> Pat
     write = checkpoint.save_file if is_of_torch else checkpoint.save_weights
     with OnAllOrNone():
         if keep:
-            write(checkpoint.without_wrappers(state), path)
+            write(without_wrappers(state), path)
     return path
 
 
@@ -103,7 +105,7 @@ def load_model(trainer: Trainer, path: str | os.PathLike[str]) -> None:
         else:
             contents = checkpoint.read_weights(file)
         state = contents.get("model_state_dict", contents)
-        load_states(trainer, path, state, None, None)
+        load_states(trainer, path, state)
 
 
 def _file_of_model(path: str | os.PathLike[str]) -> Path:
@@ -205,16 +207,18 @@ def _training_state(
     engine, keep = trainer._engine, trainer._accelerator.is_main_process
     in_parts, scaler = engine.saved_in_parts, trainer._accelerator.scaler
     model, optimizer = trainer.get_model(keep_torch_compile=False), trainer.optimizer
-    has_no_optimizer = optimizer is None or "optimizer" in in_parts
+    model_state = optimizer_state = None
+    if "model" not in in_parts:
+        model_state = engine.model_state(model, keep)
+    if optimizer is not None and "optimizer" not in in_parts:
+        optimizer_state = engine.whole(optimizer.state_dict(), keep)
     history = trainer.run_history
     progress = replace(run.progress)
     if progress.stage is Stage.ENDED:
         progress.start_next_epoch()
     return TrainingState(
-        model=None if "model" in in_parts else engine.model_state(model, keep),
-        optimizer=None
-        if has_no_optimizer
-        else engine.whole(optimizer.state_dict(), keep),  # type: ignore[union-attr]
+        model=model_state,
+        optimizer=optimizer_state,
         scheduler=None if run.scheduler is None else run.scheduler.state_dict(),
         scaler=None if scaler is None else scaler.state_dict(),
         metadata=metadata,
@@ -236,7 +240,7 @@ def _save_parts(trainer: Trainer, path: str) -> str | None:
     """Let every process write what it alone holds; say in which folder."""
     if not trainer._engine.saved_in_parts:
         return None
-    token = distributed.object_from_main_process(checkpoint.new_token())
+    token = distributed.object_from_main_process(new_token())
     folder = f"{path}.tmp-{token}"
     model = trainer.get_model(keep_torch_compile=False)
     trainer._engine.save_parts(model, trainer.optimizer, Path(folder))
@@ -312,8 +316,8 @@ def load_states(
     trainer: Trainer,
     source: str | os.PathLike[str],
     model_state: Mapping[str, Any] | None,
-    optimizer_state: Mapping[str, Any] | None,
-    scheduler_state: Mapping[str, Any] | None,
+    optimizer_state: Mapping[str, Any] | None = None,
+    scheduler_state: Mapping[str, Any] | None = None,
 ) -> None:
     """Load what is given and there is a use for, or nothing if some does not fit.
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from pytorch_accelerated import checkpoint as ckpt
 from pytorch_accelerated.checkpoint import CheckpointNotFoundError
+from pytorch_accelerated.checkpoint.files import check_storable
 from pytorch_accelerated.errors import CheckpointError
 
 
@@ -273,7 +274,7 @@ def test_what_would_not_load_again_is_refused_when_it_is_saved_found_94(
     with pytest.raises(CheckpointError, match=rf"x\.pt.* {message}"):
         ckpt.save_file({"a": value}, tmp_path / "x.pt")
     with pytest.raises(TypeError):
-        ckpt.check_storable({"a": value}, "x")
+        check_storable({"a": value}, "x")
 
 
 def test_what_is_nearly_too_much_is_loaded_again_found_94(tmp_path):
@@ -314,7 +315,7 @@ def test_tensors_of_classes_that_torch_may_load_are_stored_found_87(copy, tmp_pa
     ):
         ckpt.to_storable(tensor)
     with torch.serialization.safe_globals([Quantized]):
-        ckpt.check_storable({"a": tensor}, "x")
+        check_storable({"a": tensor}, "x")
         storable = ckpt.to_storable({"a": tensor}, copy=copy)
         codes += 1
         ckpt.save_file(storable, tmp_path / "x.pt")

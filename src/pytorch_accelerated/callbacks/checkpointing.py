@@ -23,12 +23,11 @@ from pytorch_accelerated.callbacks.best import (
 from pytorch_accelerated.checkpoint import (
     Checkpoint,
     DirectoryLock,
-    check_storable,
     is_legacy_training_state,
     list_checkpoints,
     prune,
 )
-from pytorch_accelerated.checkpoint.files import absolute
+from pytorch_accelerated.checkpoint.files import absolute, check_storable
 from pytorch_accelerated.errors import CheckpointError, warn
 
 if TYPE_CHECKING:

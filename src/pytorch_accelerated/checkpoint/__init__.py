@@ -3,11 +3,9 @@
 Works with torch alone; the trainer uses it, and so can any other loop.
 
 ==================== ===================================================================
-single files         :func:`save_file`, :func:`load_file`, :func:`to_storable`,
-                     :func:`check_storable`
+single files         :func:`save_file`, :func:`load_file`, :func:`to_storable`
 checkpoint folders   :class:`CheckpointWriter`, :class:`Checkpoint`
-weights of a model   :func:`save_weights`, :func:`read_weights`,
-                     :func:`fit_to_model`, :func:`without_wrappers`
+weights of a model   :func:`save_weights`, :func:`read_weights`, :func:`fit_to_model`
 writing meanwhile    :class:`BackgroundWriter`
 many of them         :func:`list_checkpoints`, :func:`newest`, :func:`prune`
 one run at a time    :class:`DirectoryLock`, :func:`clean_leftovers`
@@ -27,9 +25,7 @@ from pytorch_accelerated.checkpoint.directory import (
 from pytorch_accelerated.checkpoint.files import (
     CheckpointNotFoundError,
     NotStorableError,
-    check_storable,
     load_file,
-    new_token,
     save_file,
     to_storable,
 )
@@ -40,7 +36,6 @@ from pytorch_accelerated.checkpoint.folder import (
     fit_to_model,
     read_weights,
     save_weights,
-    without_wrappers,
 )
 from pytorch_accelerated.checkpoint.legacy import (
     is_legacy_training_state,
@@ -58,14 +53,12 @@ __all__ = [
     "CheckpointWriter",
     "DirectoryLock",
     "NotStorableError",
-    "check_storable",
     "clean_leftovers",
     "fit_to_model",
     "get_random_states",
     "is_legacy_training_state",
     "list_checkpoints",
     "load_file",
-    "new_token",
     "newest",
     "prune",
     "read_legacy_training_state",
@@ -74,5 +67,4 @@ __all__ = [
     "save_weights",
     "set_random_states",
     "to_storable",
-    "without_wrappers",
 ]

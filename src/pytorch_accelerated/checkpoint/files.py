@@ -575,10 +575,7 @@ class _Converter:
     def _wrapper(self, tensor: Any, what: str) -> torch.Tensor:
         """Convert a tensor that is made of others, such as a quantized one."""
         names, context = tensor.__tensor_flatten__()
-        inner = {
-            name: to_storable(getattr(tensor, name), f"{what}.{name}", copy=self._copy)
-            for name in names
-        }
+        inner = {n: self.convert(getattr(tensor, n), f"{what}.{n}") for n in names}
         plain: torch.Tensor = type(tensor).__tensor_unflatten__(
             inner, context, tensor.size(), tensor.stride()
         )
