@@ -54,7 +54,9 @@ def test_the_suggestion_is_where_the_smoothed_loss_falls_most_steeply(
     assert 0.01 < curve.suggestion < 1
     assert max(curve.learning_rates) < 100
     assert all(map(math.isfinite, curve.losses))
-    assert repr(curve).endswith(f"suggestion={curve.suggestion:.3g})")
+    assert repr(curve) == (
+        f"LearningRateCurve(suggestion={curve.suggestion!r}, reason='')"
+    )
 
 
 class Unheard(TrainerCallback):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -48,7 +49,7 @@ class TrainArguments(TypedDict, total=False):
     collate_fn: Callable[[list[Any]], Any] | None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class LearningRateCurve:
     """The losses of a run whose learning rate grew from update to update.
 
@@ -61,14 +62,10 @@ class LearningRateCurve:
         reason: Why there is no suggestion.
     """
 
-    learning_rates: tuple[float, ...]
-    losses: tuple[float, ...]
+    learning_rates: tuple[float, ...] = field(repr=False)
+    losses: tuple[float, ...] = field(repr=False)
     suggestion: float | None = None
     reason: str = ""
-
-    def __repr__(self) -> str:
-        outcome = self.reason or f"suggestion={self.suggestion:.3g}"
-        return f"LearningRateCurve({len(self.losses)} updates, {outcome})"
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the curve with matplotlib.
@@ -209,10 +206,10 @@ class _RangeTest(TrainerCallback):
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Note how the learning rates of the groups relate to each other."""
-        groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
-        rates = [float(group["lr"]) for group in groups]
+        self._groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
+        rates = [float(group["lr"]) for group in self._groups]
         self._shares = [rate / max(rates) if max(rates) else 1.0 for rate in rates]
-        self._set_rate(trainer, self._rates[0])
+        self._set_rate(self._rates[0])
 
     def on_train_step_end(
         self,
@@ -235,7 +232,7 @@ class _RangeTest(TrainerCallback):
             self._updates.append(self._next)
             self._next = LossTracker()
             if num_updates < num_due:
-                self._set_rate(trainer, self._rates[num_updates])
+                self._set_rate(self._rates[num_updates])
             if num_updates % max(_UPDATES_BETWEEN_READS, num_due // 10) == 0:
                 losses = self.losses()
                 if _num_before_divergence(losses) < len(losses):
@@ -250,9 +247,8 @@ class _RangeTest(TrainerCallback):
         summed = distributed.sum_over_processes(totals).values()
         return [total / count if count else math.nan for total, count in summed]
 
-    def _set_rate(self, trainer: Trainer, rate: float) -> None:
-        groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
-        for group, share in zip(groups, self._shares, strict=True):
+    def _set_rate(self, rate: float) -> None:
+        for group, share in zip(self._groups, self._shares, strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate * share)
             else:
@@ -294,20 +290,16 @@ def _curve_of(rates: list[float], losses: list[float]) -> LearningRateCurve:
     """
     losses = losses[: _num_before_divergence(losses)]
     tried = rates[: len(losses)]
-
-    def without_suggestion(reason: str) -> LearningRateCurve:
-        return LearningRateCurve(tuple(tried), tuple(losses), reason=reason)
-
+    curve = partial(LearningRateCurve, tuple(tried), tuple(losses))
     if len(losses) < _FEWEST_UPDATES:
-        return without_suggestion(
-            f"the loss diverged after {len(losses)} updates: lower min_lr"
-        )
+        reason = f"the loss diverged after {len(losses)} updates: lower min_lr"
+        return curve(reason=reason)
     smoothed = _smooth(losses)
     until = slice(0, int(smoothed.argmin()) + 1)
     noise = float(np.std(losses[until] - smoothed[until]))
     if smoothed[0] - smoothed.min() <= 2 * noise:
-        return without_suggestion("the loss did not fall, beyond its noise")
+        return curve(reason="the loss did not fall, beyond its noise")
     steepest = int(np.gradient(smoothed, np.log(tried))[until].argmin())
     if steepest >= len(rates) - 1 - 2 * _width(rates):
-        return without_suggestion("the loss fell fastest at the end: raise max_lr")
-    return LearningRateCurve(tuple(tried), tuple(losses), rates[steepest])
+        return curve(reason="the loss fell fastest at the end: raise max_lr")
+    return curve(suggestion=rates[steepest])
