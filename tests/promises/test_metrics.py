@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchmetrics
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -13,16 +13,11 @@ from torchmetrics.classification import (
     MulticlassF1Score,
     MulticlassPrecision,
 )
+from toys import At, Stream, overriding
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import (
-    ModelEmaCallback,
-    StepBasedEvaluationCallback,
-    TrainerCallback,
-)
+from pytorch_accelerated.callbacks import ModelEmaCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.errors import StopTrainingError
-
-NUM_SAMPLES = 33
 
 
 def balanced_accuracy(predictions, targets):
@@ -65,14 +60,6 @@ def by_hand(model, dataset):
     }
 
 
-class Stream(IterableDataset):
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __iter__(self):
-        yield from self.dataset
-
-
 def create_trainer(model, callbacks=(), lr=0.0, trainer_class=Trainer, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     loss = nn.CrossEntropyLoss()
@@ -110,21 +97,14 @@ def test_metrics_are_those_of_the_whole_set(
     on_processes(num_processes, train_and_evaluate, *arguments)
 
 
-class EvaluateAmidTheRun(TrainerCallback):
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def on_train_step_end(self, trainer, **kwargs):
-        trainer.evaluate(self.dataset)
-
-
 def test_evaluations_amid_a_run_have_metrics_of_their_own(
     create_classifier, noise, tmp_path
 ):
     dataset, other = noise(33), TensorDataset(*noise(40)[33:])
     model = create_classifier()
     average = ModelEmaCallback(decay=0.5, save_path=tmp_path / "ema.pt")
-    callbacks = [EvaluateAmidTheRun(other), StepBasedEvaluationCallback(3), average]
+    evaluate = At(on_train_step_end=lambda trainer, **_: trainer.evaluate(other))
+    callbacks = [evaluate, StepBasedEvaluationCallback(3), average]
     trainer = create_trainer(
         model, callbacks, lr=0.5, metrics=METRICS, train_metrics=True
     )
@@ -147,14 +127,13 @@ def test_evaluations_amid_a_run_have_metrics_of_their_own(
     assert not any(metric.update_called for metric in METRICS["quality"].values())
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step, folder):
-        self.step, self.folder = step, folder
-
-    def on_train_step_end(self, trainer, step=0, **kwargs):
-        if trainer.num_steps == self.step:
-            trainer.save_training_state(self.folder)
+def stop_at(step, folder):
+    def save_and_stop(trainer, **kwargs):
+        if trainer.num_steps == step:
+            trainer.save_training_state(folder)
             raise StopTrainingError("stopped")
+
+    return At(on_train_step_end=save_and_stop)
 
 
 def train_and_resume(create_classifier, dataset, folder, num_processes):
@@ -165,7 +144,7 @@ def train_and_resume(create_classifier, dataset, folder, num_processes):
         return trainer.train(dataset, 2, per_device_batch_size=batch_size, **kwargs)
 
     expected = train()
-    train([StopAt(9, folder)])
+    train([stop_at(9, folder)])
     resumed = train(resume_from=folder)
 
     assert resumed.get_metric_names() == expected.get_metric_names()
@@ -187,10 +166,8 @@ def test_a_resumed_epoch_has_the_metrics_of_one_never_stopped(
 def test_a_resumed_epoch_says_which_batches_its_new_metrics_have_seen(
     create_classifier, noise, tmp_path
 ):
-    dataset = noise(33)
-    create_trainer(create_classifier(), [StopAt(2, tmp_path / "state")]).train(
-        dataset, 1
-    )
+    dataset, callbacks = noise(33), [stop_at(2, tmp_path / "state")]
+    create_trainer(create_classifier(), callbacks).train(dataset, 1)
     counts = {name: METRICS[name] for name in ("count", "accuracy")}
     trainer = create_trainer(create_classifier(), train_metrics=counts)
 
@@ -230,17 +207,17 @@ def test_batches_with_names_and_outputs_with_logits_need_no_override(
 
 
 def test_an_override_says_what_metrics_are_given(create_classifier, noise):
-    class Weighted(Trainer):
-        def calculate_metric_inputs(self, batch, batch_output):
-            predictions, targets = super().calculate_metric_inputs(batch, batch_output)
-            return predictions.argmax(1), targets, targets.float()
+    def calculate_metric_inputs(self, batch, batch_output):
+        return batch_output["model_outputs"].argmax(1), batch[1], batch[1].float()
 
     def weighted(classes, targets, weights):
         return float(((classes == targets) * weights).sum() / weights.sum())
 
     model, dataset = create_classifier(), noise(33)
     trainer = create_trainer(
-        model, trainer_class=Weighted, metrics={"weighted": weighted}
+        model,
+        trainer_class=overriding(calculate_metric_inputs=calculate_metric_inputs),
+        metrics={"weighted": weighted},
     )
     classes, targets = model(dataset.tensors[0]).argmax(1), dataset.tensors[1]
 
@@ -294,17 +271,31 @@ def test_a_step_without_outputs_or_targets_says_which_method_to_override(noise):
         trainer.evaluate(noise(8))
 
 
-def test_functions_do_not_read_from_the_device_in_a_step(create_classifier, noise):
-    """Nor is anything of the graph kept."""
-    model = create_classifier()
-    trainer = create_trainer(model, train_metrics={"balanced": balanced_accuracy})
+class KeepsAll(torchmetrics.Metric):
+    def __init__(self):
+        super().__init__()
+        self.add_state("all", [], dist_reduce_fx="cat")
+
+    def update(self, predictions, targets):
+        self.all.append(predictions)
+
+    def compute(self):
+        return len(torch.cat(self.all))
+
+
+def test_nothing_of_the_graph_is_kept(create_classifier, noise):
     kept = []
 
-    class Look(TrainerCallback):
-        def on_train_step_end(self, trainer, **kwargs):
-            kept.extend(trainer._run.means.metrics._inputs[-1])
+    def look(trainer, **kwargs):
+        metrics = trainer._run.means.metrics
+        kept.extend([*metrics._inputs[-1], *metrics._metrics["all"].all])
 
-    trainer.callback_handler.add_callback(Look())
-    trainer.train(noise(33), 1)
+    history = create_trainer(
+        create_classifier(),
+        [At(on_train_step_end=look)],
+        train_metrics={"all": KeepsAll(), "balanced": balanced_accuracy},
+    ).train(noise(33), 1)
+
+    assert history.get_latest_metric("train_all_epoch") == 33
     assert kept
     assert not any(tensor.requires_grad for tensor in kept)
