@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from toys import Keeps
 
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveTrainingStateCallback,
-    TrainerCallback,
 )
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
 
@@ -106,14 +106,6 @@ class Counting(Trainer):
         return output
 
 
-class Recording(TrainerCallback):
-    def __init__(self):
-        self.events = 0
-
-    def on_train_step_end(self, trainer, **kwargs):
-        self.events += 1
-
-
 def find_learning_rate(trainer, data):
     return trainer.find_learning_rate(
         data, num_updates=20, gradient_accumulation_steps=2, gradient_clip_norm=1.0
@@ -170,10 +162,10 @@ def run(folder, rehearse=None, data=None, seed=None, compiled=False):
         ],
         lr=torch.tensor(0.05),
     )
-    recording = Recording()
+    heard = Keeps("on_train_step_end", lambda trainer, **kwargs: kwargs["step"])
     callbacks = (
         *DEFAULT_CALLBACKS,
-        recording,
+        heard,
         EarlyStoppingCallback(5, watch_metric="train_loss_epoch"),
         SaveTrainingStateCallback(folder),
     )
@@ -222,7 +214,7 @@ def run(folder, rehearse=None, data=None, seed=None, compiled=False):
                     trainer._num_runs,
                     trainer.num_updates,
                     trainer.run_history.current_epoch,
-                    recording.events,
+                    list(heard.kept),
                 ],
                 "random": [torch.get_rng_state(), random.random(), np.random.rand()],
                 "saved": sorted(path.name for path in folder.iterdir()),
