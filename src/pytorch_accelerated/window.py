@@ -39,6 +39,7 @@ class WindowState:
     unit: float = 1.0
 
 
+@dataclass(eq=False)
 class Window:
     """The batches of this process that make up an update.
 
@@ -47,28 +48,23 @@ class Window:
 
     Args:
         batches: Where they come from.
-        first_step: The number of the first one.
+        step: The number of the next one.
         is_last: Says of a batch that has been taken, by its number, whether it is the
             last one of the window.
-
-    Attributes:
         is_complete: Whether the batch that was yielded last is the last one; known
             before the passes of that batch.
     """
 
-    def __init__(
-        self, batches: Iterator[Any], first_step: int, is_last: Callable[[int], bool]
-    ) -> None:
-        self._batches = batches
-        self._step = first_step
-        self._is_last = is_last
-        self.is_complete: bool = False
+    batches: Iterator[Any]
+    step: int
+    is_last: Callable[[int], bool]
+    is_complete: bool = False
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         while not self.is_complete:
-            step, batch = self._step, next(self._batches)
-            self._step += 1
-            self.is_complete = self._is_last(step)
+            step, batch = self.step, next(self.batches)
+            self.step += 1
+            self.is_complete = self.is_last(step)
             yield step, batch
 
 

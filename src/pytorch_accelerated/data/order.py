@@ -181,6 +181,7 @@ class SeededBatch(NamedTuple):
     seed: int
 
 
+@dataclass(eq=False)
 class PlannedBatchSampler(Sampler[SeededBatch]):
     """Yields the batches of one process, as a plan and a seed say.
 
@@ -189,17 +190,16 @@ class PlannedBatchSampler(Sampler[SeededBatch]):
         process_index: The process whose batches are yielded.
         seed: The data seed of the run.
         shuffle: Whether the order is :func:`epoch_order` or that of the dataset.
+        epoch: Number of the epoch, from 1.
+        first_step: The first batch that is yielded.
     """
 
-    def __init__(
-        self, plan: BatchPlan, process_index: int, seed: int, shuffle: bool
-    ) -> None:
-        self.plan: BatchPlan = plan
-        self.process_index = process_index
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 1
-        self.first_step = 0
+    plan: BatchPlan
+    process_index: int
+    seed: int
+    shuffle: bool
+    epoch: int = 1
+    first_step: int = 0
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch."""
