@@ -299,14 +299,14 @@ class DeviceLoader(_OnDevice):
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches, on the device."""
-        batches = self._fetched(self._iteration.of(self._iterable), self._num_fetched)
-        self._num_fetched = 0
+        first_step, self._num_fetched = self._num_fetched, 0
+        batches = self._unpacked(self._iteration.of(self._iterable), first_step)
+        if self._keeps_place is not None:
+            batches = self._noting_places(batches, first_step)
         return to_device(batches, self.device)
 
-    def _fetched(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
-        if self._keeps_place is None:
-            return batches
-        return self._noting_places(batches, first_step)
+    def _unpacked(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
+        return batches
 
     def _noting_places(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
         for number, batch in enumerate(batches, first_step + 1):

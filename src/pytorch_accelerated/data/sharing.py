@@ -165,10 +165,6 @@ class SharedLoader(DeviceLoader):
         self._source.start(self._num_fetched)
         return super().__iter__()
 
-    def _fetched(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
-        unpacked = self._unpacked(batches, first_step)
-        return super()._fetched(unpacked, first_step)
-
     def _unpacked(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
         for step, batch in enumerate(batches, first_step):
             if isinstance(batch, _OfLastStep):
