@@ -130,6 +130,8 @@ def test_a_second_optimizer_may_hold_the_rest(train, network, keep, is_callback)
         ((Trainer,), "validation_step", "calculate_eval_batch_loss"),
         ((Trainer,), "train_epoch_starts", "train_epoch_start"),
         ((Trainer,), "on_train_epoch_end", "train_epoch_end"),
+        ((Trainer,), "on_epoch_end", "training_run_epoch_end"),
+        ((Trainer,), "on_train_batch_end", "on_train_step_end"),
     ],
 )
 def test_a_misspelt_event_or_method_is_warned_of_once_found_102(

@@ -255,8 +255,8 @@ def warn_of_misspelt_names(trainer: Trainer) -> None:
         type(trainer.callback_handler) is not CallbackHandler
         or "call_event" in mentioned
     )
-    events = set() if has_own_events else set(dir(TrainerCallback))
-    for each in new:
+    events = set(dir(TrainerCallback))
+    for each in {type(trainer)} & new if has_own_events else new:
         is_trainer = each is type(trainer)
         called, start = (steps, "") if is_trainer else (events, "on_")
         names = {
@@ -266,7 +266,8 @@ def warn_of_misspelt_names(trainer: Trainer) -> None:
         }
         for name in sorted(names - called - mentioned):
             cutoff = _LIKE_A_METHOD if is_trainer else _LIKE_AN_EVENT
-            meant = closest(_OTHER_NAMES.get(name, name), called, cutoff)
+            other = _OTHER_NAMES.get(name)
+            meant = closest(other or name, called, cutoff) or other
             if meant is not None and meant not in names:
                 warn(
                     f"{each.__name__}.{name} is not what the trainer calls. Did you "
