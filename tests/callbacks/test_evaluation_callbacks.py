@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.utils.data import TensorDataset
+from toys import At
 
 from pytorch_accelerated.callbacks import (
     LimitEvalStepsCallback,
@@ -87,11 +88,11 @@ def test_an_evaluation_that_stops_the_run_leaves_the_trainer_usable(
 ):
     """Defect 12: the loss tracker was not restored."""
 
-    class Stop(TrainerCallback):
-        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-            raise StopTrainingError("enough")
+    def stop(trainer, **kwargs):
+        raise StopTrainingError("enough")
 
-    trainer = create_trainer([StepBasedEvaluationCallback(1), Stop])
+    stopping = At(on_eval_step_end=stop)
+    trainer = create_trainer([StepBasedEvaluationCallback(1), stopping])
     trainer.train(samples(2), 1, eval_dataset=samples(1), per_device_batch_size=1)
     assert trainer._loss_tracker.running_count == 1  # the step of training
     assert trainer.model.training
@@ -162,11 +163,11 @@ def test_each_process_does_its_share_and_at_least_one_step(create_trainer):
 def test_the_limit_is_lifted_if_an_evaluation_does_not_end(
     create_trainer, samples, error, reaches_the_caller
 ):
-    class Raise(TrainerCallback):
-        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-            raise error
+    def fail(trainer, **kwargs):
+        raise error
 
-    trainer = create_trainer([LimitEvalStepsCallback(1, False), Raise])
+    failing = At(on_eval_step_end=fail)
+    trainer = create_trainer([LimitEvalStepsCallback(1, False), failing])
     trainer.eval_batch_limit = 3
     with reaches_the_caller(error):
         trainer.train(samples(1), 1, eval_dataset=samples(1))
@@ -178,11 +179,10 @@ def test_an_intermediate_evaluation_at_the_end_of_an_epoch_found_78(
 ):
     """The epoch's own evaluation takes place all the same."""
 
-    class Evaluates(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
+    def evaluate(trainer, **kwargs):
+        trainer._run_eval_epoch(trainer._eval_dataloader, is_intermediate=True)
 
-    trainer = create_trainer([Evaluates])
+    trainer = create_trainer([At(on_train_epoch_end=evaluate)])
     history = trainer.train(samples(1), 2, eval_dataset=samples(1))
 
     losses = [0.25, 0.25**2]

@@ -1,39 +1,25 @@
 import pytest
+from toys import Keeps
 
-from pytorch_accelerated.callbacks import LimitBatchesCallback, TrainerCallback
+from pytorch_accelerated.callbacks import LimitBatchesCallback
 from pytorch_accelerated.data import LimitBatches
 
 
-class Count(TrainerCallback):
-    def __init__(self):
-        self.train = self.eval = self.updates = 0
-
-    def on_train_step_end(self, trainer, batch, batch_output, **kwargs):
-        self.train += 1
-
-    def on_train_update_end(self, trainer, **kwargs):
-        self.updates += 1
-
-    def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-        self.eval += 1
-
-
 def test_epochs_are_limited_to_their_first_batches(create_trainer, samples):
-    count = Count()
-    trainer = create_trainer([LimitBatchesCallback(2), count])
+    evaluated = Keeps("on_eval_step_end", lambda trainer, **kwargs: None)
+    trainer = create_trainer([LimitBatchesCallback(2), evaluated])
     trainer.train(samples(5), 2, eval_dataset=samples(5), per_device_batch_size=1)
-    assert (count.train, count.eval) == (4, 4)
+    assert (trainer.num_steps, len(evaluated.kept)) == (4, 4)
     trainer.evaluate(samples(5), per_device_batch_size=1)
-    assert count.eval == 6
+    assert len(evaluated.kept) == 6
 
 
 def test_trainers_created_in_the_context_are_limited(create_trainer, samples):
-    count = Count()
     with LimitBatches(3):
-        trainer = create_trainer([count])
+        trainer = create_trainer()
     assert isinstance(trainer.callback_handler.callbacks[0], LimitBatchesCallback)
     trainer.train(samples(5), 1, per_device_batch_size=1)
-    assert count.train == 3
+    assert trainer.num_steps == 3
 
 
 def test_the_smaller_of_two_limits_holds(create_trainer):

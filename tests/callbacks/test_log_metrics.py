@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset
+from toys import At, Stream
 
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
@@ -91,15 +91,12 @@ def test_each_epoch_is_a_row_and_an_evaluation_a_line(
 def test_evaluations_amid_an_epoch_are_rows_and_leave_the_pace_of_training_alone(
     create_trainer, samples, capsys, monkeypatch
 ):
-    class EvaluatesApart(TrainerCallback):
-        def on_train_step_end(self, trainer, step, **kwargs):
-            if step == 0:
-                trainer.evaluate(samples(1))
-
-        def on_train_epoch_end(self, trainer, **kwargs):
+    def evaluate(trainer, step=0, **kwargs):
+        if step == 0:
             trainer.evaluate(samples(1))
 
-    callbacks = [StepBasedEvaluationCallback(2), EvaluatesApart, LogMetricsCallback]
+    apart = At(on_train_step_end=evaluate, on_train_epoch_end=evaluate)
+    callbacks = [StepBasedEvaluationCallback(2), apart, LogMetricsCallback]
     trainer = create_trainer([*callbacks, Clock(monkeypatch)], lr=0)
     trainer.train(
         samples(6), 9, samples(3), per_device_batch_size=1, max_num_train_steps=4
@@ -118,10 +115,9 @@ def test_evaluations_amid_an_epoch_are_rows_and_leave_the_pace_of_training_alone
 def test_a_resumed_run_goes_on_in_its_epoch_and_knows_what_was_best(
     create_trainer, samples, capsys, monkeypatch, tmp_path
 ):
-    class Ends(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            if trainer.run_history.current_epoch == 3:
-                raise StopTrainingError("enough")
+    def end(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 3:
+            raise StopTrainingError("enough")
 
     def train(*callbacks, lr, **kwargs):
         clock = Clock(monkeypatch)
@@ -131,7 +127,7 @@ def test_a_resumed_run_goes_on_in_its_epoch_and_knows_what_was_best(
         return table_of(capsys)
 
     save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
-    assert train(save, Ends(), lr=0.25)[1:] == [
+    assert train(save, At(on_train_epoch_end=end), lr=0.25)[1:] == [
         "1/10 1.000* 0.25 0.5 2.0s 18.0s",
         "2/10 0.2500* 0.25 0.5 2.0s 16.0s",
         "enough",
@@ -173,15 +169,11 @@ def test_a_star_marks_what_is_better_than_all_before_it(
 
 
 def test_without_a_known_length_the_epochs_tell_what_is_left(
-    create_trainer, capsys, monkeypatch
+    create_trainer, samples, capsys, monkeypatch
 ):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter([(torch.ones(1), torch.zeros(1))] * 3)
-
     def train(**kwargs):
         trainer = create_trainer([LogMetricsCallback, Clock(monkeypatch)], lr=0)
-        trainer.train(Stream(), per_device_batch_size=1, **kwargs)
+        trainer.train(Stream(samples(3)), per_device_batch_size=1, **kwargs)
         return [(row.split()[0], row.split()[-1]) for row in table_of(capsys)]
 
     assert train(num_epochs=2) == [("epoch", "ETA"), ("1/2", "6.0s"), ("2/2", "6.0s")]
@@ -222,13 +214,12 @@ def test_an_override_that_calls_ours_has_its_row_too(
 
 
 def test_a_value_is_logged_once_also_by_the_next_runs(create_trainer, samples):
-    class Once(TrainerCallback):
-        def on_train_epoch_end(self, trainer, **kwargs):
-            if trainer.run_history.current_epoch == 1:
-                trainer.run_history.update_metric("learning_rate", 0.1)
+    def record(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 1:
+            trainer.run_history.update_metric("learning_rate", 0.1)
 
     log = Log()
-    trainer = create_trainer([log, Once()])
+    trainer = create_trainer([log, At(on_train_epoch_end=record)])
     trainer.train(samples(1), num_epochs=2)
     trainer.evaluate(samples(1))
     trainer.train(samples(1), num_epochs=1)

@@ -1,8 +1,7 @@
 import re
 
 import pytest
-import torch
-from torch.utils.data import IterableDataset
+from toys import At, Stream
 
 from pytorch_accelerated.callbacks import (
     LimitEvalStepsCallback,
@@ -11,7 +10,6 @@ from pytorch_accelerated.callbacks import (
     ProgressBarCallback,
     SaveTrainingStateCallback,
     StopTrainingError,
-    TrainerCallback,
     progress,
 )
 from pytorch_accelerated.tracking import LossTracker
@@ -38,17 +36,11 @@ def bars(monkeypatch):
     return opened
 
 
-class RaiseAt(TrainerCallback):
-    def __init__(self, event, error):
-        def fail(trainer, **kwargs):
-            raise error
+def raise_at(event, error):
+    def fail(trainer, **kwargs):
+        raise error
 
-        setattr(self, event, fail)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(torch.ones(1), torch.zeros(1))] * 3)
+    return At(**{event: fail})
 
 
 def test_each_epoch_has_a_bar_of_its_length_that_is_full_at_the_end(
@@ -63,7 +55,7 @@ def test_each_epoch_has_a_bar_of_its_length_that_is_full_at_the_end(
     trainer = create_trainer([ProgressBarCallback])
     trainer.train(samples(5), 2, samples(3), per_device_batch_size=2)
     assert lengths() == [(3, 3), (2, 2)] * 2
-    trainer.train(Stream(), 1, per_device_batch_size=1)
+    trainer.train(Stream(samples(3)), 1, per_device_batch_size=1)
     assert lengths() == [(3, None)]
     trainer = create_trainer([LimitEvalStepsCallback(2, False), ProgressBarCallback])
     trainer.evaluate(samples(5), per_device_batch_size=1)
@@ -79,7 +71,7 @@ def test_bars_are_closed_however_a_run_ends(
 ):
     """Defects 39 and 56: the bar stayed open."""
     callback = ProgressBarCallback()
-    trainer = create_trainer([callback, RaiseAt(event, error)])
+    trainer = create_trainer([callback, raise_at(event, error)])
     with reaches_the_caller(error):
         trainer.train(samples(1), num_epochs=1, eval_dataset=samples(1))
     assert bars
@@ -98,17 +90,15 @@ def test_other_processes_of_a_machine_show_nothing(create_trainer, bars, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-class StepsTake(TrainerCallback):
-    """Moves the clock, by which the callbacks go, on by some seconds a step."""
+def steps_take(monkeypatch, seconds):
+    """Move the clock, by which the callbacks go, on by some seconds a step."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[-1])
 
-    def __init__(self, monkeypatch, seconds):
-        self.now, self.seconds = 100.0, seconds
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+    def move(trainer, **kwargs):
+        now.append(now[-1] + seconds)
 
-    def on_train_step_start(self, trainer, **kwargs):
-        self.now += self.seconds
-
-    on_eval_step_start = on_train_step_start
+    return At(on_train_step_start=move, on_eval_step_start=move)
 
 
 def test_the_loss_is_read_once_a_second(create_trainer, samples, bars, monkeypatch):
@@ -118,7 +108,7 @@ def test_the_loss_is_read_once_a_second(create_trainer, samples, bars, monkeypat
 
     reads, average = [], LossTracker.average
     monkeypatch.setattr(LossTracker, "average", property(count))
-    trainer = create_trainer([StepsTake(monkeypatch, 0.1), ProgressBarCallback], lr=0)
+    trainer = create_trainer([steps_take(monkeypatch, 0.1), ProgressBarCallback], lr=0)
     trainer.train(samples(50), 1, per_device_batch_size=1)
     assert len(reads) in (4, 5)
     assert bars[0].postfix == "loss 1.000, 10 samples/s"
@@ -136,7 +126,7 @@ def test_a_run_that_starts_amid_an_epoch_shows_where_it_is(create_trainer, bars)
 def test_a_file_gets_a_plain_line_a_minute_and_no_bar(
     create_trainer, samples, capsys, monkeypatch
 ):
-    trainer = create_trainer([StepsTake(monkeypatch, 25), ProgressBarCallback], lr=0)
+    trainer = create_trainer([steps_take(monkeypatch, 25), ProgressBarCallback], lr=0)
     trainer.train(samples(8), 2, eval_dataset=samples(4), per_device_batch_size=1)
     epochs = [
         [
@@ -183,7 +173,7 @@ def test_a_bar_stays_where_no_row_takes_its_place_and_where_a_run_broke(
 
     assert train() == train(LogElsewhere) == [True, True]
     assert train(LogMetricsCallback) == [False, False]
-    stop = RaiseAt("on_train_step_end", StopTrainingError("x"))
+    stop = raise_at("on_train_step_end", StopTrainingError("x"))
     assert train(LogMetricsCallback, stop) == [True]
 
 
@@ -206,7 +196,7 @@ def test_a_run_says_where_it_starts_and_where_it_ends(
         "Training ends: epoch 2/2, update 3/3, ?s",
     ]
     save = SaveTrainingStateCallback(tmp_path)
-    stop = RaiseAt("on_training_run_epoch_end", StopTrainingError("x"))
+    stop = raise_at("on_training_run_epoch_end", StopTrainingError("x"))
     trainer = create_trainer([PrintProgressCallback, save, stop])
     assert train()[::2] == [start, "Training ends: epoch 1/12, update 2/24, ?s"]
     trainer = create_trainer([PrintProgressCallback])
@@ -216,6 +206,6 @@ def test_a_run_says_where_it_starts_and_where_it_ends(
     ]
     with pytest.raises(RuntimeError):
         create_trainer(
-            [PrintProgressCallback, RaiseAt("on_train_step_end", RuntimeError())]
+            [PrintProgressCallback, raise_at("on_train_step_end", RuntimeError())]
         ).train(samples(1), 1)
     assert capsys.readouterr().out == "Training starts: epoch 1/1, update 0/1, cpu\n"

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from toys import At
 
 from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
     TerminateOnNaNCallback,
-    TrainerCallback,
     stopping,
 )
 from pytorch_accelerated.errors import NonFiniteLossError
@@ -35,18 +35,15 @@ class BadEvalTrainer(Trainer):
         return {**super().calculate_eval_batch_loss(batch), "loss": math.nan}
 
 
-class SawEnd(TrainerCallback):
-    def __init__(self):
-        self.events = []
+def saw_end():
+    """Keep the names of the events of the end, in their order."""
+    seen = []
 
-    def on_stop_training_error(self, trainer, **kwargs):
-        self.events.append("stop")
+    def note(event):
+        return lambda trainer, **kwargs: seen.append(event)
 
-    def on_training_run_end(self, trainer, **kwargs):
-        self.events.append("end")
-
-    def on_evaluation_run_end(self, trainer, **kwargs):
-        self.events.append("evaluation end")
+    events = ("on_stop_training_error", "on_training_run_end", "on_evaluation_run_end")
+    return seen, At(**{event: note(event) for event in events})
 
 
 def train_badly(create_trainer, samples, callbacks=(), bad_step=5, **kwargs):
@@ -67,11 +64,11 @@ def test_the_run_ends_in_order_and_the_error_says_where_it_was(
     create_trainer, samples, bad_value
 ):
     """Defect 21: the interpreter was ended with sys.exit, before the end events."""
-    end = SawEnd()
+    seen, end = saw_end()
     trainer, message = train_badly(create_trainer, samples, [end], bad_value=bad_value)
     assert "training loss became NaN or infinite in epoch 2, at step 1 (" in message
     assert "Learning rate: 0.001. Last checkpoint: none." in message
-    assert end.events == ["stop", "end"]
+    assert seen == ["on_stop_training_error", "on_training_run_end"]
 
     # Defect 21: the flag was never reset.
     nn.init.ones_(trainer.get_model().weight)
@@ -104,12 +101,12 @@ def test_a_step_is_not_saved_if_it_or_one_before_was_bad(
 def test_saving_by_hand_is_refused_in_the_run_and_possible_after_it(
     create_trainer, samples, tmp_path
 ):
-    class SaveInRun(TrainerCallback):
-        def on_stop_training_error(self, trainer, **kwargs):
-            with pytest.raises(NonFiniteLossError):
-                trainer.save_checkpoint(tmp_path / "in_run.pt")
+    def save(trainer, **kwargs):
+        with pytest.raises(NonFiniteLossError):
+            trainer.save_checkpoint(tmp_path / "in_run.pt")
 
-    trainer, _ = train_badly(create_trainer, samples, [SaveInRun()])
+    saving = At(on_stop_training_error=save)
+    trainer, _ = train_badly(create_trainer, samples, [saving])
     trainer.save_checkpoint(tmp_path / "after.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["after.pt"]
 
@@ -139,13 +136,13 @@ def test_an_evaluation_amid_an_epoch_does_not_take_the_blame(create_trainer, sam
 
 def test_evaluate_raises_after_its_end(create_trainer, samples):
     """Defect 21: it ended quietly. A loss that is a plain number can be checked."""
-    end = SawEnd()
+    seen, end = saw_end()
     trainer = create_trainer(
         [TerminateOnNaNCallback, end], trainer_class=BadEvalTrainer
     )
     with pytest.raises(NonFiniteLossError, match="The evaluation loss"):
         trainer.evaluate(samples(2))
-    assert end.events == ["stop", "evaluation end"]
+    assert seen == ["on_stop_training_error", "on_evaluation_run_end"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ SMALL = Scenario(
 )
 
 
-class At(TrainerCallback):
+class AtNth(TrainerCallback):
     """Does something in an event, at its n-th time.
 
     Args:
@@ -49,7 +49,7 @@ class At(TrainerCallback):
         self.left = count
         self.called_last = (event,) if is_last else ()
 
-        def listen(self: At, trainer: Trainer, **kwargs: Any) -> None:
+        def listen(self: AtNth, trainer: Trainer, **kwargs: Any) -> None:
             self.left -= 1
             if self.left == 0:
                 act(trainer)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import shims
-from runs import At
+from runs import AtNth
 from scenario import Scenario, difference, fingerprint
 
 from pytorch_accelerated import checkpoint
@@ -178,7 +178,7 @@ def make_read_only(mounted, folder):
 @pytest.mark.fault("directory read-only or removed, also in the middle of a run")
 def test_a_removed_folder_is_created_again(tmp_path, trials):
     states = tmp_path / "states"
-    remove = At("on_train_update_end", lambda _: shutil.rmtree(states), count=5)
+    remove = AtNth("on_train_update_end", lambda _: shutil.rmtree(states), count=5)
     Scenario(callbacks=(remove,)).run(tmp_path)
     names = names_in(tmp_path / "states")
     assert {"step_5", "final"} <= names

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from processes import FAULTS, Job, torchrun
-from runs import At, finish, raise_, result_of, undisturbed, what_is_wrong_after
+from runs import AtNth, finish, raise_, result_of, undisturbed, what_is_wrong_after
 from scenario import Augmented, Scenario, difference, fingerprint
 
 from pytorch_accelerated import Trainer, checkpoint
@@ -244,13 +244,13 @@ class Observed:
 def test_an_error_in_any_event_or_hook_leaves_everything_in_order(
     where, error, tmp_path, trials, monkeypatch
 ):
-    breaking = [At(where, lambda _: raise_(error))] if where in EVENTS else []
+    breaking = [AtNth(where, lambda _: raise_(error))] if where in EVENTS else []
     run = Observed(tmp_path, *breaking)
     if not breaking:
         monkeypatch.setattr(run.trainer, where, lambda *args, **kwargs: raise_(error))
     raised = run.raises(error)
     if breaking and isinstance(error, Exception):
-        assert is_noted(f"Raised by the callback At in the event {where}", raised)
+        assert is_noted(f"Raised by the callback AtNth in the event {where}", raised)
     assert run.heard.count("end") == 1
     monkeypatch.undo()
     run.goes_on()
@@ -263,8 +263,8 @@ def test_an_error_while_cleaning_up_after_another_leaves_everything_in_order(
     while_cleaning_up, tmp_path, trials, capsys
 ):
     error = ValueError("the first one")
-    breaking = At("on_exception", lambda _: raise_(while_cleaning_up))
-    run = Observed(tmp_path, At("on_train_step_end", lambda _: raise_(error)))
+    breaking = AtNth("on_exception", lambda _: raise_(while_cleaning_up))
+    run = Observed(tmp_path, AtNth("on_train_step_end", lambda _: raise_(error)))
     run.trainer.callback_handler.callbacks.insert(0, breaking)
     if isinstance(while_cleaning_up, Exception):
         run.raises(error)
@@ -307,7 +307,7 @@ def test_an_error_in_the_run_history_leaves_everything_in_order(
     def break_it(trainer):
         trainer.run_history.is_broken = True
 
-    run = Observed(tmp_path, At("on_train_step_end", break_it), save_best=False)
+    run = Observed(tmp_path, AtNth("on_train_step_end", break_it), save_best=False)
     run.trainer.run_history = BrokenHistory(attribute, error)
     raised = run.raises(error)
     assert traceback.extract_tb(raised.__traceback__)[-1].name == "__getattribute__"

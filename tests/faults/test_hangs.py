@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
 from processes import FAULTS, Job, torchrun
-from runs import At
+from runs import AtNth
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -59,7 +59,7 @@ def train_together(process, event=IN_STEP, action=None, raises=False, uneven=Fal
         model,
         nn.MSELoss(),
         torch.optim.SGD(model.parameters(), lr=0.01),
-        callbacks=[At(event, act, TIMES[event])],
+        callbacks=[AtNth(event, act, TIMES[event])],
         seed=0,
         accelerator_kwargs={"cpu": True, "kwargs_handlers": [timeout]},
     )

@@ -10,7 +10,7 @@ import time
 import pytest
 from processes import Job
 from runs import (
-    At,
+    AtNth,
     finish,
     result_of,
     undisturbed,
@@ -27,7 +27,7 @@ SCENARIO = Scenario(save_every_n_steps=None, callbacks=(PreemptionCallback,))
 
 def test_a_signal_at_the_very_end_is_not_lost_on_the_script(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    late = At("on_training_run_end", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    late = AtNth("on_training_run_end", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     trainer = SCENARIO.with_(callbacks=(late, PreemptionCallback)).run(tmp_path)
     assert trainer.interrupted
     assert signal.getsignal(signal.SIGTERM) == before
@@ -115,7 +115,7 @@ def interrupted_in(place, number, processes, folder):
 
     if PLACES[place] is not None:
         event, count = PLACES[place]
-        return SAVING.with_(callbacks=(PreemptionCallback, At(event, send, count)))
+        return SAVING.with_(callbacks=(PreemptionCallback, AtNth(event, send, count)))
 
     class WaitsForData(Scenario):
         def train_dataset(self):

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from processes import Job
-from runs import SMALL, At, change_manifest, raise_
+from runs import SMALL, AtNth, change_manifest, raise_
 from scenario import difference, fingerprint
 
 from pytorch_accelerated import checkpoint
@@ -101,8 +101,9 @@ def test_the_lock_of_a_killed_run_stops_nobody(named, tmp_path, trials):
         assert trainer.num_updates == 1
         os.kill(os.getpid(), signal.SIGKILL)
 
-    die_at_update = At("on_train_step_end", die, TWO_UPDATES.accumulation, is_last=True)
-    dying = TWO_UPDATES.with_(callbacks=(die_at_update,))
+    steps = TWO_UPDATES.accumulation
+    at_update = AtNth("on_train_step_end", die, steps, is_last=True)
+    dying = TWO_UPDATES.with_(callbacks=(at_update,))
     job = Job(lambda: dying.run(tmp_path) and None, tmp_path / "log")
     assert job.wait() == [-signal.SIGKILL]
     lock = tmp_path / "states" / ".lock"
@@ -169,7 +170,7 @@ def test_only_the_main_process_deletes(tmp_path, trials):
 def test_the_folder_is_free_again_after_a_run_that_failed(tmp_path, trials):
     """On two processes, where no event of the end follows the error."""
 
-    fail = At("on_train_epoch_end", lambda _: raise_(RuntimeError("broken")))
+    fail = AtNth("on_train_epoch_end", lambda _: raise_(RuntimeError("broken")))
 
     def train():
         with pytest.raises(RuntimeError, match="broken"):
