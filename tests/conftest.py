@@ -2,10 +2,12 @@
 
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from torch import nn
 
 from pytorch_accelerated.tracking import RunHistory
@@ -114,3 +116,14 @@ class OwnHistory(RunHistory):
 def own_history():
     """Return a history that a user has written for 0.1.61."""
     return OwnHistory
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A job of one process."""
+    timeout = timedelta(seconds=77)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{tmp_path}/store", timeout, world_size=1, rank=0
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()

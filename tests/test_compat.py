@@ -8,7 +8,6 @@ import subprocess
 import sys
 from datetime import timedelta
 
-import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -46,16 +45,6 @@ def test_a_loader_with_persistent_workers_can_be_made_to_start_others():
     assert second is not first
     for batches in (first, second):
         compat.stop_workers(batches)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    timeout = timedelta(seconds=77)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{tmp_path}/store", timeout, world_size=1, rank=0
-    )
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
 
 
 def test_the_timeout_of_a_process_group_can_be_read(process_group):

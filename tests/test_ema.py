@@ -157,6 +157,21 @@ def test_an_overridden_rule_is_given_plain_tensors_of_one_precision(dtype):
     assert not any(tensor.requires_grad for tensor in seen)
 
 
+@pytest.mark.usefixtures("process_group")
+def test_a_sharded_model_may_have_buffers_that_are_whole():
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    model, mesh = nn.BatchNorm1d(4), init_device_mesh("cpu", (1,))
+    model.weight = nn.Parameter(distribute_tensor(model.weight, mesh, [Shard(0)]))
+    mean = ModelMean(model)
+    for value in (1.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(value)
+        mean.update(model)
+    assert mean.module.weight.full_tensor().tolist() == [2.0] * 4
+    assert mean.module.running_mean.tolist() == [2.0] * 4
+
+
 def test_an_overridden_update_is_called():
     class EveryOther(ModelEma):
         def _update(self, model, update_fn):

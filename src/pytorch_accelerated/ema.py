@@ -153,7 +153,8 @@ class ModelEma(nn.Module):
         }
         is_default_rule = getattr(update_fn, "__func__", None) is ModelEma.update_fn
         weight = 1.0 - self.current_decay
-        averages, new_values = [], []
+        # All at once, but sharded tensors apart from whole ones.
+        together: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for name, entry in entries.items():
             new_value = new_entries[name].to(entry.device)
             average = shadow.get(name, entry)
@@ -168,9 +169,10 @@ class ModelEma(nn.Module):
                 # One by one: all at once would take the memory of a second model.
                 average.lerp_(new_value.to(average.dtype), weight)
             else:
-                averages.append(average)
-                new_values.append(new_value)
-        if averages:
+                is_sharded = hasattr(average, "device_mesh")
+                together.setdefault(is_sharded, []).append((average, new_value))
+        for pairs in together.values():
+            averages, new_values = zip(*pairs, strict=True)
             compat.foreach_lerp_(averages, new_values, weight)
         for name, average in shadow.items():
             entries[name].copy_(average)
