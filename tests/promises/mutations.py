@@ -376,8 +376,8 @@ saving.py  ../callbacks/test_save_training_state.py::test_of_two_callbacks_in_a_
 
 states: all processes delete
 callbacks/checkpointing.py  ../faults/test_shared_folders.py::test_only_the_main_process_deletes
--        if self.max_checkpoints is None or not trainer._accelerator.is_main_process:
-+        if self.max_checkpoints is None:
+-        if self.max_checkpoints is not None and trainer._accelerator.is_main_process:
++        if self.max_checkpoints is not None:
 
 sharing: each process draws the order of a sampler itself
 data/sharing.py  test_uses.py::test_two_processes
@@ -425,7 +425,7 @@ trainer.py  test_schedules_end_right.py::test_callbacks_can_read_what_an_update_
                  self, "on_train_update_end", num_updates=run.progress.num_updates
 
 schedule: a later period begins with the value at the end of the one before
-schedulers/wsd_scheduler.py  ../schedulers/test_wsd_scheduler.py::test_a_period_begins_with_the_stable_value_found_95
+schedulers/wsd_scheduler.py  ../schedulers/test_wsd_scheduler.py::test_each_period_decays_before_its_checkpoint
 -        info = self.get_phase_info(num_updates + 1)
 +        info = self.get_phase_info(num_updates)
 '''  # noqa: E501
