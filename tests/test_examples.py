@@ -67,20 +67,18 @@ def test_train_mnist_learns(mnist_of_digits):
     assert metrics["evaluation_loss"] < 1.8  # a guess among ten: log(10) = 2.3
 
 
-def test_metrics_in_a_callback_are_recorded_for_each_evaluation(mnist_of_digits):
-    history = train_briefly("train_mnist_metrics_in_callback", mnist_of_digits)
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [("callback", ["accuracy", "precision", "recall"]), ("method", ["accuracy"])],
+)
+def test_metrics_in_a_callback_or_a_method_are_recorded_for_each_evaluation(
+    mnist_of_digits, where, names
+):
+    history = train_briefly(f"train_mnist_metrics_in_{where}", mnist_of_digits)
 
-    for name in ("accuracy", "precision", "recall"):
+    for name in names:
         assert len(history.get_metric_values(name)) == 2
         assert len(history.get_metric_values(f"evaluation_{name}")) == 1
-    assert history.get_latest_metric("accuracy") > 0.5
-
-
-def test_metrics_in_a_method_are_recorded_for_each_evaluation(mnist_of_digits):
-    history = train_briefly("train_mnist_metrics_in_method", mnist_of_digits)
-
-    assert len(history.get_metric_values("accuracy")) == 2
-    assert len(history.get_metric_values("evaluation_accuracy")) == 1
     assert history.get_latest_metric("accuracy") > 0.5
 
 

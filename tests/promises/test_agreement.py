@@ -298,16 +298,6 @@ def test_early_stopping_follows_the_main_process_where_metrics_differ(on_process
         assert stops["ends"] == ["stop", "end"]
 
 
-def test_the_limit_of_updates_ends_both_at_once(on_processes):
-    def run():
-        return train([], max_num_train_steps=13)
-
-    for result in on_processes(2, run):
-        assert result["updates"] == 13
-        assert result["ends"] == ["end"]
-        assert result["epoch"] == 3
-
-
 def test_what_cannot_work_is_refused_on_both_with_the_reason(on_processes, tmp_path):
     def run():
         model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
