@@ -1,5 +1,7 @@
 """A run that has too little memory for its batches ends as one with smaller ones."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,9 @@ def train(model, batch_size, accumulation=1, dataset=None, callbacks=(), **kwarg
     }
 
 
+halving = partial(train, halve_batch_if_out_of_memory=True)
+
+
 def assert_same(run, expected):
     torch.testing.assert_close(run, expected, rtol=0, atol=0)
 
@@ -104,7 +109,7 @@ def assert_same(run, expected):
 def test_a_run_that_starts_too_large_equals_one_with_batches_that_fit(where, capsys):
     expected = train(with_dropout_and_batch_norm(), batch_size=4, accumulation=4)
     model = SmallMemory(with_dropout_and_batch_norm(), fits=4, where=where)
-    run = train(model, batch_size=16, halve_batch_if_out_of_memory=True)
+    run = halving(model, batch_size=16)
     assert_same(run, expected)
     assert "going on with 8, and gradient_accumulation_steps=2" in (
         capsys.readouterr().out
@@ -115,7 +120,7 @@ def test_a_window_in_the_middle_of_an_epoch_is_done_again():
     """The memory suffices for a full epoch and three batches, then no more."""
     expected = train(create_model(), batch_size=4, accumulation=2)
     model = SmallMemory(create_model(), fits=2, from_pass=11 + 3)
-    run = train(model, batch_size=4, accumulation=2, halve_batch_if_out_of_memory=True)
+    run = halving(model, batch_size=4, accumulation=2)
     # It ran out in the second batch of a window; 12 samples of that epoch are over.
     assert model.sizes[11:15] == [4, 4, 4, 2]
     assert run["accumulation"] == 4
@@ -184,9 +189,7 @@ def test_augmentation_differs_before_and_after():
 
     keep = Keeps("on_train_step_end", lambda trainer, batch, **_: batch[0])
     model = SmallMemory(create_model(), fits=2, from_pass=2)
-    train(
-        model, 4, dataset=Noise(16), callbacks=[keep], halve_batch_if_out_of_memory=True
-    )
+    halving(model, 4, dataset=Noise(16), callbacks=[keep])
     first_epoch = torch.cat(keep.kept[: 2 + 4])
     assert len(first_epoch) == 16
     assert len(torch.unique(first_epoch, dim=0)) == 16
@@ -200,17 +203,13 @@ def test_the_default_is_an_error_that_names_the_option():
 
 def test_batches_of_one_sample_cannot_be_made_smaller():
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        train(
-            SmallMemory(create_model(), fits=0),
-            batch_size=3,
-            halve_batch_if_out_of_memory=True,
-        )
+        halving(SmallMemory(create_model(), fits=0), batch_size=3)
 
 
 def test_other_errors_are_raised_as_they_are():
     for_other_inputs = nn.Linear(3, 1)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        train(for_other_inputs, batch_size=4, halve_batch_if_out_of_memory=True)
+        halving(for_other_inputs, batch_size=4)
 
 
 def test_memory_that_runs_out_in_the_optimizer_ends_the_run():
@@ -233,13 +232,7 @@ def test_memory_that_runs_out_in_the_optimizer_ends_the_run():
 )
 def test_what_cannot_be_made_smaller_is_refused(dataset, callbacks):
     with pytest.raises(ValueError, match="needs batches that the trainer makes"):
-        train(
-            create_model(),
-            batch_size=4,
-            dataset=dataset,
-            callbacks=callbacks,
-            halve_batch_if_out_of_memory=True,
-        )
+        halving(create_model(), batch_size=4, dataset=dataset, callbacks=callbacks)
 
 
 def test_a_run_that_was_made_smaller_can_be_resumed(tmp_path):
@@ -249,7 +242,7 @@ def test_a_run_that_was_made_smaller_can_be_resumed(tmp_path):
     def model():
         return SmallMemory(create_model(), fits=2, from_pass=5)
 
-    expected = train(model(), 4, callbacks=callbacks(), halve_batch_if_out_of_memory=1)
+    expected = halving(model(), 4, callbacks=callbacks())
     # Saved after the first update with smaller batches, amid the first epoch.
     state = tmp_path / "step_6"
     run = train(
@@ -257,12 +250,11 @@ def test_a_run_that_was_made_smaller_can_be_resumed(tmp_path):
     )
     assert_same(run["weights"], expected["weights"])
     with pytest.warns(UserWarning, match="batch size 4 instead of 2"):
-        run = train(
+        run = halving(
             SmallMemory(create_model(), fits=2),
             4,
             callbacks=callbacks(),
             resume_from=state,
-            halve_batch_if_out_of_memory=True,
         )
     torch.testing.assert_close(run["weights"], expected["weights"])
 
@@ -281,10 +273,10 @@ def test_two_processes_make_their_batches_smaller_together(on_processes):
         ends = []
         for where in ("forward", "backward"):
             model = FitsOnMainProcess(with_dropout_and_batch_norm(), 2, where)
-            ends.append(train(model, batch_size=8, halve_batch_if_out_of_memory=True))
+            ends.append(halving(model, batch_size=8))
         expected = train(with_dropout_and_batch_norm(), batch_size=2, accumulation=4)
         later = FitsOnMainProcess(create_model(), fits=2, from_pass=4)
-        ends.append(train(later, batch_size=4, halve_batch_if_out_of_memory=True))
+        ends.append(halving(later, batch_size=4))
         plain = train(create_model(), batch_size=4)
         return ends, expected, plain
 
@@ -364,7 +356,7 @@ def test_an_end_without_a_way_out_comes_on_all_processes(on_processes):
     def one():
         model = FitsOnMainProcess(create_model(), fits=0)
         try:
-            train(model, batch_size=2, halve_batch_if_out_of_memory=True)
+            halving(model, batch_size=2)
         except Exception as error:
             return type(error).__name__, str(error)
 
