@@ -38,9 +38,7 @@ from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
 
 
 class Sends(GeneralTracker):
-    name = "sends"
-    requires_logging_directory = False
-    tracker = None
+    name, tracker, requires_logging_directory = "sends", None, False
 
     def __init__(self):
         super().__init__()

@@ -252,7 +252,6 @@ def test_the_run_config_may_be_made_from_the_arguments_of_the_published_version(
 
 def test_an_epoch_of_the_user_s_own(create_trainer, samples):
     """Written against the parts of the published version, with accumulation."""
-    losses = []
 
     class Own(Trainer):
         def _run_train_epoch(self, train_dl):
@@ -260,7 +259,6 @@ def test_an_epoch_of_the_user_s_own(create_trainer, samples):
             self._loss_tracker.reset()
             for step, batch in enumerate(train_dl):
                 self._perform_forward_and_backward_passes(batch, step)
-                losses.append(self.model.weight.grad.item())
                 if (step + 1) % self.run_config.gradient_accumulation_steps == 0:
                     self.optimizer_step()
                     self.optimizer_zero_grad()
@@ -269,17 +267,12 @@ def test_an_epoch_of_the_user_s_own(create_trainer, samples):
             return True
 
     trainer = create_trainer(trainer_class=Own)
-    trainer.train(
-        samples(12),
-        5,
-        per_device_batch_size=2,
-        gradient_accumulation_steps=3,
-    )
+    windows = {"per_device_batch_size": 2, "gradient_accumulation_steps": 3}
+    history = trainer.train(samples(12), 5, **windows)
 
     assert trainer.model.weight.item() == pytest.approx(0.25)  # and one epoch only
-    assert trainer.run_history.get_metric_values("train_loss_epoch") == [
-        pytest.approx((1 + 0.25) / 2)
-    ]
+    recorded = history.get_metric_values("train_loss_epoch")
+    assert recorded == [pytest.approx((1 + 0.25) / 2)]
 
 
 # --- subclasses written for 0.1.61
@@ -312,12 +305,8 @@ def test_a_step_of_one_s_own_that_returns_nothing(
         lambda trainer, batch_output, step, **_: (step, batch_output["batch_size"]),
     )
     trainer = create_trainer([steps], trainer_class=trainer_class)
-    trainer.train(
-        samples(8),
-        1,
-        per_device_batch_size=2,
-        gradient_accumulation_steps=num_accumulated,
-    )
+    windows = {"gradient_accumulation_steps": num_accumulated}
+    trainer.train(samples(8), 1, per_device_batch_size=2, **windows)
 
     assert steps.kept == [(0, 2), (1, 2), (2, 2), (3, 2)]
     assert trainer.num_samples_seen == 8

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from toys import create_trainer, overriding
 
 from pytorch_accelerated.data import epoch_order
 from pytorch_accelerated.trainer import Trainer
@@ -52,24 +53,22 @@ def train_by_hand(model, create_optimizer, dataset, has_more):
     return model, optimizer, losses
 
 
-class KeepsLosses(Trainer):
-    def training_run_start(self):
-        self.losses = []
-
-    def backward_step(self, loss):
-        self.losses.append(loss.detach())
-        super().backward_step(loss)
-
-
 def train_with_trainer(model, create_optimizer, dataset, **kwargs):
-    optimizer = create_optimizer(model)
-    trainer = KeepsLosses(
-        model, nn.CrossEntropyLoss(), optimizer, callbacks=(), seed=SEED
+    losses = []
+
+    def backward_step(trainer, loss):
+        losses.append(loss.detach())
+        Trainer.backward_step(trainer, loss)
+
+    trainer = create_trainer(
+        model=model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=create_optimizer(model),
+        trainer_class=overriding(backward_step=backward_step),
+        seed=SEED,
     )
-    trainer.train(
-        dataset, num_epochs=NUM_EPOCHS, per_device_batch_size=BATCH_SIZE, **kwargs
-    )
-    return model, optimizer, trainer.losses
+    trainer.train(dataset, NUM_EPOCHS, per_device_batch_size=BATCH_SIZE, **kwargs)
+    return model, trainer.optimizer, losses
 
 
 def assert_same_bits(actual, expected):

@@ -269,34 +269,24 @@ def test_callbacks_can_read_what_an_update_was_made_with():
     assert reader.after_steps[:8] == [None] * 7 + [[LR]]
     assert accumulating.num_updates == 4
 
-
-def test_a_skipped_update_leaves_the_learning_rate_of_the_last_one():
-    """Found 98."""
-    reader = ReadsRates()
-    trainer = train(Halve, SkipsUpdates, callbacks=[reader])
-    applied = [[rate] for k, rate in enumerate(trainer.rates) if k not in (2, 5)]
+    skipping = train(Halve, SkipsUpdates, callbacks=[reader])
+    applied = [[rate] for k, rate in enumerate(skipping.rates) if k not in (2, 5)]
     assert reader.after_updates == applied
     assert reader.after_steps[1:4] == [applied[1], applied[1], applied[2]]
 
 
 def test_learning_rates_of_all_groups_are_read_also_from_tensors():
     """Found 98: a schedule changes such a tensor in place."""
-    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": first.parameters(), "lr": torch.tensor(0.5)},
-            {"params": second.parameters(), "lr": 0.25},
-        ]
-    )
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    rates = torch.tensor(0.5), 0.25
+    groups = [
+        {"params": layer.parameters(), "lr": lr}
+        for layer, lr in zip(model, rates, strict=True)
+    ]
     reader = ReadsRates()
-    trainer = Trainer(nn.Sequential(first, second), nn.MSELoss(), optimizer, [reader])
+    trainer = create_trainer([reader], model=model, optimizer=torch.optim.AdamW(groups))
     assert trainer.last_lr is None
-    trainer.train(
-        ones(3),
-        num_epochs=1,
-        per_device_batch_size=1,
-        create_scheduler_fn=Halve,
-    )
+    trainer.train(ones(3), 1, per_device_batch_size=1, create_scheduler_fn=Halve)
     assert reader.after_steps == [[0.5, 0.25], [0.25, 0.125], [0.125, 0.0625]]
     assert {type(rate) for rates in reader.after_steps for rate in rates} == {float}
 
