@@ -70,9 +70,7 @@ def contents_of(
         key = "scheduler_state_dict"
         try:
             contents[key] = checkpoint.to_storable(trainer.scheduler.state_dict(), key)
-        except Exception as error:
-            if "DataLoader worker" in str(error):
-                raise  # by torch, wherever the main thread happens to be
+        except (CheckpointError, AttributeError) as error:
             trainer.print(f"The state of the scheduler is not saved: {error}")
     return contents
 
@@ -399,7 +397,7 @@ def resume(trainer: Trainer) -> None:
     if loaded is None or loaded.run is None:
         run.progress.epochs_done = max(epoch - 1, 0)
     else:
-        _check_schedule(run, source, was_saved=loaded.scheduler is not None)
+        _check_schedule(run, loaded, source)
         _go_on_from(trainer, run, loaded.run, loaded.processes[0])
     trainer.run_history._set_epoch(epoch)
     run.publish_progress()
@@ -448,10 +446,8 @@ def restore_gradients(trainer: Trainer, gradients: Mapping[str, Tensor]) -> None
             parameter.grad = gradients[name].to(parameter)
 
 
-def _check_schedule(
-    run: Run, source: str | os.PathLike[str], *, was_saved: bool
-) -> None:
-    if was_saved != (run.scheduler is not None):
+def _check_schedule(run: Run, loaded: TrainingState, source: object) -> None:
+    if (loaded.scheduler is None) != (run.scheduler is None):
         was, now = ("with", "without") if run.scheduler is None else ("without", "with")
         raise ValueError(
             f"{source} was saved by a run {was} a scheduler, but train() was "

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
+from toys import At, Keeps
 
 from pytorch_accelerated.callbacks import (
     ModelEmaCallback,
     SaveBestModelCallback,
     StepBasedEvaluationCallback,
     StopTrainingError,
-    TrainerCallback,
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
@@ -115,11 +115,11 @@ def test_everything_is_put_back_if_the_evaluation_of_the_average_fails(
 ):
     """Defect 14: the trainer kept the average, the prefix and the callbacks."""
 
-    class Raise(TrainerCallback):
-        def on_eval_epoch_start(self, trainer, **kwargs):
-            raise error
+    def fail(trainer, **kwargs):
+        raise error
 
-    ema = ModelEmaCallback(save_path=path, callbacks=[Raise])
+    fails = At(on_eval_epoch_start=fail)
+    ema = ModelEmaCallback(save_path=path, callbacks=[fails])
     trainer = create_trainer([ema])
     model, handler = trainer.model, trainer.callback_handler
     with reaches_the_caller(error):
@@ -133,19 +133,15 @@ def test_everything_is_put_back_if_the_evaluation_of_the_average_fails(
 def test_only_its_own_callbacks_hear_of_the_evaluation_of_the_average(
     create_trainer, samples, path
 ):
-    class Count(TrainerCallback):
-        def __init__(self):
-            self.models = []
-
-        def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-            self.models.append(trainer.model)
-
-    inner, outer = Count(), Count()
+    inner, outer = (
+        Keeps("on_eval_step_end", lambda trainer, **kwargs: trainer.model)
+        for _ in range(2)
+    )
     ema = ModelEmaCallback(save_path=path, callbacks=[inner])
     trainer = create_trainer([ema, outer])
     trainer.train(samples(1), num_epochs=1, eval_dataset=samples(1))
-    assert inner.models == [ema.ema_model.module]
-    assert outer.models == [trainer.model]
+    assert inner.kept == [ema.ema_model.module]
+    assert outer.kept == [trainer.model]
 
 
 def test_a_run_that_goes_on_keeps_the_average(create_trainer, samples, path):

@@ -15,7 +15,12 @@ from pytorch_accelerated.callbacks import (
     SaveTrainingStateCallback,
     TrainerCallback,
 )
-from pytorch_accelerated.checkpoint import Checkpoint, list_checkpoints, newest
+from pytorch_accelerated.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_file,
+    newest,
+)
 from pytorch_accelerated.errors import CheckpointError, StopTrainingError
 from pytorch_accelerated.state import TrainingState
 
@@ -465,9 +470,15 @@ def test_a_schedule_that_cannot_be_stored_is_refused_at_the_start_found_86(
     assert trainer.num_updates == 0
     assert names_in(tmp_path) == []
 
-    trainer = create_trainer()
-    trainer.train(samples(1), 1, create_scheduler_fn=Halving)
-    assert trainer.num_updates == 1
+
+def test_a_schedule_that_cannot_be_stored_is_left_out_of_a_single_file(
+    create_trainer, samples, tmp_path, capsys
+):
+    path = tmp_path / "model.pt"
+    saves = At(on_training_run_end=lambda trainer: trainer.save_checkpoint(path))
+    create_trainer([saves]).train(samples(1), 1, create_scheduler_fn=Halving)
+    assert "The state of the scheduler is not saved: sched" in capsys.readouterr().out
+    assert load_file(path).keys() == {"model_state_dict", "optimizer_state_dict"}
 
 
 @pytest.mark.parametrize(
