@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from torch.utils.data.datapipes.datapipe import IterDataPipe
 from torch.utils.data.graph import traverse_dps
+from torch.utils.data.graph_settings import get_all_graph_pipes
 
 from pytorch_accelerated import distributed
 from pytorch_accelerated.data.fetching import seeded
@@ -69,7 +70,7 @@ def _says_so(part: Any) -> bool:
 
 def _is_split_stream(stream: Any) -> bool:
     if isinstance(stream, IterDataPipe):
-        pipes = _pipes_of(traverse_dps(stream))
+        pipes = get_all_graph_pipes(traverse_dps(stream))
         return any(callable(getattr(pipe, "apply_sharding", None)) for pipe in pipes)
     stages = getattr(stream, "pipeline", None)
     if isinstance(stages, list) and any(_is_splitting_stage(each) for each in stages):
@@ -84,12 +85,6 @@ def _is_splitting_stage(stage: Any) -> bool:
     return name in _SPLITTING_STAGES or _is_split_stream(
         getattr(stage, "dataset", None)
     )
-
-
-def _pipes_of(graph: Mapping[int, Any]) -> Iterator[Any]:
-    for pipe, sources in graph.values():
-        yield pipe
-        yield from _pipes_of(sources)
 
 
 class SharedLoader(DeviceLoader):
@@ -132,11 +127,10 @@ class SharedLoader(DeviceLoader):
                 "so: set the attribute is_split_by_process = True on it or on its "
                 "dataset."
             )
-        self._source: SharedStream | SharedBatches
-        if is_stream:
-            self._source = SharedStream(loader, seed, num_processes, process_index)
-        else:
-            self._source = SharedBatches(loader, num_processes, process_index)
+        source: type[SharedStream | SharedBatches]
+        source = SharedStream if is_stream else SharedBatches
+        self._source = source(loader, num_processes, process_index)
+        self._seed, self._epoch = seed, 1
         self._iterable: DataLoader[Any] = with_parts(
             loader, **self._source.parts_of_loader()
         )
@@ -153,16 +147,16 @@ class SharedLoader(DeviceLoader):
 
     def use_data_seed(self, seed: int) -> None:
         """Let random numbers of a stream follow from another seed."""
-        self._source.seed = seed
+        self._seed = seed
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the number of the epoch, from 1, to what wants to know it."""
         super().set_epoch(epoch)
-        self._source.epoch = epoch
+        self._epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of this process, on the device."""
-        self._source.start(self._num_fetched)
+        self._source.start(self._seed, self._epoch, self._num_fetched)
         return super().__iter__()
 
     def _unpacked(self, batches: Iterator[Any], first_step: int) -> Iterator[Any]:
@@ -191,8 +185,6 @@ class SharedBatches(Sampler[Any]):
         shares: What this process has of each step of the epoch.
     """
 
-    seed = epoch = 0  # of no use here: the order is the sampler's
-
     def __init__(
         self, loader: DataLoader[Any], num_processes: int, process_index: int
     ) -> None:
@@ -215,8 +207,10 @@ class SharedBatches(Sampler[Any]):
         whole, rest = divmod(len(self._batches), self._num_processes)
         return whole if self._drop_last or rest == 0 else whole + 1
 
-    def start(self, first_step: int) -> None:
+    def start(self, seed: int, epoch: int, first_step: int) -> None:
         """Take the first batches of an epoch from the sampler. Collective.
+
+        The order is the sampler's, whatever the seed.
 
         Raises:
             ValueError: If they are no lists of indices.
@@ -292,7 +286,6 @@ class SharedStream(IterableDataset[Any]):
 
     Args:
         loader: The loader with the stream.
-        seed: The data seed of the run.
         num_processes: Number of processes.
         process_index: Which of them this is.
 
@@ -301,11 +294,7 @@ class SharedStream(IterableDataset[Any]):
     """
 
     def __init__(
-        self,
-        loader: DataLoader[Any],
-        seed: int,
-        num_processes: int,
-        process_index: int,
+        self, loader: DataLoader[Any], num_processes: int, process_index: int
     ) -> None:
         assert loader.batch_size is not None
         self._stream = loader.dataset
@@ -314,8 +303,6 @@ class SharedStream(IterableDataset[Any]):
         self._drop_last = loader.drop_last
         self._num_processes = num_processes
         self._process_index = process_index
-        self.seed = seed
-        self.epoch = 1
         self.shares: dict[int, Share] = {}
         # Seed, epoch and first step of the iteration, which workers that are kept for
         # several epochs have to see too.
@@ -335,9 +322,9 @@ class SharedStream(IterableDataset[Any]):
         first, last = self._bounds(rest)
         return own + (max(last - first, 1) if rest else 0)
 
-    def start(self, first_step: int) -> None:
+    def start(self, seed: int, epoch: int, first_step: int) -> None:
         """Let the next iteration begin at a step, where the stream has been set."""
-        self._place.copy_(torch.tensor([self.seed, self.epoch, first_step]))
+        self._place.copy_(torch.tensor([seed, epoch, first_step]))
         self.shares = {}
 
     def share_of(self, step: int) -> Share:
