@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from toys import At, create_trainer, ones, overriding
 
 from pytorch_accelerated.callbacks import LogMetricsCallback, TrainerCallback
 from pytorch_accelerated.finders import LearningRateCurve
@@ -18,12 +19,10 @@ def rates_between(lowest, highest, num):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_curve_has_the_loss_before_each_update(
-    create_trainer, samples, accumulation
-):
+def test_the_curve_has_the_loss_before_each_update(accumulation):
     """An update with the rate r turns the weight w into w (1 - 2 r)."""
     curve = create_trainer().find_learning_rate(
-        samples(6),
+        ones(6),
         min_lr=0.01,
         max_lr=0.4,
         num_updates=12,
@@ -40,10 +39,8 @@ def test_the_curve_has_the_loss_before_each_update(
     assert curve.losses == pytest.approx(losses, rel=1e-5)
 
 
-def test_the_suggestion_is_where_the_smoothed_loss_falls_most_steeply(
-    create_trainer, samples
-):
-    curve = create_trainer().find_learning_rate(samples(8), 1e-4, 100.0, 60)
+def test_the_suggestion_is_where_the_smoothed_loss_falls_most_steeply():
+    curve = create_trainer().find_learning_rate(ones(8), 1e-4, 100.0, 60)
 
     # From r to r' = r (1 + h) the logarithm of the weight falls by about 2 r.
     # Its neighbours on either side are about two updates away.
@@ -68,13 +65,13 @@ class Unheard(TrainerCallback):
         return super().__getattribute__(name)
 
 
-def test_a_loss_that_diverges_ends_the_search_quietly(create_trainer, samples, capsys):
+def test_a_loss_that_diverges_ends_the_search_quietly(capsys):
     trainer = create_trainer((*DEFAULT_CALLBACKS, LogMetricsCallback))
     trainer.callback_handler.add_callback(Unheard())
     made = []
     trainer.optimizer_step = lambda: made.append(trainer.optimizer.step())
 
-    curve = trainer.find_learning_rate(samples(8), 1e-3, 1e20, 50)
+    curve = trainer.find_learning_rate(ones(8), 1e-3, 1e20, 50)
 
     assert len(curve.losses) < len(made) < 50
     assert capsys.readouterr() == ("", "")
@@ -96,7 +93,7 @@ class Endless(IterableDataset):
         yield from ((torch.ones(1), torch.zeros(1)) for _ in count())
 
 
-def test_a_stream_of_unknown_length_is_enough(create_trainer):
+def test_a_stream_of_unknown_length_is_enough():
     curve = create_trainer().find_learning_rate(Endless(), num_updates=10)
     assert len(curve.losses) == 10
 
@@ -118,13 +115,11 @@ def test_a_stream_of_unknown_length_is_enough(create_trainer):
     ],
     ids=["flat", "falling to the end", "only rising", "not finite"],
 )
-def test_where_there_is_nothing_to_go_by_no_rate_is_suggested(
-    create_trainer, samples, create_loss, reason
-):
+def test_where_there_is_nothing_to_go_by_no_rate_is_suggested(create_loss, reason):
     trainer = create_trainer()
     trainer.loss_func = create_loss
 
-    curve = trainer.find_learning_rate(samples(8), 1e-5, 1e-1, 40)
+    curve = trainer.find_learning_rate(ones(8), 1e-5, 1e-1, 40)
 
     assert curve.suggestion is None
     assert reason in curve.reason
@@ -132,7 +127,7 @@ def test_where_there_is_nothing_to_go_by_no_rate_is_suggested(
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
-def test_parameter_groups_keep_their_ratio_and_get_their_rates_back(samples, kind):
+def test_parameter_groups_keep_their_ratio_and_get_their_rates_back(kind):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     groups = [
         {"params": model[0].parameters(), "lr": kind(0.1)},
@@ -142,12 +137,14 @@ def test_parameter_groups_keep_their_ratio_and_get_their_rates_back(samples, kin
     rates = [group["lr"] for group in optimizer.param_groups]
     seen = []
 
-    class Noting(Trainer):
-        def optimizer_step(self):
-            seen.append([float(g["lr"]) for g in self.optimizer.param_groups])
+    def optimizer_step(self):
+        seen.append([float(g["lr"]) for g in self.optimizer.param_groups])
 
-    trainer = Noting(model, nn.MSELoss(), optimizer, callbacks=())
-    curve = trainer.find_learning_rate(samples(8), 0.01, 0.1, 10)
+    trainer_class = overriding(optimizer_step=optimizer_step)
+    trainer = create_trainer(
+        model=model, optimizer=optimizer, trainer_class=trainer_class
+    )
+    curve = trainer.find_learning_rate(ones(8), 0.01, 0.1, 10)
 
     assert [high for _, high in seen] == pytest.approx(curve.learning_rates)
     assert [low for low, _ in seen] == pytest.approx(
@@ -167,36 +164,32 @@ def test_parameter_groups_keep_their_ratio_and_get_their_rates_back(samples, kin
         ({"dataset": iter(())}, ValueError, "read again, got a tuple_iterator"),
     ],
 )
-def test_what_makes_no_search_is_refused_beforehand(
-    create_trainer, samples, arguments, error, text
-):
+def test_what_makes_no_search_is_refused_beforehand(arguments, error, text):
     trainer = create_trainer()
 
     with pytest.raises(error, match=re.escape(text)):
-        trainer.find_learning_rate(**{"dataset": samples(8), **arguments})
+        trainer.find_learning_rate(**{"dataset": ones(8), **arguments})
 
 
-def test_a_search_that_could_not_be_undone_is_refused(create_trainer, samples):
-    class Amid(TrainerCallback):
-        def on_train_epoch_start(self, trainer, **kwargs):
-            trainer.find_learning_rate(samples(2))
-
+def test_a_search_that_could_not_be_undone_is_refused():
+    amid = At(on_train_epoch_start=lambda trainer: trainer.find_learning_rate([]))
     with pytest.raises(RuntimeError, match=r"find_learning_rate.* amid a run"):
-        create_trainer([Amid]).train(samples(2), 1)
+        create_trainer([amid]).train(ones(2), 1)
 
     trainer = create_trainer()
     trainer._engine.owns_gradients = True  # as DeepSpeed's
     with pytest.raises(ValueError, match=r"find_learning_rate.* with DeepSpeed"):
-        trainer.find_learning_rate(samples(2))
+        trainer.find_learning_rate(ones(2))
 
     lazy = nn.Sequential(nn.Linear(1, 1), nn.LazyLinear(1))
     optimizer = torch.optim.SGD(lazy[0].parameters(), lr=0.1)
     with pytest.raises(ValueError, match="using LazyModules Call"):
-        Trainer(lazy, nn.MSELoss(), optimizer, ()).find_learning_rate(samples(2))
+        create_trainer(model=lazy, optimizer=optimizer).find_learning_rate(ones(2))
 
-    optimizer.param_groups[0].pop("lr")
+    trainer = create_trainer()
+    trainer.optimizer.param_groups[0].pop("lr")
     with pytest.raises(ValueError, match=r"'lr' of .*, but SGD has one without"):
-        Trainer(lazy[0], nn.MSELoss(), optimizer).find_learning_rate(samples(2))
+        trainer.find_learning_rate(ones(2))
 
 
 class SmallMemory(nn.Module):
@@ -217,9 +210,11 @@ class SmallMemory(nn.Module):
         return self.layer(inputs)
 
 
-def find_batch_size(model, dataset, *args, **kwargs):
+def find_batch_size(model, dataset, *args, trainer_class=Trainer, **kwargs):
     optimizer = torch.optim.Adam(model.parameters())
-    trainer = Trainer(model, nn.MSELoss(), optimizer, callbacks=())
+    trainer = create_trainer(
+        model=model, optimizer=optimizer, trainer_class=trainer_class
+    )
     return trainer.find_batch_size(dataset, *args, **kwargs)
 
 
@@ -237,39 +232,39 @@ def find_batch_size(model, dataset, *args, **kwargs):
         (37, {"train_dataloader_kwargs": {"batch_size": 5}}, 32),
     ],
 )
-def test_the_largest_batch_that_fits_is_found(
-    samples, capsys, fits, arguments, expected
-):
+def test_the_largest_batch_that_fits_is_found(capsys, fits, arguments, expected):
     model = SmallMemory(fits)
 
-    found = find_batch_size(model, samples(100), **{"max_batch_size": 500, **arguments})
+    found = find_batch_size(model, ones(100), **{"max_batch_size": 500, **arguments})
 
     assert found == expected
     assert model.sizes == []
     assert capsys.readouterr().out == ""
 
 
-def test_an_accumulated_gradient_needs_its_memory_too(samples):
+def test_an_accumulated_gradient_needs_its_memory_too():
     arguments = {"max_batch_size": 100, "gradient_accumulation_steps": 4}
 
-    assert find_batch_size(SmallMemory(37, 19), samples(100), **arguments) == 16
+    assert find_batch_size(SmallMemory(37, 19), ones(100), **arguments) == 16
 
 
-def test_the_memory_of_the_optimizer_is_part_of_it(samples):
+def test_the_memory_of_the_optimizer_is_part_of_it():
     """The first update has no state yet: only the second shows what fits."""
-    model = SmallMemory(37)
-    optimizer = torch.optim.Adam(model.parameters())
 
-    class Trains(Trainer):
-        def calculate_train_batch_loss(self, batch):
-            if self.optimizer.state and len(batch[0]) > 10:
-                raise torch.OutOfMemoryError
-            return super().calculate_train_batch_loss(batch)
-
-    trainer = Trains(model, nn.MSELoss(), optimizer, callbacks=())
+    def calculate_train_batch_loss(self, batch):
+        if self.optimizer.state and len(batch[0]) > 10:
+            raise torch.OutOfMemoryError
+        return Trainer.calculate_train_batch_loss(self, batch)
 
     # An epoch has one batch of 64 samples, and a rest of 8 that would fit.
-    assert trainer.find_batch_size(samples(72), 64, per_device_batch_size=64) == 8
+    found = find_batch_size(
+        SmallMemory(37),
+        ones(72),
+        64,
+        per_device_batch_size=64,
+        trainer_class=overriding(calculate_train_batch_loss=calculate_train_batch_loss),
+    )
+    assert found == 8
 
 
 @pytest.mark.parametrize(
@@ -281,8 +276,8 @@ def test_the_memory_of_the_optimizer_is_part_of_it(samples):
         ({"dataset": DataLoader(range(3))}, "makes batches itself, got a DataLoader"),
     ],
 )
-def test_a_batch_size_that_cannot_be_found_is_refused(samples, arguments, text):
-    arguments = {"dataset": samples(4), **arguments}
+def test_a_batch_size_that_cannot_be_found_is_refused(arguments, text):
+    arguments = {"dataset": ones(4), **arguments}
     if "margin" in arguments:
         arguments["max_batch_size"] = 4
 
@@ -290,9 +285,9 @@ def test_a_batch_size_that_cannot_be_found_is_refused(samples, arguments, text):
         find_batch_size(SmallMemory(3), **arguments)
 
 
-def test_where_nothing_fits_the_error_of_torch_is_raised(samples):
+def test_where_nothing_fits_the_error_of_torch_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
-        find_batch_size(SmallMemory(0), samples(8), 8)
+        find_batch_size(SmallMemory(0), ones(8), 8)
 
 
 def test_the_curve_draws_itself(monkeypatch):
