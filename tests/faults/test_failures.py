@@ -15,6 +15,7 @@ import torch
 from processes import FAULTS, Job, torchrun
 from runs import AtNth, finish, raise_, result_of, undisturbed, what_is_wrong_after
 from scenario import Augmented, Scenario, difference, fingerprint
+from toys import At
 
 from pytorch_accelerated import Trainer, checkpoint
 from pytorch_accelerated.callbacks import (
@@ -201,16 +202,11 @@ class Observed:
     def __init__(self, tmp_path, *callbacks, **changes):
         self.heard = []
         self.bars = ProgressBarCallback()
-        heard = self.heard
-
-        class Listen(TrainerCallback):
-            def on_training_run_end(self, trainer, **kwargs):
-                heard.append("end")
-
-            def on_exception(self, trainer, exception, **kwargs):
-                heard.append(exception)
-
-        own = (PreemptionCallback, self.bars, Listen, *callbacks)
+        listening = At(
+            on_training_run_end=lambda trainer, **kwargs: self.heard.append("end"),
+            on_exception=lambda trainer, exception, **k: self.heard.append(exception),
+        )
+        own = (PreemptionCallback, self.bars, listening, *callbacks)
         # Another run goes on in the folder before this trainer does again.
         kwargs = {"save_kwargs": (("overwrite", True),), **changes}
         self.scenario = Scenario(callbacks=own, **kwargs)
@@ -324,21 +320,18 @@ def test_an_error_in_the_run_history_leaves_everything_in_order(
 def test_the_death_of_a_worker_amid_a_save_is_no_reason_to_save_without_the_schedule(
     tmp_path,
 ):
-    class Interrupted(Scenario):
-        def create_trainer(self, folder):
-            trainer = super().create_trainer(folder)
-            trainer.create_scheduler = lambda: scheduler_of(trainer)
-            return trainer
-
-    def scheduler_of(trainer):
+    def create_scheduler():
         scheduler = Trainer.create_scheduler(trainer)
         # torch raises its error wherever the main thread happens to be.
         error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
         scheduler.state_dict = lambda: raise_(error)
         return scheduler
 
+    scenario = Scenario(save_best=False)
+    trainer = scenario.create_trainer(tmp_path)
+    trainer.create_scheduler = create_scheduler
     with pytest.raises(RuntimeError, match="pid 7"):
-        Interrupted(save_best=False).run(tmp_path)
+        scenario.run(tmp_path, trainer=trainer)
     assert checkpoint.newest(tmp_path / "states") is None
 
 

@@ -13,12 +13,12 @@ import torch
 from processes import FAULTS, Job, python
 from runs import undisturbed, wait_until_it_writes, what_is_wrong_after
 from scenario import Scenario
+from toys import At
 
 from pytorch_accelerated import checkpoint
 from pytorch_accelerated.callbacks import (
     PreemptionCallback,
     ProgressBarCallback,
-    TrainerCallback,
 )
 from pytorch_accelerated.checkpoint.files import SummedFile
 from pytorch_accelerated.errors import CheckpointError
@@ -27,29 +27,22 @@ SCENARIO = Scenario(save_every_n_steps=1, max_checkpoints=2)
 ASYNCHRONOUS = (("asynchronous", True),)
 
 
-class Listen(TrainerCallback):
-    def __init__(self):
-        self.heard = []
-
-    def on_training_run_end(self, trainer, **kwargs):
-        self.heard.append("end")
-
-    def on_exception(self, trainer, exception, **kwargs):
-        self.heard.append(type(exception))
-
-
 def run_until_interrupted(scenario, folder):
     """Run; if Ctrl-C ends it, check that everything is left in order."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
-    bars, listen = ProgressBarCallback(), Listen()
-    scenario = scenario.with_(callbacks=(PreemptionCallback, bars, listen))
+    bars, heard = ProgressBarCallback(), []
+    listening = At(
+        on_training_run_end=lambda trainer, **kwargs: heard.append("end"),
+        on_exception=lambda trainer, exception, **kwargs: heard.append(type(exception)),
+    )
+    scenario = scenario.with_(callbacks=(PreemptionCallback, bars, listening))
     trainer = scenario.create_trainer(folder)
     try:
         scenario.run(folder, trainer=trainer)
     except KeyboardInterrupt:
         # Within the last event of a run, some have heard of it.
-        assert listen.heard[:1] in ([KeyboardInterrupt], ["end"])
+        assert heard[:1] in ([KeyboardInterrupt], ["end"])
         assert bars.pbar is None
         assert bars.eval_pbar is None
         assert signal.getsignal(signal.SIGTERM) == before

@@ -2,15 +2,16 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scenario import Scenario, difference, fingerprint
+from toys import At
 
 from pytorch_accelerated import checkpoint
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.errors import CheckpointError
 
 ROW = "unusual names, relative paths, chdir during a run"
@@ -104,16 +105,10 @@ def test_a_run_may_save_to_a_folder_of_any_name(name, tmp_path, trials, monkeypa
     trials.add(difference(expected, fingerprint(resumed)))
 
 
-class ChangeFolder(TrainerCallback):
-    """Changes the working directory with each epoch."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_epoch_start(self, trainer, **kwargs):
-        elsewhere = self.folder / f"{trainer.run_history.current_epoch}"
-        elsewhere.mkdir(parents=True)
-        os.chdir(elsewhere)
+def change_folder(folder, trainer, **kwargs):
+    elsewhere = folder / f"{trainer.run_history.current_epoch}"
+    elsewhere.mkdir(parents=True)
+    os.chdir(elsewhere)
 
 
 @pytest.mark.fault(ROW)
@@ -129,7 +124,8 @@ def test_a_run_saves_to_one_folder_wherever_it_goes(
         (tmp_path / "start").mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / "start")
         elsewhere = tmp_path / "elsewhere" / name.replace("/", "")
-        moving = scenario.with_(callbacks=(ChangeFolder(elsewhere),))
+        change = partial(change_folder, elsewhere)
+        moving = scenario.with_(callbacks=(At(on_train_epoch_start=change),))
         moving.run(Path(name))
         trials.add(difference(files(tmp_path / "still"), files(tmp_path / where)))
         trials.add(files(elsewhere) and f"{files(elsewhere)} are elsewhere")

@@ -10,9 +10,10 @@ import torch
 from processes import Job
 from torch import nn
 from torch.utils.data import Dataset
+from toys import At
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader")
 
@@ -38,16 +39,11 @@ class Counted(Dataset):
         return torch.randn(6, generator=generator), torch.tensor(index % 3)
 
 
-class KillAt(TrainerCallback):
-    def __init__(self, num_updates):
-        self.num_updates = num_updates
-
-    def on_train_update_end(self, trainer, num_updates, **kwargs):
-        if num_updates == self.num_updates:
+def train(folder, count, num_workers, kill_at):
+    def kill(trainer, num_updates, **kwargs):
+        if num_updates == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-
-def train(folder, count, num_workers, kill_at):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3))
     trainer = Trainer(
@@ -56,7 +52,7 @@ def train(folder, count, num_workers, kill_at):
         torch.optim.AdamW(model.parameters(), lr=0.01),
         callbacks=[
             SaveTrainingStateCallback(folder / "states", save_every_n_steps=1),
-            KillAt(kill_at),
+            At(on_train_update_end=kill),
         ],
         seed=0,
         accelerator_kwargs={"cpu": True},

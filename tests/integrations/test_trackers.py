@@ -14,24 +14,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.data import TensorDataset
+from toys import At, create_trainer, ones
 
-from pytorch_accelerated.callbacks import TrackerCallback, TrainerCallback
+from pytorch_accelerated.callbacks import TrackerCallback
 from pytorch_accelerated.trainer import Trainer
 
 
-def samples(count):
-    return TensorDataset(torch.ones(count, 1), torch.zeros(count, 1))
-
-
 class Draws(Trainer):
-    """Halves its weight at each update, and records a matrix and a figure."""
-
-    def __init__(self, callbacks, **kwargs):
-        model = nn.Linear(1, 1, bias=False)
-        nn.init.ones_(model.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-        super().__init__(model, nn.MSELoss(), optimizer, callbacks, **kwargs)
+    """Records a matrix and a figure."""
 
     def eval_epoch_end(self):
         self.run_history.update_metric("acc@5", 0.5)
@@ -39,35 +29,32 @@ class Draws(Trainer):
         figure = Figure(figsize=(2, 1), dpi=50, facecolor="#ff0000")
         self.run_history.update_metric("figure", figure)
 
-    def run(self, num_epochs=2, **kwargs):
-        self.train(
-            samples(4), num_epochs, samples(1), per_device_batch_size=1, **kwargs
-        )
 
-
-class Stops(TrainerCallback):
-    """Saves at update 6, and breaks off at the end of the second epoch."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_update_end(self, trainer, *, num_updates=0, **kwargs):
-        if num_updates == 6:
-            trainer.save_training_state(self.folder)
-
-    def on_training_run_epoch_end(self, trainer, **kwargs):
-        if trainer.run_history.current_epoch == 2:
-            raise RuntimeError("power cut")
+def train(callbacks=(), num_epochs=2, trainer=None, resume_from=None, **kwargs):
+    """Halve a weight at each update, of which an epoch has four."""
+    trainer = trainer or create_trainer(callbacks, trainer_class=Draws, **kwargs)
+    loading = {"per_device_batch_size": 1, "resume_from": resume_from}
+    trainer.train(ones(4), num_epochs, ones(1), **loading)
+    return trainer
 
 
 def run_and_resume(tracker, folder, **kwargs):
     """Break off a run after 8 updates, resume it at 6, and evaluate it after 12."""
+
+    def save(trainer, *, num_updates, **kwargs):
+        if num_updates == 6:
+            trainer.save_training_state(folder / "state")
+
+    def stop(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 2:
+            raise RuntimeError("power cut")
+
+    stopping = At(on_train_update_end=save, on_training_run_epoch_end=stop)
     with pytest.raises(RuntimeError, match="power cut"):
-        Draws([TrackerCallback(tracker, **kwargs), Stops(folder / "state")]).run(3)
-    trainer = Draws([TrackerCallback(tracker, **kwargs)])
-    trainer.run(3, resume_from=folder / "state")
-    trainer.evaluate(samples(1))
-    return trainer
+        train([TrackerCallback(tracker, **kwargs), stopping], 3)
+    tracking = TrackerCallback(tracker, **kwargs)
+    trainer = train([tracking], 3, resume_from=folder / "state")
+    trainer.evaluate(ones(1))
 
 
 ONCE = [(4, 0.25**4), (8, 0.25**8), (12, 0.25**12)]
@@ -98,9 +85,7 @@ def test_tensorboard(folder):
     tracker = TrackerCallback(
         "tensorboard", "digits", run_name="light", config={"augment": {"flip": True}}
     )
-    trainer = Draws([tracker])
-    trainer.run()
-    trainer.run(1)
+    train(num_epochs=1, trainer=train([tracker]))
 
     first, second = sorted((folder / "runs" / "digits").glob("light_*"))
     events = events_in(first)
@@ -130,13 +115,11 @@ def test_tensorboard_goes_on_where_the_state_was_saved(folder):
 
 
 def test_log_with_needs_no_callback_found_103(folder):
-    trainer = Draws([], accelerator_kwargs={"log_with": "tensorboard"})
-    trainer.run()
+    train(accelerator_kwargs={"log_with": "tensorboard"})
     (run,) = (folder / "runs" / "pytorch-accelerated").iterdir()
     assert scalars(events_in(run), "eval_loss_epoch") == ONCE[:2]
 
-    kwargs = {"log_with": ["tensorboard"], "project_dir": "here"}
-    Draws([], accelerator_kwargs=kwargs).run()
+    train(accelerator_kwargs={"log_with": ["tensorboard"], "project_dir": "here"})
     assert (folder / "here" / "pytorch-accelerated").exists()
 
 
@@ -147,9 +130,9 @@ def test_the_code_of_the_page(folder):
         "model": model,
         "loss_func": nn.MSELoss(),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "train_dataset": samples(4),
-        "validation_dataset": samples(4),
-        "test_dataset": samples(4),
+        **dict.fromkeys(
+            ("train_dataset", "validation_dataset", "test_dataset"), ones(4)
+        ),
     }
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
 
@@ -240,7 +223,7 @@ def test_wandb(folder, wandb):
 
 def test_a_run_of_wandb_that_the_script_has_started_stays_open(folder, wandb):
     with wandb.init(project="mine") as run:
-        Draws([TrackerCallback("wandb")]).run()
+        train([TrackerCallback("wandb")])
         run.log({"after": 1, "num_updates": 8})
     ((_, _, rows),) = runs_of_wandb(wandb, folder)
     assert of(rows, "eval_loss_epoch") == ONCE[:2]

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.data import Dataset
+from toys import Keeps
 
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
-from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.data import epoch_order
 
 transformers = pytest.importorskip("transformers")
@@ -34,12 +34,8 @@ class Tokenized(Dataset):
         return {**encoded, "labels": label}
 
 
-class RecordLearningRates(TrainerCallback):
-    def on_training_run_start(self, trainer, **kwargs):
-        self.values = []
-
-    def on_train_step_start(self, trainer, **kwargs):
-        self.values.append(trainer.optimizer.param_groups[0]["lr"])
+def learning_rate(trainer, **kwargs):
+    return trainer.optimizer.param_groups[0]["lr"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +108,7 @@ def test_a_bert_is_fine_tuned_bit_for_bit_as_by_hand(
     dataset = Tokenized(tweets[:48], tokenizer)
     settings = {"seed": 3, "lr": 5e-5, "batch_size": 8}
     by_hand = fine_tune_by_hand(create_bert(), dataset, collate, **settings)
-    rates = RecordLearningRates()
+    rates = Keeps("on_train_step_start", learning_rate)
 
     trainer = fine_tune(create_bert(), dataset, collate, callbacks=[rates], **settings)
 
@@ -120,7 +116,7 @@ def test_a_bert_is_fine_tuned_bit_for_bit_as_by_hand(
         assert torch.equal(trainer.model.state_dict()[name], tensor), name
     # Two updates up to 5e-5, ten down; the twelfth is the last above zero.
     expected = [0.0, 2.5e-5, *(5e-5 * (10 - i) / 10 for i in range(10))]
-    assert rates.values == pytest.approx(expected)
+    assert rates.kept == pytest.approx(expected)
 
 
 # PEFT asks transformers for a property by its old name.
