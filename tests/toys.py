@@ -6,6 +6,7 @@ updates from 1 it is 0.5 ** k, and the loss 0.25 ** k.
 """
 
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -106,6 +107,25 @@ class Keeps(TrainerCallback):
 
     def _keep(self, trainer, **kwargs):
         self.kept.append(self.read(trainer, **kwargs))
+
+
+class Sent(GeneralTracker):
+    """A tracker that keeps what it is sent, and the step of it."""
+
+    name, tracker, requires_logging_directory = "sent", None, False
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **kwargs):
+        self.sent.append((step, values))
+
+    def finish(self):
+        pass
 
 
 def overriding(base=Trainer, **methods):

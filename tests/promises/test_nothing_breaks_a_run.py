@@ -10,12 +10,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toys import At, Stream, create_trainer, ones
+from toys import At, Sent, Stream, create_trainer, ones
 
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
@@ -35,24 +34,6 @@ from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.metrics import EpochMetrics
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
-
-
-class Sends(GeneralTracker):
-    name, tracker, requires_logging_directory = "sends", None, False
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def store_init_configuration(self, values):
-        pass
-
-    def log(self, values, step=None, **kwargs):
-        if "train_loss_epoch" in values:
-            self.steps.append(step)
-
-    def finish(self):
-        pass
 
 
 class OddHistory(InMemoryRunHistory):
@@ -92,7 +73,7 @@ def test_odd_values_streams_and_histories_end_no_run(
         At(on_train_epoch_end=record_odd_values),
         *DEFAULT_CALLBACKS,
         ThroughputCallback(),
-        TrackerCallback(Sends()),
+        TrackerCallback(Sent()),
         ReportCallback(tmp_path / "report.html"),
     ]
     trainer = create_trainer(callbacks, run_history=history())
@@ -109,7 +90,7 @@ def test_all_that_look_at_a_run_do_so_together(capsys, tmp_path):
         *DEFAULT_CALLBACKS,
         RecordHistoryCallback(tmp_path / "history.jsonl", every_n_updates=1),
         ThroughputCallback(),
-        TrackerCallback(Sends(), every_n_updates=1),
+        TrackerCallback(Sent(), every_n_updates=1),
         StepBasedEvaluationCallback(1),
         ReportCallback(path),
     ]
@@ -162,12 +143,13 @@ def test_a_resumed_run_logs_and_sends_what_is_new(tmp_path):
             raise KeyboardInterrupt
 
     def train(history, *others, **kwargs):
-        log, sends = Log(), Sends()
+        log, sends = Log(), Sent()
         saving = SaveTrainingStateCallback(tmp_path / history.__name__, 1)
         callbacks = [log, TrackerCallback(sends), saving, *others]
         trainer = create_trainer(callbacks, run_history=history())
         trainer.train(ones(1), 4, ones(1), **kwargs)
-        return log.logged, sends.steps
+        steps = [step for step, sent in sends.sent if "train_loss_epoch" in sent]
+        return log.logged, steps
 
     for history in (InMemoryRunHistory, Elsewhere):
         with pytest.raises(KeyboardInterrupt):

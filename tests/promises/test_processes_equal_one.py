@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
+from toys import Sent, noise, seeded
 
 from pytorch_accelerated.callbacks import TrackerCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
@@ -43,37 +43,17 @@ CASES = [
 ]
 
 
-class Kept(GeneralTracker):
-    """Keeps the losses that it is sent."""
-
-    name, tracker, requires_logging_directory = "kept", None, False
-
-    def __init__(self):
-        self.losses = []
-
-    def log(self, values, step=None):
-        losses = ("train_loss", "eval_loss_epoch")
-        self.losses += [(step, values[name]) for name in losses if name in values]
-
-
 def create_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return nn.Sequential(
-            nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
-        )
+    layers = nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
+    return nn.Sequential(*layers)
 
 
 def train(case, num_processes, callbacks=()):
     """Train with 4 samples a step, however many processes share them."""
     case = dict(case)
-    generator = torch.Generator().manual_seed(1)
-    num_samples = case.pop("num_samples")
-    dataset = TensorDataset(
-        torch.randn(num_samples, 1, 8, generator=generator),
-        torch.randint(3, (num_samples,), generator=generator),
-    )
-    model = create_model()
+    inputs, targets = noise(case.pop("num_samples"), 8).tensors
+    dataset = TensorDataset(inputs.unsqueeze(1), targets)
+    model = seeded(create_model)
     if case.pop("optimizer", "sgd") == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     else:
@@ -119,10 +99,16 @@ def test_several_processes_train_the_model_that_one_would(on_processes, num_proc
 
 def test_one_of_several_processes_sends_the_losses_of_all_to_a_tracker(on_processes):
     def sent(num_processes):
-        tracker = Kept()
+        tracker = Sent()
         callback = TrackerCallback(tracker, every_n_updates=2)
         train({"num_samples": 33}, num_processes, [callback])
-        return tracker.losses
+        losses = ("train_loss", "eval_loss_epoch")
+        return [
+            (step, values[name])
+            for step, values in tracker.sent
+            for name in losses
+            if name in values
+        ]
 
     expected = sent(1)
     first, second = on_processes(2, sent, 2)

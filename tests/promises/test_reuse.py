@@ -161,12 +161,10 @@ def test_no_process_is_left_by_a_run_that_has_failed(one_by_one):
         raise RuntimeError("broken")
 
     before = resources()
+    trainer = create_trainer([At(on_train_step_end=fail)])
+    with_workers = {"num_workers": 1, "batch_size": 1}
     with pytest.raises(RuntimeError, match="broken") as raised:
-        create_trainer([At(on_train_step_end=fail)]).train(
-            one_by_one(ones(4)),
-            1,
-            train_dataloader_kwargs={"num_workers": 1, "batch_size": 1},
-        )
+        trainer.train(one_by_one(ones(4)), 1, train_dataloader_kwargs=with_workers)
     del raised
 
     assert resources() == before
