@@ -222,24 +222,17 @@ def test_drop_last_and_smaller_batches_are_those_of_the_length_of_the_epoch():
     assert [batch[0].sum().item() for batch in loader] == [0 + 1, 2 + 3]
 
 
-def grow_on_processes():
-    dataset = Numbers(4)
-    lengths = [4, 7, 10]
-    trainer = at_each_epoch(
-        lambda epoch: change_length(dataset, lengths[epoch - 1]), seed=1
-    )
-    trainer.train(
-        dataset,
-        3,
-        eval_dataset=dataset,
-        per_device_batch_size=2,
-        gradient_accumulation_steps=2,
-    )
-    return trainer.trained, trainer.evaluated, trainer.num_samples_seen
-
-
 def test_two_processes_share_a_dataset_that_grows(on_processes):
-    first, second = on_processes(2, grow_on_processes)
+    def grow():
+        dataset, lengths = Numbers(4), [4, 7, 10]
+        trainer = at_each_epoch(
+            lambda epoch: change_length(dataset, lengths[epoch - 1]), seed=1
+        )
+        windows = {"per_device_batch_size": 2, "gradient_accumulation_steps": 2}
+        trainer.train(dataset, 3, eval_dataset=dataset, **windows)
+        return trainer.trained, trainer.evaluated, trainer.num_samples_seen
+
+    first, second = on_processes(2, grow)
 
     for one, other in zip(first[:2], second[:2], strict=True):
         assert [len(batches) for batches in one] == [len(batches) for batches in other]
