@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -194,6 +195,36 @@ def test_an_update_that_is_not_applied_leaves_the_state_unknown():
     summary = create(Network(), trainer_class=Skipping).summary(batch_of(4))
 
     assert list(summary.memory) == ["weights", "buffers", "gradients"]
+
+
+def test_a_step_without_a_backward_pass_of_the_trainer_has_a_table_too():
+    class ByHand(Trainer):
+        def _perform_forward_and_backward_passes(self, batch, step):
+            output = self.calculate_train_batch_loss(batch)
+            output["loss"].backward()
+            return output
+
+    summary = create(Network(), trainer_class=ByHand).summary(batch_of(4))
+
+    assert summary.num_trained == 112
+    assert summary.step_flops == 0
+    assert "Parameters  112 trained" in str(summary)
+
+
+def test_what_only_a_callback_calls_is_not_warned_of():
+    """The callbacks of the trainer take no part in a summary."""
+
+    class Mine(Trainer):
+        def train_epoch_starts(self):
+            pass
+
+    class Calls(TrainerCallback):
+        def on_training_run_start(self, trainer, **kwargs):
+            trainer.train_epoch_starts()
+
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    Mine(model, nn.CrossEntropyLoss(), optimizer, [Calls]).summary(batch_of(4))
 
 
 def test_an_error_leaves_no_hook_and_no_counter_behind():

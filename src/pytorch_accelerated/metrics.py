@@ -172,8 +172,10 @@ class EpochMetrics:
         inputs = self._inputs_of_all() if self._functions else None
         for name, function in self._functions.items() if inputs else ():
             with _named(name, inputs), torch.no_grad():
-                # It may change what it is given.
-                values[name] = function(*distributed.map_tensors(Tensor.clone, inputs))
+                given = inputs
+                if len(self._functions) > 1:  # which may change what it is given
+                    given = distributed.map_tensors(Tensor.clone, inputs)
+                values[name] = function(*given)
                 if values[name] is None:
                     raise TypeError("It returned nothing.")
         return {

@@ -50,6 +50,7 @@ def rehearsal(
         *listeners: The callbacks that take part.
     """
     _check_can_be_undone(trainer, method, data)
+    checks.warn_of_misspelt_names(trainer)  # while its callbacks are there
     torch.empty(0, device=trainer.device)  # an unused one would have no states
     with ExitStack() as undo:
         undo.callback(checkpoint.set_random_states, checkpoint.get_random_states())

@@ -170,6 +170,11 @@ class _MeasuredStep(TrainerCallback):
         counter: Counts what torch computes while it is entered.
     """
 
+    # A step may have no backward pass that could be seen.
+    _forward_flops: int = 0
+    _step_flops: int = 0
+    _gradient_bytes: int = 0
+
     def __init__(self) -> None:
         self.counter = FlopCounterMode(display=False)
         self._starts: list[int] = []
