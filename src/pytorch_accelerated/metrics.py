@@ -169,7 +169,7 @@ class EpochMetrics:
                 # A process may have had its batches before the run was resumed.
                 warnings.filterwarnings("ignore", "The ``compute`` method of metric")
                 values[name] = recursively_apply(Tensor.cpu, metric.compute())
-        inputs = self._inputs_of_all() if self._functions else None
+        inputs: Any = self._inputs_of_all() if self._functions else None
         for name, function in self._functions.items() if inputs else ():
             with _named(name, inputs), torch.no_grad():
                 given = inputs

@@ -20,7 +20,7 @@ from pytorch_accelerated.callbacks.evaluation import (
     LimitEvalStepsCallback,
     StepBasedEvaluationCallback,
 )
-from pytorch_accelerated.callbacks.history import RecordHistoryCallback
+from pytorch_accelerated.callbacks.history import Recorder, RecordHistoryCallback
 from pytorch_accelerated.callbacks.logging import LogMetricsCallback
 from pytorch_accelerated.callbacks.modules import (
     ConvertSyncBatchNormCallback,
@@ -65,6 +65,7 @@ __all__ = [
     "ProfilerCallback",
     "ProgressBarCallback",
     "RecordHistoryCallback",
+    "Recorder",
     "ReportCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",

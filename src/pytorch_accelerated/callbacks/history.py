@@ -36,7 +36,11 @@ class Recorder(TrainerCallback):
     for the device once.
 
     If a trainer has several such callbacks, one of them records for all: the first that
-    has ``every_n_updates``, if any has. :meth:`keep` says what becomes of it.
+    has ``every_n_updates``, if any has. Subclass it, and override :meth:`keep`, to keep
+    the run history elsewhere while a run goes.
+
+    Args:
+        every_n_updates: Updates between two records of the loss, at least 1.
     """
 
     may_stop_alone = False
@@ -58,7 +62,7 @@ class Recorder(TrainerCallback):
         self.every_n_updates = every_n_updates
 
     def keep(self, trainer: Trainer) -> None:
-        """Called whenever something may have been recorded."""
+        """Called on all processes whenever something may have been recorded."""
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
         self._num_recorded = 0
