@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class ThroughputCallback(TrainerCallback):
     flops_per_sample: float | None = None
     # When the last step had ended, in seconds of training.
     _last: float = 0.0
-    _steps: deque[float] | None = None
+    _steps: Sequence[float] = ()
     _num_items: Any = 0
 
     def __init__(
@@ -85,11 +86,10 @@ class ThroughputCallback(TrainerCallback):
         self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
     ) -> None:
         """Note how long the step took, and how many items it had."""
-        if self._steps is None:
-            return
         run, before = trainer._run, self._last
         self._last = run.pace.seconds
-        self._steps.append(self._last - before)
+        if isinstance(self._steps, deque):
+            self._steps.append(self._last - before)
         # Perhaps on the device: read at the end of the epoch.
         num_items, are_samples = run.items_of(batch_output, kwargs.get("step", 0))
         if not are_samples:
@@ -97,18 +97,15 @@ class ThroughputCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record and print what was measured."""
-        steps, self._steps = self._steps, None
-        if not steps:  # the epoch was resumed at its end
-            return
         pace, num_items = trainer._run.pace, float(self._num_items)
-        p50, p95 = np.percentile(steps, (50, 95)).tolist()
-        own = {
-            "data_wait_share": pace.waited / pace.seconds,
-            "step_seconds_p50": p50,
-            "step_seconds_p95": p95,
-            "step_seconds_max": max(steps),
-            "peak_memory_gib": _peak_memory_of(trainer.device) / 2**30,
-        }
+        if pace.num_batches == 0:  # the epoch was resumed at its end
+            return
+        own = {"data_wait_share": pace.waited / pace.seconds}
+        if self._steps:
+            p50, p95 = np.percentile(self._steps, (50, 95)).tolist()
+            own |= {"step_seconds_p50": p50, "step_seconds_p95": p95}
+            own["step_seconds_max"] = max(self._steps)
+        own["peak_memory_gib"] = _peak_memory_of(trainer.device) / 2**30
         found = distributed.objects_of_all((own, num_items, pace.seconds))
         seconds = max(each[2] for each in found)
         per_second = trainer._run.samples_per_second * pace.seconds / seconds
