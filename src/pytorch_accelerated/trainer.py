@@ -231,15 +231,28 @@ class Trainer:
         self._engine = engines.create_engine(self._accelerator)
         self._mixed_precision = self._accelerator.mixed_precision
         self.eval_batch_limit: int | None = None
-        self.last_checkpoint: str | None = None
-        self._pad_uneven_eval_batches = False
+        self._pad_uneven_eval_batches = False  # as scripts for 0.1.61 know it
         # How the runs of this trainer go on from each other.
         self._num_runs = 0
         self._run_id: str | None = None
+        # What is saved in the background, and what was saved last.
         self._writer = checkpoint.BackgroundWriter()
         self._being_saved: str | None = None
+        self.last_checkpoint: str | None = None
 
         events.tell(self, "on_init_end")
+
+    def _create_callback_handler(self) -> CallbackHandler:
+        handler = CallbackHandler(self._callbacks)
+        limit = loaders.batch_limit_from_environment()
+        if limit is not None:
+            handler.callbacks.insert(0, LimitBatchesCallback(limit))
+        return handler
+
+    def _create_accelerator(self) -> Accelerator:
+        """Create the accelerator; override to configure it in code."""
+        kwargs = follow_log_with(self.callback_handler, self._accelerator_kwargs)
+        return launch.create_accelerator(**kwargs)
 
     # --------------------------------------------------------------------- the runs
 
@@ -456,91 +469,6 @@ class Trainer:
         )
         return predictions.iterate(self, run)
 
-    def find_learning_rate(
-        self,
-        dataset: Any,
-        min_lr: float = 1e-7,
-        max_lr: float = 10.0,
-        num_updates: int = 100,
-        **train_arguments: Unpack[finders.TrainArguments],
-    ) -> finders.LearningRateCurve:
-        """Train with a learning rate that grows, and see where the loss falls fastest.
-
-        The range test of Smith (2017), https://arxiv.org/abs/1506.01186: the learning
-        rate grows exponentially from update to update, until the loss diverges. The
-        suggestion is the one at which the loss, smoothed, falls most steeply over the
-        logarithm of the learning rate. Afterwards everything is as it was before.
-
-        Args:
-            dataset: As for :meth:`train`.
-            min_lr: The learning rate of the first update.
-            max_lr: That of the last, if the loss does not diverge before.
-            num_updates: How many updates, at least 10.
-            **train_arguments: Those of :meth:`train` that say what an update is made of
-                (:class:`~pytorch_accelerated.finders.TrainArguments`).
-
-        Returns:
-            The curve, which has a ``suggestion`` and can ``plot()`` itself. With
-            several parameter groups its learning rates are those of the group with the
-            highest; the others keep their ratio to it.
-        """
-        return finders.find_learning_rate(
-            self, dataset, min_lr, max_lr, num_updates, train_arguments
-        )
-
-    def find_batch_size(
-        self,
-        dataset: Any,
-        max_batch_size: int | None = None,
-        margin: float = 0.0,
-        **train_arguments: Unpack[finders.TrainArguments],
-    ) -> int:
-        """Find the largest batch that memory suffices to train on, in powers of two.
-
-        Batches are doubled, beginning with ``per_device_batch_size``, until memory runs
-        out on any process; each size is tried in two updates. Afterwards everything is
-        as it was before.
-
-        Args:
-            dataset: A map-style dataset. If its samples differ in size, let it have the
-                largest ones only.
-            max_batch_size: Where the search ends; by default with all samples. Needed
-                on a CPU.
-            margin: The share of the result to leave out, for other memory needs.
-            **train_arguments: As for :meth:`find_learning_rate`.
-
-        Returns:
-            The samples in a batch of one process, the same on all of them.
-
-        Raises:
-            torch.OutOfMemoryError: If not even one sample fits.
-        """
-        return finders.find_batch_size(
-            self, dataset, max_batch_size, margin, train_arguments
-        )
-
-    def summary(
-        self, batch: Any, depth: int = 3, per_device_batch_size: int = 8
-    ) -> ModelSummary:
-        """Print and return what a training step holds and costs, layer by layer.
-
-        The step is made, with all that a run does in it, and then put back.
-
-        Args:
-            batch: A batch as the loader yields it; or a dataset or loader, whose first
-                batch is taken. A plain list is a batch.
-            depth: How many levels of modules the table shows.
-            per_device_batch_size: Samples in a batch that is made of a dataset.
-
-        Returns:
-            Shapes, parameters, memory and FLOPs; as text, the table.
-        """
-        from pytorch_accelerated.summary import summarize
-
-        result = summarize(self, batch, depth, per_device_batch_size)
-        self.print(result)
-        return result
-
     def _run_training(self) -> None:
         """Run the epochs that are due, between the events of the run."""
         run = self._run
@@ -593,6 +521,15 @@ class Trainer:
         progress.start_next_epoch()
         self.run_history._increment_epoch()
         return is_over
+
+    def _step_scheduler_after_epoch(self) -> None:
+        """Step a scheduler that goes by a metric of the epoch."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            name = self._run.plateau_metric
+            value = saving.latest_metrics(self).get(name)
+            if value is None:  # to be told which there are
+                value = self.run_history.get_latest_metric(name)
+            self.scheduler.step(value)
 
     def _run_train_epoch(self, train_dl: Any) -> bool:
         """Train on the batches of an epoch.
@@ -718,6 +655,18 @@ class Trainer:
                 self, "on_train_update_end", num_updates=run.progress.num_updates
             )
 
+    def _clip_gradients(self) -> None:
+        """Clip the gradients of an update as the run config says."""
+        config, parameters = self.run_config, self.model.parameters()
+        if config.gradient_clip_norm is not None:
+            self.gradient_norm = self._engine.clip_by_norm(
+                parameters, config.gradient_clip_norm
+            )
+        else:
+            self._accelerator.clip_grad_value_(
+                parameters, clip_value=config.gradient_clip_value
+            )
+
     def _run_eval_epoch(
         self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False
     ) -> None:
@@ -761,6 +710,23 @@ class Trainer:
         self._update_loss_tracker(batch_output["loss"], num_items)
         self._run.add_to_means(self, batch, batch_output, num_items)
         events.tell(self, "on_eval_step_end", batch_output=batch_output, batch=batch)
+
+    def _update_loss_tracker(self, batch_loss: Tensor, batch_size: NumItems) -> None:
+        """Add a batch's loss to the epoch's, without waiting for the device."""
+        self._loss_tracker.update(batch_loss, batch_size)
+
+    def _add_epoch_loss_to_run_history(self, metric_name: str) -> None:
+        """Record the means over all items on all processes, and the metrics.
+
+        Args:
+            metric_name: The name for the loss. Those of other scalars have their own
+                name in place of "loss".
+        """
+        if self.run_history.metric_name_prefix.endswith(EVALUATION_PREFIX):
+            metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
+        for name, value in self._run.results_of_epoch().items():
+            full_name = metric_name.replace("loss", name, 1)
+            self.run_history.update_metric(full_name, value)
 
     # ---------------------------------------------- the steps: made to be overridden
 
@@ -987,35 +953,6 @@ class Trainer:
         """
         return loaders.default_dl_kwargs(batch_size, shuffle=False)
 
-    def create_scheduler(self) -> Any:
-        """Create the learning rate scheduler of a run from ``create_scheduler_fn``."""
-        create = replace_trainer_placeholder_values(self, self.create_scheduler_fn)
-        checks.check_needs_only_optimizer(create)
-        return create(self.optimizer)
-
-    def _create_callback_handler(self) -> CallbackHandler:
-        handler = CallbackHandler(self._callbacks)
-        limit = loaders.batch_limit_from_environment()
-        if limit is not None:
-            handler.callbacks.insert(0, LimitBatchesCallback(limit))
-        return handler
-
-    def _create_accelerator(self) -> Accelerator:
-        """Create the accelerator; override to configure it in code."""
-        kwargs = follow_log_with(self.callback_handler, self._accelerator_kwargs)
-        return launch.create_accelerator(**kwargs)
-
-    def _prepare_model_optimizer_and_dataloaders(self) -> None:
-        """Hand the model, the optimizer and the loaders to Accelerate."""
-        run, accelerator = self._run, self._accelerator
-        run.prepare_model_and_optimizer(self)
-        self._train_dataloader = run.prepare_loader(
-            self._train_dataloader, accelerator, is_evaluation=False
-        )
-        self._eval_dataloader = run.prepare_loader(
-            self._eval_dataloader, accelerator, is_evaluation=True
-        )
-
     def _create_dataloader(
         self,
         dataset: Any,
@@ -1036,6 +973,17 @@ class Trainer:
         loader: DataLoader[Any] = DataLoader(dataset=dataset, **arguments)
         self._run.loaders_made.append(loader)
         return loader, kwargs
+
+    def _prepare_model_optimizer_and_dataloaders(self) -> None:
+        """Hand the model, the optimizer and the loaders to Accelerate."""
+        run, accelerator = self._run, self._accelerator
+        run.prepare_model_and_optimizer(self)
+        self._train_dataloader = run.prepare_loader(
+            self._train_dataloader, accelerator, is_evaluation=False
+        )
+        self._eval_dataloader = run.prepare_loader(
+            self._eval_dataloader, accelerator, is_evaluation=True
+        )
 
     def _create_run_config(
         self,
@@ -1058,7 +1006,13 @@ class Trainer:
         )
 
     def _check_eval_batch_size(self) -> None:
-        """Called once a run is prepared; its loaders have refused too little data."""
+        """Called once a run is prepared; does nothing by default."""
+
+    def create_scheduler(self) -> Any:
+        """Create the learning rate scheduler of a run from ``create_scheduler_fn``."""
+        create = replace_trainer_placeholder_values(self, self.create_scheduler_fn)
+        checks.check_needs_only_optimizer(create)
+        return create(self.optimizer)
 
     # ----------------------------------------------------------- saving and loading
 
@@ -1229,68 +1183,92 @@ class Trainer:
         """
         return saving.load_training_state(self, input_dir)
 
-    # --------------------------------------------------------- the parts of the story
+    # --------------------------------------------------------- what can be found out
 
-    def _step_scheduler_after_epoch(self) -> None:
-        """Step a scheduler that goes by a metric of the epoch."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            name = self._run.plateau_metric
-            value = saving.latest_metrics(self).get(name)
-            if value is None:  # to be told which there are
-                value = self.run_history.get_latest_metric(name)
-            self.scheduler.step(value)
+    def find_learning_rate(
+        self,
+        dataset: Any,
+        min_lr: float = 1e-7,
+        max_lr: float = 10.0,
+        num_updates: int = 100,
+        **train_arguments: Unpack[finders.TrainArguments],
+    ) -> finders.LearningRateCurve:
+        """Train with a learning rate that grows, and see where the loss falls fastest.
 
-    def _clip_gradients(self) -> None:
-        """Clip the gradients of an update as the run config says."""
-        config, parameters = self.run_config, self.model.parameters()
-        if config.gradient_clip_norm is not None:
-            self.gradient_norm = self._engine.clip_by_norm(
-                parameters, config.gradient_clip_norm
-            )
-        else:
-            self._accelerator.clip_grad_value_(
-                parameters, clip_value=config.gradient_clip_value
-            )
-
-    def _update_loss_tracker(self, batch_loss: Tensor, batch_size: NumItems) -> None:
-        """Add a batch's loss to the epoch's, without waiting for the device."""
-        self._loss_tracker.update(batch_loss, batch_size)
-
-    def _add_epoch_loss_to_run_history(self, metric_name: str) -> None:
-        """Record the means over all items on all processes, and the metrics.
+        The range test of Smith (2017), https://arxiv.org/abs/1506.01186: the learning
+        rate grows exponentially from update to update, until the loss diverges. The
+        suggestion is the one at which the loss, smoothed, falls most steeply over the
+        logarithm of the learning rate. Afterwards everything is as it was before.
 
         Args:
-            metric_name: The name for the loss. Those of other scalars have their own
-                name in place of "loss".
+            dataset: As for :meth:`train`.
+            min_lr: The learning rate of the first update.
+            max_lr: That of the last, if the loss does not diverge before.
+            num_updates: How many updates, at least 10.
+            **train_arguments: Those of :meth:`train` that say what an update is made of
+                (:class:`~pytorch_accelerated.finders.TrainArguments`).
+
+        Returns:
+            The curve, which has a ``suggestion`` and can ``plot()`` itself. With
+            several parameter groups its learning rates are those of the group with the
+            highest; the others keep their ratio to it.
         """
-        if self.run_history.metric_name_prefix.endswith(EVALUATION_PREFIX):
-            metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
-        for name, value in self._run.results_of_epoch().items():
-            full_name = metric_name.replace("loss", name, 1)
-            self.run_history.update_metric(full_name, value)
+        return finders.find_learning_rate(
+            self, dataset, min_lr, max_lr, num_updates, train_arguments
+        )
 
-    def agree(self, flag: bool) -> bool:
-        """Return True on all processes if any of them passes True.
+    def find_batch_size(
+        self,
+        dataset: Any,
+        max_batch_size: int | None = None,
+        margin: float = 0.0,
+        **train_arguments: Unpack[finders.TrainArguments],
+    ) -> int:
+        """Find the largest batch that memory suffices to train on, in powers of two.
 
-        All processes must call it. In a single process it returns ``flag``.
+        Batches are doubled, beginning with ``per_device_batch_size``, until memory runs
+        out on any process; each size is tried in two updates. Afterwards everything is
+        as it was before.
 
         Args:
-            flag: What this process says.
+            dataset: A map-style dataset. If its samples differ in size, let it have the
+                largest ones only.
+            max_batch_size: Where the search ends; by default with all samples. Needed
+                on a CPU.
+            margin: The share of the result to leave out, for other memory needs.
+            **train_arguments: As for :meth:`find_learning_rate`.
+
+        Returns:
+            The samples in a batch of one process, the same on all of them.
+
+        Raises:
+            torch.OutOfMemoryError: If not even one sample fits.
         """
-        return distributed.agree(flag)
+        return finders.find_batch_size(
+            self, dataset, max_batch_size, margin, train_arguments
+        )
 
-    def raise_on_all(self, error: Exception | None) -> None:
-        """Raise an error on all processes if any of them passes one.
+    def summary(
+        self, batch: Any, depth: int = 3, per_device_batch_size: int = 8
+    ) -> ModelSummary:
+        """Print and return what a training step holds and costs, layer by layer.
 
-        All processes must call it, for instance in the same event of a callback.
+        The step is made, with all that a run does in it, and then put back.
 
         Args:
-            error: The error of this process, None if it has none. Other processes raise
-                one of the same kind that names the process and its error.
-        """
-        distributed.raise_on_all(error)
+            batch: A batch as the loader yields it; or a dataset or loader, whose first
+                batch is taken. A plain list is a batch.
+            depth: How many levels of modules the table shows.
+            per_device_batch_size: Samples in a batch that is made of a dataset.
 
-    # ---------------------------------------------------------------- small helpers
+        Returns:
+            Shapes, parameters, memory and FLOPs; as text, the table.
+        """
+        from pytorch_accelerated.summary import summarize
+
+        result = summarize(self, batch, depth, per_device_batch_size)
+        self.print(result)
+        return result
 
     def advise(self) -> list[str]:
         """Print and return what would make runs like the last one faster.
@@ -1313,6 +1291,8 @@ class Trainer:
         text = loop_of(self, __doc__ or "")
         self.print(text)
         return text
+
+    # ---------------------------------------------------------------- small helpers
 
     @property
     def device(self) -> torch.device:
@@ -1340,6 +1320,27 @@ class Trainer:
         if self._accelerator.is_local_main_process:
             with above_bars(), suppress(OSError, ValueError):
                 print(*args, **kwargs)  # noqa: T201 (this is what it is for)
+
+    def agree(self, flag: bool) -> bool:
+        """Return True on all processes if any of them passes True.
+
+        All processes must call it. In a single process it returns ``flag``.
+
+        Args:
+            flag: What this process says.
+        """
+        return distributed.agree(flag)
+
+    def raise_on_all(self, error: Exception | None) -> None:
+        """Raise an error on all processes if any of them passes one.
+
+        All processes must call it, for instance in the same event of a callback.
+
+        Args:
+            error: The error of this process, None if it has none. Other processes raise
+                one of the same kind that names the process and its error.
+        """
+        distributed.raise_on_all(error)
 
     def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
         """Concatenate a tensor over all processes along its first dimension.
