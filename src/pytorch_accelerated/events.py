@@ -31,7 +31,7 @@ def tell(trainer: Trainer, event: str, **kwargs: Any) -> None:
 def call(
     trainer: Trainer, method: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
-    """Call what a user may have written."""
+    """Call what a user may have written; an error of one process alone waits."""
     try:
         method(*args, **kwargs)
     except Exception as error:
@@ -43,7 +43,7 @@ def call(
 
 
 def announce(trainer: Trainer, event: str, **kwargs: Any) -> None:
-    """Call the callbacks for an event at which all processes act on an error."""
+    """Call the callbacks for an event; then all processes raise what has waited."""
     tell(trainer, event, **kwargs)
     agree_to_go_on(trainer)
 
@@ -58,8 +58,8 @@ def agree_to_go_on(trainer: Trainer) -> None:
 class Ending:
     """Calls the hook and the event that end a run, however the block ends.
 
-    A :class:`StopTrainingError` ends here, once everybody has heard of it, unless it
-    is one that reaches the caller.
+    A :class:`StopTrainingError` goes no further, once the callbacks have heard of it,
+    unless it is one that reaches the caller.
 
     Args:
         trainer: The trainer.

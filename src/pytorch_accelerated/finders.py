@@ -238,7 +238,7 @@ class _RangeTest(TrainerCallback):
                 if _num_before_divergence(losses) < len(losses):
                     raise StopTrainingError
         # A scaled update of which the gradients overflow is not applied.
-        if run.progress.num_steps > 2 * num_due * run.accumulation.num_steps:
+        if run.progress.num_steps > 2 * num_due * run.accumulation.steps_per_window:
             raise StopTrainingError
 
     def losses(self) -> list[float]:

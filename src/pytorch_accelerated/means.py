@@ -1,4 +1,4 @@
-"""The losses and scalars of an epoch, as true means over all items (R4)."""
+"""The losses and scalars of an epoch, as true means over all items."""
 
 from __future__ import annotations
 

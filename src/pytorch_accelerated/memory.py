@@ -83,7 +83,7 @@ class BatchShrinker:
                 the window can be done again.
         """
         run = self._run
-        if step % run.accumulation.num_steps == 0:
+        if step % run.accumulation.steps_per_window == 0:
             self._start = self._start_of_window()
         can_shrink = self._start is not None and self._smaller_batch_size() is not None
         output, error, is_exhausted = None, None, False
@@ -139,7 +139,7 @@ class BatchShrinker:
             gradient_accumulation_steps=accumulation,
             train_dl_kwargs={**(config.train_dl_kwargs or {}), "batch_size": smaller},
         )
-        run.accumulation = replace(run.accumulation, num_steps=accumulation)
+        run.accumulation = replace(run.accumulation, steps_per_window=accumulation)
         self._start = None
         return (
             f"Memory was exhausted with batches of {config.train_per_device_batch_size}"

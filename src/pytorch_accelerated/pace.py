@@ -38,14 +38,14 @@ class Pace:
         return max(now - self.started - self._aside, 1e-9)
 
     def pause(self) -> bool:
-        """Stop to count the time as that of training; say whether it was counted."""
+        """Stop counting time as that of training; say whether it was counted."""
         if self._paused_at is not None:
             return False
         self._paused_at = time.monotonic()
         return True
 
     def go_on(self) -> None:
-        """Count it again."""
+        """Count time as that of training again."""
         if self._paused_at is not None:
             self._aside += time.monotonic() - self._paused_at
             self._paused_at = None

@@ -278,7 +278,7 @@ class Run:
 
         def is_last(step: int) -> bool:
             self.ahead_random_states = None
-            if (step + 1) % accumulation.num_steps == 0:
+            if (step + 1) % accumulation.steps_per_window == 0:
                 return True
             return self._is_last(batches) if plan is None else step + 1 == num_batches
 

@@ -257,7 +257,7 @@ def _process_state(trainer: Trainer, run: Run) -> ProcessState:
         state.metrics = run.means.metrics.state_dict()
     if hasattr(run.train_dataloader, "place_after"):
         state.place = run.train_dataloader.place_after(progress.step)
-    if progress.step % run.accumulation.num_steps:
+    if progress.step % run.accumulation.steps_per_window:
         state.gradients = {
             name: parameter.grad
             for name, parameter in _named_parameters(trainer)

@@ -1,4 +1,4 @@
-"""Which batches make an update, and how their losses weigh (R3).
+"""Which batches make an update, and how their losses weigh.
 
 A *window* is the batches, on all processes, whose gradients make up one update. The
 gradient of the mean loss over all its items is the sum over its batches of
@@ -31,7 +31,8 @@ class WindowState:
     Args:
         items: Items of the batches of this process so far.
         counts_items: Whether items must be counted; None before the first batch.
-        unit: In what unit. A power of two, so that its value changes no rounding.
+        unit: The items that count as 1 in a weight, where they are counted. A power of
+            two, so that dividing by it rounds nothing.
     """
 
     items: NumItems = 0
@@ -80,7 +81,7 @@ class Accumulation:
     counted.
 
     Args:
-        num_steps: Batches of one process in a full window.
+        steps_per_window: Batches of one process in a full window.
         num_processes: Processes whose gradients are averaged.
         process_index: Which of them this is.
         corrects_gradients: Whether gradients can be changed before the update. If not,
@@ -88,14 +89,14 @@ class Accumulation:
             window.
     """
 
-    num_steps: int
+    steps_per_window: int
     num_processes: int = 1
     process_index: int = 0
     corrects_gradients: bool = True
 
     def __post_init__(self) -> None:
         self.state: WindowState = WindowState()
-        self._is_one_batch = self.num_steps == 1 and self.num_processes == 1
+        self._is_one_batch = self.steps_per_window == 1 and self.num_processes == 1
         self._plan: BatchPlan | None = None
         self._is_exact = True
         self._num_batches: int | None = None
@@ -136,7 +137,7 @@ class Accumulation:
             return loss
         if not self._is_in_epoch:
             # An override of the epoch, which will not close the window either.
-            return loss / self.num_steps
+            return loss / self.steps_per_window
         if self.state.counts_items is None:
             self._choose_whether_to_count(step, num_items, are_samples)
         if not are_samples and not self.state.counts_items:
@@ -151,6 +152,14 @@ class Accumulation:
         if isinstance(weight, float) and weight == 1.0:
             return loss
         return loss * weight
+
+    def choose_without_batch(self) -> None:
+        """Take part in what the first batch of a run decides, without having one.
+
+        The other processes wait for this one in :meth:`weigh`.
+        """
+        if self.state.counts_items is None and not self._is_one_batch:
+            self._choose_together(must_count=0.0, num_items=0.0)
 
     def close(self, step: int, parameters: Iterable[Tensor]) -> None:
         """Bring the gradients of a window to the mean over all its items.
@@ -183,19 +192,11 @@ class Accumulation:
         )
         self._choose_together(float(must_count), float(num_items))
 
-    def choose_without_batch(self) -> None:
-        """Take part in what the first batch of a run decides, without having one.
-
-        The other processes wait for this one in :meth:`weigh`.
-        """
-        if self.state.counts_items is None and not self._is_one_batch:
-            self._choose_together(must_count=0.0, num_items=0.0)
-
     def _choose_together(self, must_count: float, num_items: float) -> None:
         self.state.counts_items = distributed.largest(must_count) > 0
         if self.state.counts_items:
             items = max(1.0, distributed.largest(num_items))
-            self.state.unit = 2.0 ** round(math.log2(items * self.num_steps))
+            self.state.unit = 2.0 ** round(math.log2(items * self.steps_per_window))
 
     def _unit_of(self, step: int) -> float:
         if self.state.counts_items:
@@ -214,8 +215,8 @@ class Accumulation:
         return self._plan.window_size(*self._window_around(step))
 
     def _window_around(self, step: int) -> tuple[int, int]:
-        first = step - step % self.num_steps
-        past_last = first + self.num_steps
+        first = step - step % self.steps_per_window
+        past_last = first + self.steps_per_window
         if self._num_batches is not None and step < self._num_batches:
             past_last = min(past_last, self._num_batches)
         return first, past_last - 1

@@ -299,6 +299,6 @@ def _num_steps(trainer: Trainer) -> int | None:
     if run.max_num_train_steps is None:
         return length
     left = max(0, run.max_num_train_steps - run.progress.num_updates)
-    accumulation = run.accumulation.num_steps
+    accumulation = run.accumulation.steps_per_window
     limit = (run.progress.step // accumulation + left) * accumulation
     return limit if length is None else min(length, limit)
