@@ -93,6 +93,15 @@ class Endless(IterableDataset):
         yield from ((torch.ones(1), torch.zeros(1)) for _ in count())
 
 
+def test_an_override_of_train_that_needs_the_epochs_gets_some():
+    class ForThePublishedVersion(Trainer):
+        def train(self, train_dataset, num_epochs, **kwargs):
+            return super().train(train_dataset, num_epochs, **kwargs)
+
+    trainer = create_trainer(trainer_class=ForThePublishedVersion)
+    assert len(trainer.find_learning_rate(ones(4), num_updates=10).losses) == 10
+
+
 def test_a_stream_of_unknown_length_is_enough():
     curve = create_trainer().find_learning_rate(Endless(), num_updates=10)
     assert len(curve.losses) == 10
@@ -229,6 +238,7 @@ def find_batch_size(model, dataset, *args, trainer_class=Trainer, **kwargs):
         (37, {"max_batch_size": 3}, 3),
         (1000, {}, 100),  # all samples that there are
         (37, {"per_device_batch_size": 9}, 36),
+        (12, {"per_device_batch_size": 13}, 12),
         (37, {"train_dataloader_kwargs": {"batch_size": 5}}, 32),
     ],
 )

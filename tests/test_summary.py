@@ -201,13 +201,13 @@ def test_a_step_without_a_backward_pass_of_the_trainer_has_a_table_too():
     class ByHand(Trainer):
         def _perform_forward_and_backward_passes(self, batch, step):
             output = self.calculate_train_batch_loss(batch)
-            output["loss"].backward()
-            return output
+            output["loss"].backward()  # and returns nothing, as in 0.1.61
 
     summary = create(Network(), trainer_class=ByHand).summary(batch_of(4))
 
     assert summary.num_trained == 112
-    assert summary.step_flops == 0
+    assert summary.step_flops == summary.flops_per_sample == 0
+    assert summary.num_samples == 4
     assert "Parameters  112 trained" in str(summary)
 
 

@@ -394,7 +394,7 @@ def _warn_of_uncounted_updates(trainer: Trainer) -> None:
     if run.progress.epochs_done > 0 or not overrides(trainer, "_run_train_epoch"):
         return
     ignored = [
-        getattr(listener, "__qualname__", event)
+        f"{type(getattr(listener, '__self__', listener)).__name__}.{event}"
         for listener in trainer.callback_handler.listeners(event)
     ]
     if run.max_num_train_steps is not None:

@@ -120,7 +120,10 @@ def find_learning_rate(
     rates = np.geomspace(min_lr, max_lr, num_updates).tolist()
     test = _RangeTest(rates)
     with rehearsal(trainer, method, dataset, test):
-        trainer.train(dataset, max_num_train_steps=num_updates, **arguments)
+        # Overrides of train() may need both.
+        trainer.train(
+            dataset, num_updates, max_num_train_steps=num_updates, **arguments
+        )
         losses = test.losses()
     return _curve_of(rates, losses)
 
@@ -164,7 +167,7 @@ def find_batch_size(
         }
         trainer.train(
             dataset,
-            num_epochs=2,
+            num_epochs=2 * steps,
             max_num_train_steps=2,
             halve_batch_if_out_of_memory=True,
             **trial,
@@ -174,8 +177,10 @@ def find_batch_size(
     most = max(1, len(dataset) // trainer._accelerator.num_processes)
     most = min(most, most if max_batch_size is None else max_batch_size)
     with rehearsal(trainer, method, dataset):
-        tried = min(arguments.get("per_device_batch_size", 8), most)
-        found = largest_up_to(tried)
+        first = min(arguments.get("per_device_batch_size", 8), most)
+        tried = found = largest_up_to(first)
+        if found < first:  # of which a divisor was found, as of 13 only 1
+            most = first - 1
         while found == tried < most:
             tried = min(2 * tried, most)
             found = max(found, largest_up_to(tried))

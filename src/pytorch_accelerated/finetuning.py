@@ -11,9 +11,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pytorch_accelerated.compat import BatchNorm, Norm
+from pytorch_accelerated.compat import Norm
 
-BN_MODULES = (BatchNorm,)  # the base of all of them
+BN_MODULES = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d,
+    nn.SyncBatchNorm,
+)
 
 
 def _module_is_batch_norm(module: nn.Module) -> bool:

@@ -96,6 +96,7 @@ class LossTracker:
     loss_value: float | torch.Tensor
     total_loss: float | torch.Tensor
     running_count: float | torch.Tensor
+    _average: float = math.nan  # the last that was read, as scripts for 0.1.61 know it
 
     def __init__(self) -> None:
         self.reset()
@@ -151,9 +152,8 @@ class LossTracker:
         Reading it waits for the device once, if the losses are on one.
         """
         total, count = self.totals()
-        return total / count if count else math.nan
-
-    _average = average  # as scripts for 0.1.61 know it
+        self._average = total / count if count else math.nan
+        return self._average
 
     def totals(self) -> tuple[float, float]:
         """Return the sum of loss times batch size, and the sum of the batch sizes.

@@ -118,10 +118,18 @@ class EpochMetrics:
     Args:
         metrics: The metrics, which are left as they are.
         device: Where the batches are.
+
+    Attributes:
+        names: Those of the metrics; a function that returns a dictionary has more.
     """
 
     def __init__(self, metrics: Mapping[str, Any], device: torch.device) -> None:
         self._device = device
+        self.names: set[str] = {
+            _join(name, key)
+            for name, metric in metrics.items()
+            for key in (metric.keys() if hasattr(metric, "keys") else [""])
+        }
         self._functions = {k: v for k, v in metrics.items() if not _has_state(v)}
         # What they are given: for each batch the predictions and the targets.
         self._inputs: list[Any] = []

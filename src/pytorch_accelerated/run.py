@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from itertools import count
 from operator import attrgetter
@@ -389,6 +390,7 @@ class Run:
         self.means.add_scalars(batch_output, num_items)
         if self.means.metrics is not None:
             inputs = trainer.calculate_metric_inputs(batch, batch_output)
+            self._refuse_names_of_scalars(self.means.metrics.names)
             self.means.metrics.update(num_items, inputs)
 
     def results_of_epoch(self) -> dict[str, Any]:
@@ -399,13 +401,16 @@ class Run:
         }
         if self.means.metrics is not None:
             metrics = self.means.metrics.compute()
-            if clash := metrics.keys() & results.keys():
-                raise ValueError(
-                    f"The step returns a number named {min(clash)!r}, which is a metric"
-                    " of the trainer too. Give one of them another name."
-                )
+            self._refuse_names_of_scalars(metrics.keys())
             results.update(metrics)
         return results
+
+    def _refuse_names_of_scalars(self, names: AbstractSet[str]) -> None:
+        if clash := names & {"loss", *self.means.scalars}:
+            raise ValueError(
+                f"The step returns a number named {min(clash)!r}, which is a metric of "
+                "the trainer too. Give one of them another name."
+            )
 
     def random_states(self) -> dict[str, Any]:
         """Return those of this process, and of the generators of a user's loader."""
@@ -449,7 +454,9 @@ class UnderWay:
         trainer.callback_handler.raises_at_once = accelerator.num_processes == 1
         if run.is_training:
             # Further runs go on with the weights of the first.
-            trainer._run_id = trainer._run_id or secrets.token_hex(8)
+            trainer._run_id = trainer._run_id or distributed.object_from_main_process(
+                secrets.token_hex(8)
+            )
             run.publish_progress()
             trainer.run_history.current_step = 0
             run.data_seed = _seed_run(trainer)
@@ -469,6 +476,7 @@ class UnderWay:
         """End the run, or go on with the one that it was amid."""
         trainer, run = self._trainer, self._run
         run.is_under_way = False
+        run.pace.pause()
         run.stop_workers()
         if self._random_states is not None:
             trainer._run, trainer.model = self._outer, self._model
@@ -478,7 +486,7 @@ class UnderWay:
         if run.scheduler is not None and trainer.optimizer is not None:
             remember_scheduled_values(trainer.optimizer)
         run.loaded = run.found = run.resumed = run.shrinker = run.window = None
-        run.batch_output = None
+        run.batch_output = run.stopped_by = None
         run.loaders_made = []
         try:
             trainer._writer.wait()

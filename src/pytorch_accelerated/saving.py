@@ -20,6 +20,7 @@ from pytorch_accelerated.checkpoint.folder import without_wrappers
 from pytorch_accelerated.errors import CheckpointError
 from pytorch_accelerated.means import Means
 from pytorch_accelerated.metrics import start_metrics
+from pytorch_accelerated.pace import Pace
 from pytorch_accelerated.state import (
     ProcessState,
     RunState,
@@ -70,7 +71,9 @@ def contents_of(
         key = "scheduler_state_dict"
         try:
             contents[key] = checkpoint.to_storable(trainer.scheduler.state_dict(), key)
-        except (CheckpointError, AttributeError) as error:
+        except Exception as error:
+            if "DataLoader worker" in str(error):
+                raise  # by torch, wherever the main thread happens to be
             trainer.print(f"The state of the scheduler is not saved: {error}")
     return contents
 
@@ -225,6 +228,7 @@ def _training_state(
             layout=run.layout(),
             data_seed=run.data_seed,
             num_runs=trainer._num_runs,
+            learning_rates=run.learning_rates,
             run_id=trainer._run_id,
             callbacks=engine.whole(trainer.callback_handler.state_dict(), keep),
             run_history=history.state_dict()
@@ -399,6 +403,7 @@ def resume(trainer: Trainer) -> None:
     else:
         _check_schedule(run, loaded, source)
         _go_on_from(trainer, run, loaded.run, loaded.processes[0])
+    run.pace = Pace(run.progress.num_samples_seen)
     trainer.run_history._set_epoch(epoch)
     run.publish_progress()
     trainer.run_history.current_step = run.progress.num_updates
@@ -431,6 +436,7 @@ def _go_on_from(
         run.means.metrics.load_state_dict(process.metrics)
     run.accumulation.state = process.window
     trainer._num_runs = saved.num_runs
+    run.learning_rates = saved.learning_rates
     trainer._run_id = saved.run_id or trainer._run_id
     run.follow_data_seed(saved.data_seed)
     history = trainer.run_history

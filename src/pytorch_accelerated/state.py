@@ -132,6 +132,7 @@ class RunState:
         layout: How it cuts its epochs; None if it was saved before any run.
         data_seed: The seed of the order of the data.
         num_runs: Runs of the trainer so far, which seeds follow from.
+        learning_rates: Those of the last update; None before the first.
         run_id: Tells the states of this trainer's runs from those of others.
         callbacks: The states of the callbacks.
         run_history: The state of the history, if it has one.
@@ -141,6 +142,7 @@ class RunState:
     layout: BatchLayout | None
     data_seed: int
     num_runs: int
+    learning_rates: list[Any] | None = None
     run_id: str | None = None
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     run_history: dict[str, Any] | None = None

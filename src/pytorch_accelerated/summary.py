@@ -88,7 +88,7 @@ class ModelSummary:
     @property
     def flops_per_sample(self) -> float:
         """Those of forward and backward pass, for one sample of the batch."""
-        return self.step_flops / self.num_samples
+        return self.step_flops / max(self.num_samples, 1)
 
     def __str__(self) -> str:
         """Return the table, 80 columns wide."""
@@ -201,12 +201,6 @@ class _MeasuredStep(TrainerCallback):
 
         vars(trainer)["backward_step"] = measured_backward_step
 
-    def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any
-    ) -> None:
-        """Note how many samples it had."""
-        self._num_samples = int(batch_output["batch_size"])
-
     def _note_start(self, module: nn.Module, args: Any) -> None:
         self._starts.append(self.counter.get_total_flops())
 
@@ -246,7 +240,8 @@ class _MeasuredStep(TrainerCallback):
             memory=memory,
             forward_flops=self._forward_flops,
             step_flops=self._step_flops,
-            num_samples=self._num_samples,
+            num_samples=(trainer.num_samples_seen or 0)
+            // trainer._accelerator.num_processes,
             depth=depth,
         )
 

@@ -107,24 +107,6 @@ class RunHistory(ABC):
     def reset(self) -> None:
         """Forget all metrics and start again at epoch 1."""
 
-    def records(
-        self, name: str | None = None, *, skip: Mapping[str, int] | None = None
-    ) -> list[MetricRecord]:
-        """Return the values, with the epoch, step and time of each where it is known.
-
-        Args:
-            name: The metric to return, oldest value first. By default all metrics, one
-                after the other in the order of their names.
-            skip: How many values of a metric to leave out, the oldest ones.
-        """
-        skip = skip or {}
-        return [
-            MetricRecord(metric, value, None, None, None)
-            for metric in self.get_metric_names()
-            if name in (None, metric)
-            for value in list(self.get_metric_values(metric))[skip.get(metric, 0) :]
-        ]
-
     def _set_epoch(self, epoch: int) -> None:
         """Called by the trainer on resume, with the number of the next epoch.
 
@@ -622,6 +604,27 @@ def _is_path(run: Any) -> bool:
 def numbers_of(history: InMemoryRunHistory) -> list[MetricRecord]:
     """Return the records whose values are numbers."""
     return [record for record in history.records() if is_number(record.value)]
+
+
+def records_of(
+    history: RunHistory, name: str | None = None, skip: Mapping[str, int] | None = None
+) -> list[MetricRecord]:
+    """Return the records of any history; others than ours know no step and no epoch.
+
+    Args:
+        history: The history.
+        name: The metric to return, by default all of them.
+        skip: How many values of a metric to leave out, the oldest ones.
+    """
+    if isinstance(history, InMemoryRunHistory):
+        return history.records(name, skip=skip)
+    skip = skip or {}
+    return [
+        MetricRecord(metric, value, None, None, None)
+        for metric in history.get_metric_names()
+        if name in (None, metric)
+        for value in list(history.get_metric_values(metric))[skip.get(metric, 0) :]
+    ]
 
 
 def best_of(records: Sequence[MetricRecord]) -> MetricRecord | None:

@@ -51,6 +51,23 @@ def test_metrics_are_logged_as_they_are_recorded(create_trainer, samples):
         assert list(rest) == ["constrained", "zeta", "alpha", "eval_loss_epoch"]
 
 
+def test_only_what_columns_say_already_is_left_out_of_a_row(
+    create_trainer, samples, capsys
+):
+    class Records(Trainer):
+        def train_epoch_end(self):
+            for name in ("learning_rate", "learning_rate_1", "train_mfu"):
+                self.run_history.update_metric(name, 1)
+                self.run_history.update_metric(f"{name}_head", 2)
+
+    create_trainer([LogMetricsCallback], trainer_class=Records).train(samples(1), 1)
+    header, *rest = capsys.readouterr().out.splitlines()
+    for name in ("learning_rate", "learning_rate_1", "train_mfu"):
+        assert f"{name}_head" in header
+        assert name not in header.split()
+    assert len(rest) == 1
+
+
 class Clock(TrainerCallback):
     """Time passes by seconds: 2 a step of training, 1 a step of evaluation."""
 

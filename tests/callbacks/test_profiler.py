@@ -73,6 +73,12 @@ def test_a_run_that_ends_amid_the_steps_leaves_what_there_is(tmp_path, capsys):
     assert "ended before the steps to be profiled" in capsys.readouterr().out
 
 
+def test_lengths_are_checked():
+    for arguments in ({"active": 0}, {"wait": -1}):
+        with pytest.raises(ValueError, match="active at least 1"):
+            ProfilerCallback(**arguments)
+
+
 def test_the_run_goes_on_where_the_profiler_cannot(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     trainer = train([ProfilerCallback(tmp_path / "file" / "folder")])

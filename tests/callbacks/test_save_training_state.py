@@ -476,9 +476,12 @@ def test_a_schedule_that_cannot_be_stored_is_left_out_of_a_single_file(
 ):
     path = tmp_path / "model.pt"
     saves = At(on_training_run_end=lambda trainer: trainer.save_checkpoint(path))
-    create_trainer([saves]).train(samples(1), 1, create_scheduler_fn=Halving)
-    assert "The state of the scheduler is not saved: sched" in capsys.readouterr().out
-    assert load_file(path).keys() == {"model_state_dict", "optimizer_state_dict"}
+    has_none = type("HasNone", (Halving,), {"state_dict": lambda self: 1 / 0})
+    for scheduler, reason in ((Halving, "sched"), (has_none, "division by zero")):
+        create_trainer([saves]).train(samples(1), 1, create_scheduler_fn=scheduler)
+        printed = capsys.readouterr().out
+        assert f"The state of the scheduler is not saved: {reason}" in printed
+        assert load_file(path).keys() == {"model_state_dict", "optimizer_state_dict"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pytorch_accelerated.callbacks import (
     ThroughputCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.errors import StopTrainingError
 from pytorch_accelerated.trainer import Trainer
 
 
@@ -158,6 +159,29 @@ def test_a_resumed_epoch_is_measured_from_where_it_goes_on(clock, tmp_path):
 
     assert found["samples_per_second"] == [pytest.approx(2 / 4)]
     assert found["data_wait_share"] == [pytest.approx(1 / 4)]
+
+
+def test_epochs_of_a_loop_of_the_user_s_are_measured_one_by_one(clock):
+    class OwnRun(Takes):
+        def _run_training(self):
+            for _ in range(2):
+                self._run_train_epoch(self._train_dataloader)
+
+    trainer = create(clock, [ThroughputCallback])
+    trainer.__class__ = OwnRun
+    found = train(trainer, 2)
+    assert found["samples_per_second"] == [pytest.approx(8 / 63)] * 2
+
+
+def test_the_time_of_a_run_ends_with_it(clock, tmp_path):
+    class Stops(TrainerCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            raise StopTrainingError
+
+    trainer = create(clock, [Stops])
+    train(trainer)
+    clock.now += 1000.0
+    assert trainer._run.pace.seconds == pytest.approx(4.0)
 
 
 def test_the_use_of_the_device_follows_from_two_numbers(clock):

@@ -118,13 +118,16 @@ def test_means_of_intervals_are_those_of_their_samples(create_trainer, kept):
 
 def test_what_is_recorded_amid_epochs_is_sent_from_there(create_trainer, samples, kept):
     """Two curves of other intervals had one name."""
-    callbacks = [
-        RecordHistoryCallback(every_n_updates=1),
-        TrackerCallback(kept, every_n_updates=2),
-    ]
-    create_trainer(callbacks).train(samples(4), 1, per_device_batch_size=1)
-    losses = [(step, 0.25 ** (step - 1)) for step in (1, 2, 3, 4)]
-    assert kept.values_of("train_loss") == losses
+    for every in (1, 3):
+        kept.sent.clear()
+        callbacks = [
+            RecordHistoryCallback(every_n_updates=every),
+            TrackerCallback(kept, every_n_updates=2),
+        ]
+        create_trainer(callbacks).train(samples(6), 1, per_device_batch_size=1)
+        steps = [step for step, _ in kept.values_of("train_loss")]
+        assert steps == ([1, 2, 3, 4, 5, 6] if every == 1 else [2, 3, 4, 6])
+    assert kept.values_of("train_loss")[1] == (3, 0.25**2)
 
 
 class Evaluates(TrainerCallback):
@@ -178,6 +181,21 @@ def test_a_tracker_that_fails_is_warned_of_once(
     if fails_at == "log":  # at the first update, and then at the ends of epochs
         assert failing.calls.count("log") == 1 + 3 * 3
     assert trainer._accelerator.trackers == []
+
+
+def test_a_tracker_that_failed_is_tried_again_after_an_epoch(
+    create_trainer, samples, kept
+):
+    class Evaluates(TrainerCallback):
+        def on_training_run_epoch_end(self, trainer, **kwargs):
+            kept.fails_at = ()
+            trainer.evaluate(samples(1))
+
+    kept.fails_at = ["log"]
+    trainer = create_trainer([TrackerCallback(kept, every_n_updates=1), Evaluates()])
+    with pytest.warns(TrainingWarning, match="no route"):
+        trainer.train(samples(1), 2)
+    assert [step for step, _ in kept.values_of("evaluation_loss")] == [1, 2]
 
 
 def test_a_run_that_ends_with_an_error_is_sent_and_ended(create_trainer, samples, kept):
@@ -249,11 +267,18 @@ def test_a_careless_subclass_and_a_history_of_the_user_s(
         def __init__(self):
             self.trackers = [kept]
 
-    trainer = create_trainer([Careless()], run_history=own_history())
+    class Records(TrainerCallback):
+        def on_training_run_epoch_end(self, trainer, **kwargs):
+            trainer.run_history.update_metric("late", 1)
+
+    history = own_history()
+    history.records = []  # a name of its own, whatever the library's has
+    trainer = create_trainer([Careless(), Records()], run_history=history)
     for _ in range(2):
-        trainer.train(samples(2), 1, per_device_batch_size=1)
-    losses = [(1 + 0.25) / 2, (0.25**2 + 0.25**3) / 2]
-    assert kept.values_of("train_loss_epoch") == [(2, loss) for loss in losses]
+        trainer.train(samples(2), 2, per_device_batch_size=1)
+    steps = [step for step, _ in kept.values_of("train_loss_epoch")]
+    assert steps == [step for step, _ in kept.values_of("late")] == [2, 4, 2, 4]
+    assert (2, 1) in kept.values_of("epoch")
 
 
 def test_log_with_is_honoured_unless_the_script_starts_the_trackers_found_103(

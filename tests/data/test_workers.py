@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,12 +13,33 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+from toys import OneByOne, create_trainer, ones
 
 from pytorch_accelerated.data import workers
+from pytorch_accelerated.data.fetching import BatchDataset
+from pytorch_accelerated.data.order import SeededBatch
 from pytorch_accelerated.data.workers import LastIteration
+from pytorch_accelerated.errors import TrainingWarning
 
 SRC = Path(__file__).parents[2] / "src"
+
+
+def test_workers_that_are_not_forked_are_sent_the_data_and_no_generator():
+    batches = BatchDataset(Samples(), default_collate)
+    expected = batches.fetch_here(SeededBatch([2, 5], 1))
+    assert torch.equal(
+        pickle.loads(pickle.dumps(batches)).__getitems__(SeededBatch([2, 5], 1)),
+        expected,
+    )
+
+
+def test_batches_out_of_order_are_not_what_a_run_can_do():
+    loader = {"num_workers": 1, "in_order": False}
+    trainer = create_trainer()
+    with pytest.warns(TrainingWarning, match="in_order=False is not followed"):
+        trainer.train(OneByOne(ones(4)), 1, train_dataloader_kwargs=loader)
+    assert trainer._train_dataloader._loader.in_order
 
 
 class Samples(Dataset):

@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from toys import create_trainer, noise, seeded
+from toys import create_trainer, noise, ones, seeded
 
-from pytorch_accelerated.callbacks import SwaCallback, UnfreezeCallback
+from pytorch_accelerated.callbacks import (
+    SaveTrainingStateCallback,
+    SwaCallback,
+    UnfreezeCallback,
+)
 from pytorch_accelerated.finetuning import ModelFreezer
 
 
@@ -31,6 +35,17 @@ def test_the_batch_norms_of_a_mean_see_the_data_of_all_processes(on_processes):
     for one_of_two in on_processes(2, measure_batch_norms):
         for name in ("1.running_mean", "1.running_var"):
             torch.testing.assert_close(one_of_two[name], alone[name])
+
+
+def saved_states(folder):
+    saving = SaveTrainingStateCallback(folder, save_every_n_steps=1)
+    trainer = create_trainer([saving])
+    trainer.train(ones(4), 1, per_device_batch_size=1)
+    return [path.name for path in saving._saved_checkpoints]
+
+
+def test_all_processes_know_the_states_of_their_run(on_processes, tmp_path):
+    assert on_processes(2, saved_states, tmp_path) == [["step_1", "step_2"]] * 2
 
 
 def unfreeze(num_processes, **kwargs):

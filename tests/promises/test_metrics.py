@@ -266,9 +266,13 @@ def test_a_step_without_outputs_or_targets_says_which_method_to_override(noise):
     with pytest.raises(ValueError, match="Override calculate_metric_inputs"):
         trainer.evaluate(noise(8))
 
-    OwnStep.calculate_metric_inputs = lambda self, batch, output: (batch[1], batch[1])
+    num_batches = []
+    OwnStep.calculate_metric_inputs = lambda self, batch, output: (
+        num_batches.append(1) or (batch[1], batch[1])
+    )
     with pytest.raises(ValueError, match="a number named 'balanced'"):
-        trainer.evaluate(noise(8))
+        trainer.evaluate(noise(24))
+    assert len(num_batches) == 1
 
 
 class KeepsAll(torchmetrics.Metric):

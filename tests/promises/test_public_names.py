@@ -8,9 +8,10 @@ import re
 
 import accelerate
 import pytest
+from torch import nn
 
 import pytorch_accelerated
-from pytorch_accelerated import callbacks, schedulers, tracking, utils
+from pytorch_accelerated import callbacks, finetuning, schedulers, tracking, utils
 from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 
@@ -258,6 +259,10 @@ def test_names_can_be_imported_from_where_they_were(line):
     found = importlib.import_module(f"pytorch_accelerated.{module}")
 
     assert [name for name in names.split() if not hasattr(found, name)] == []
+
+
+def test_batch_norms_are_among_the_modules_of_their_name():
+    assert {nn.BatchNorm2d, nn.SyncBatchNorm} < {*finetuning.BN_MODULES}
 
 
 def test_default_callbacks_are_classes_in_their_order():

@@ -73,6 +73,30 @@ def test_an_epoch_has_its_last_learning_rate_its_mean_norm_and_its_times(
     assert "train_loss" not in history.get_metric_names()
 
 
+def test_an_epoch_that_is_resumed_at_its_end_has_its_learning_rate(
+    create_trainer, samples, tmp_path
+):
+    def train(*callbacks, **kwargs):
+        trainer = create_trainer([RecordHistoryCallback, *callbacks])
+        return trainer.train(samples(2), 1, per_device_batch_size=1, **kwargs)
+
+    train(At(2, lambda trainer: trainer.save_training_state(tmp_path / "state")))
+    history = train(resume_from=tmp_path / "state")
+    assert history.get_metric_values("learning_rate") == [0.25]
+    assert "samples_per_second" not in history.get_metric_names()
+
+
+def test_a_recorder_may_be_held_by_another_callback(create_trainer, samples):
+    class Holds(TrainerCallback):
+        inner = RecordHistoryCallback()
+
+        def on_train_epoch_end(self, trainer, **kwargs):
+            self.inner.on_train_epoch_end(trainer)
+
+    history = create_trainer([Holds]).train(samples(2), 1)
+    assert history.get_metric_values("learning_rate") == [0.25]
+
+
 def test_an_infinite_limit_measures_the_norm_and_changes_no_bit(
     create_classifier, noise
 ):

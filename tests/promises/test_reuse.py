@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from toys import At, Keeps, create_trainer, one_weight, ones, overriding
 
+from pytorch_accelerated.errors import StopTrainingError
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import DEFAULT_CALLBACKS, Trainer
 
@@ -259,11 +260,19 @@ def test_the_last_batch_is_not_kept_after_a_run():
             for step, batch in enumerate(train_dl):
                 self._perform_forward_and_backward_passes(batch, step)
 
-    for trainer_class in (Follows, OwnEpoch):
-        trainer = create_trainer(trainer_class=trainer_class)
+    def stop(trainer, batch_output, **kwargs):
+        raise StopTrainingError
+
+    for trainer_class, callbacks in (
+        (Follows, ()),
+        (OwnEpoch, ()),
+        (Follows, [At(on_train_step_end=stop)]),
+    ):
+        trainer = create_trainer(callbacks, trainer_class=trainer_class)
         trainer.train(ones(2), 1)
 
         assert trainer.num_updates is not None
+        gc.collect()
         assert references.pop()() is None
 
 

@@ -35,8 +35,8 @@ class Recorder(TrainerCallback):
     recorded after every n updates of the run and at the end of each epoch. That waits
     for the device once.
 
-    If a trainer has several such callbacks, one of them records for all: the first that
-    has ``every_n_updates``, if any has. Subclass it, and override :meth:`keep`, to keep
+    If a trainer has several such callbacks, one of them records for all, whenever it is
+    time to for any. Subclass it, and override :meth:`keep`, to keep
     the run history elsewhere while a run goes.
 
     Args:
@@ -68,7 +68,8 @@ class Recorder(TrainerCallback):
         self._num_recorded = 0
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start the sums of the epoch."""
+        """Keep what others have recorded since, and start the sums of the epoch."""
+        self.keep(trainer)
         if not trainer._run.progress.is_amid_epoch:
             self._sums = {}
 
@@ -77,19 +78,19 @@ class Recorder(TrainerCallback):
         self, trainer: Trainer, *, num_updates: int = 0, **kwargs: Any
     ) -> None:
         """Add the gradient norm, and record the means if it is time to."""
-        run, every = trainer._run, self.every_n_updates
-        is_due = every is not None and num_updates % every == 0
-        if self._records(trainer):
+        run, recorders = trainer._run, self._recorders(trainer)
+        due = [each for each in recorders if each._is_due(num_updates)]
+        if self is recorders[0]:
             if run.gradient_norm is not None:
                 run.means.add_scalars({"gradient_norm": run.gradient_norm}, 1)
-            if is_due:
+            if due:
                 self._record(trainer)
-        if is_due:
+        if self in due:
             self.keep(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record what has not been recorded yet, and the time."""
-        if self._records(trainer):
+        if self is self._recorders(trainer)[0]:
             self._record(trainer)
             seconds = trainer._run.pace.seconds
             trainer.run_history.update_metric("train_seconds_epoch", seconds)
@@ -102,7 +103,7 @@ class Recorder(TrainerCallback):
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record the time of the whole epoch."""
-        if self._records(trainer):
+        if self is self._recorders(trainer)[0]:
             seconds = trainer._run.pace.elapsed
             trainer.run_history.update_metric("seconds_epoch", seconds)
         self.keep(trainer)
@@ -115,10 +116,16 @@ class Recorder(TrainerCallback):
         """Keep what has been recorded since."""
         self.keep(trainer)
 
-    def _records(self, trainer: Trainer) -> bool:
-        recorders = [c for c in trainer.callback_handler if isinstance(c, Recorder)]
-        with_interval = [c for c in recorders if c.every_n_updates is not None]
-        return self is (with_interval or recorders)[0]
+    def _recorders(self, trainer: Trainer) -> list[Recorder]:
+        """Return those of the trainer; the first one records for all."""
+        found = [c for c in trainer.callback_handler if isinstance(c, Recorder)]
+        if self not in found:  # another callback has it
+            return [self]
+        return sorted(found, key=lambda each: each.every_n_updates is None)
+
+    def _is_due(self, num_updates: int) -> bool:
+        every = self.every_n_updates
+        return every is not None and num_updates % every == 0
 
     def _record(self, trainer: Trainer) -> None:
         """Record what has come since the last time, if anything has. Collective."""
@@ -137,7 +144,8 @@ class Recorder(TrainerCallback):
         for group, rate in enumerate(trainer.last_lr or ()):
             name = f"learning_rate_{group}" if group else "learning_rate"
             history.update_metric(name, rate)
-        history.update_metric("samples_per_second", run.samples_per_second)
+        if run.samples_per_second > 0:
+            history.update_metric("samples_per_second", run.samples_per_second)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next record goes on from."""

@@ -27,18 +27,11 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_TABLES = 0.5
 
-# How the names of metrics begin that columns of the table, or others, say already.
-_SAID = (
-    "learning_rate",
-    "samples_per_second",
-    "seconds_epoch",
-    "train_data_wait_share",
-    "train_items_per_second",
-    "train_mfu",
-    "train_peak_memory_gib",
-    "train_samples_per_second",
-    "train_seconds_epoch",
-    "train_step_seconds_",
+# Metrics that columns of the table, or a ThroughputCallback, say already.
+_SAID = re.compile(
+    r"learning_rate(_\d+)?|(train_)?samples_per_second|(train_)?seconds_epoch"
+    r"|train_(data_wait_share|items_per_second|mfu|peak_memory_gib)"
+    r"|train_step_seconds_(p50|p95|max)"
 )
 
 # "train_loss_epoch", "TRAIN_loss", "ema_model_train_loss", "training/accuracy"; not
@@ -170,12 +163,14 @@ class LogMetricsCallback(TrainerCallback):
             if trainer.eval_dataset is not None:
                 expected.append("eval_loss")
             self._table = Table(expected, width)
-        labels = labels_of({n: metrics[n] for n in metrics if not n.startswith(_SAID)})
+        metrics = {name: metrics[name] for name in metrics if not _SAID.fullmatch(name)}
+        labels = labels_of(metrics)
         row = {label: metrics[name] for name, label in labels.items()}
         row["epoch"] = f"@{run.progress.num_updates}" if amid_epoch else epoch
         if trainer.last_lr:
             row["lr"] = f"{trainer.last_lr[0]:.4g}"
-        row["samples/s"] = rate(run.samples_per_second)
+        if run.samples_per_second > 0:
+            row["samples/s"] = rate(run.samples_per_second)
         row["time"] = duration(run.pace.elapsed)
         row["ETA"] = self._time_left(trainer, amid_epoch=amid_epoch)
         best = [name for name in labels if self._is_best(trainer, name, metrics[name])]

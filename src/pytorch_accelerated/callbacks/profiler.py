@@ -59,6 +59,11 @@ class ProfilerCallback(TrainerCallback):
         all_processes: bool = False,
         **kwargs: Any,
     ) -> None:
+        if min(wait, warmup, active - 1) < 0:
+            raise ValueError(
+                "wait and warmup must be at least 0 and active at least 1, got "
+                f"wait={wait}, warmup={warmup}, active={active}."
+            )
         self.output_dir = output_dir
         self.wait = wait
         self.warmup = warmup

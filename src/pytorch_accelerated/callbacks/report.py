@@ -36,6 +36,7 @@ from pytorch_accelerated.tracking import (
     RunHistory,
     best_of,
     is_number,
+    records_of,
 )
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def _facts(facts: Iterable[tuple[str, Any]]) -> str:
 
 def _records(history: RunHistory, name: str) -> list[MetricRecord]:
     """Return the numbers of a metric; where no step is known, they are counted."""
-    records = [r for r in history.records(name) if is_number(r.value)]
+    records = [r for r in records_of(history, name) if is_number(r.value)]
     return [
         record if record.step is not None else record._replace(epoch=n, step=n)
         for n, record in enumerate(records, 1)

@@ -91,8 +91,9 @@ class ThroughputCallback(TrainerCallback):
         if isinstance(self._steps, deque):
             self._steps.append(self._last - before)
         # Perhaps on the device: read at the end of the epoch.
-        num_items, are_samples = run.items_of(batch_output, kwargs.get("step", 0))
-        if not are_samples:
+        share = run.share_of(kwargs.get("step", 0))
+        if share is None or not share.is_filler:
+            num_items = batch_output.get("num_items_in_batch", 0)
             self._num_items = self._num_items + num_items
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:

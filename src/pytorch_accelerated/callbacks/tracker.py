@@ -258,14 +258,15 @@ class TrackerCallback(Recorder):
         history, now = trainer.run_history, trainer.num_updates or 0
         counts = tracking.count_values(history)
         by_step: dict[int, dict[str, Any]] = defaultdict(dict)
-        for record in history.records(skip=self._num_sent):
+        for record in tracking.records_of(history, skip=self._num_sent):
             values = by_step[now if record.step is None else record.step]
             values[record.name] = record.value
-            if record.epoch is not None:
-                values["epoch"] = record.epoch
+            epoch = history.current_epoch if record.step is None else record.epoch
+            if epoch is not None:
+                values["epoch"] = epoch
         self._num_sent = counts
         # One that has failed may take its time, so it is tried at the ends of epochs.
-        is_amid_epoch = trainer._run.progress.stage is Stage.TRAINING
+        is_amid_epoch = trainer._run.training.progress.stage is Stage.TRAINING
         failed = self._failed if is_amid_epoch else ()
         for step in sorted(by_step):
             for tracker, _ in self._open:

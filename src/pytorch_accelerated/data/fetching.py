@@ -96,6 +96,10 @@ class BatchDataset(Dataset[Any]):
         self._drawn_from = [_TORCH]
         self._before_epoch: list[tuple[_Generator, Any]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker that is not forked is sent, where all is seeded."""
+        return {**vars(self), "_drawn_from": [], "_before_epoch": []}
+
     def __getitems__(self, batch: SeededBatch) -> Any:
         if get_worker_info() is None:
             return self.fetch_here(batch)

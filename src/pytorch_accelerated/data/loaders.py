@@ -36,6 +36,7 @@ from pytorch_accelerated.data.workers import (
     LastIteration,
     worker_init_fn,
 )
+from pytorch_accelerated.errors import warn
 from pytorch_accelerated.pace import Pace
 
 # One to know which is the last, one to copy to the device, and the present one.
@@ -93,9 +94,14 @@ def generators_of(loader: Any) -> list[torch.Generator]:
 
 
 def with_parts(loader: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
-    """Return a loader as it is, but for some of its parts."""
+    """Return a loader as it is, but for some of its parts, and in order."""
+    if not getattr(loader, "in_order", True):
+        warn(
+            "in_order=False is not followed: the batches of a run come in the order "
+            "that its place in an epoch is known by."
+        )
     changed = copy.copy(loader)
-    vars(changed).update(parts)
+    vars(changed).update(parts, in_order=True)
     compat.forget_iterator(changed)
     return changed
 
