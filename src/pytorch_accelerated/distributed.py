@@ -24,6 +24,7 @@ from accelerate.utils import (
     reduce,
 )
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pytorch_accelerated import compat
 from pytorch_accelerated.compat import MARKS
@@ -38,18 +39,20 @@ from pytorch_accelerated.errors import (
 Result = TypeVar("Result")
 
 
-class PreparedModel:
-    """Undoes what Accelerate does to a model, so that its owner gets it back plain.
+class Prepared:
+    """Gives a model and its optimizer back as they were before Accelerate had them.
 
     Accelerate replaces ``forward`` under mixed precision and marks the model as
     prepared, which would make a later trainer with another precision skip it.
 
     Args:
         model: The model before it is prepared.
+        optimizer: The optimizer before it is prepared, if there is one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self._model = model
+        self.optimizer = optimizer
         original = compat.without_compilation(model)
         self.was_compiled: bool = original is not model
         # A compiled model passes most marks on to the one that it was made from.

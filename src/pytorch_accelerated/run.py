@@ -101,8 +101,7 @@ class Run:
     eval_dl_kwargs: dict[str, Any] | None = None
     loaders_made: list[Any] = field(default_factory=list)
     data_seed: int = 0
-    prepared: distributed.PreparedModel | None = None
-    plain_optimizer: torch.optim.Optimizer | None = None
+    prepared: distributed.Prepared | None = None
     backward_is_plain: bool = False
     scheduler: Any = None
     accumulation: Accumulation = field(default_factory=lambda: Accumulation(1))
@@ -148,8 +147,7 @@ class Run:
         if self.prepared is not None:
             return
         engine = trainer._engine
-        self.prepared = distributed.PreparedModel(trainer.model)
-        self.plain_optimizer = trainer.optimizer
+        self.prepared = distributed.Prepared(trainer.model, trainer.optimizer)
         if not self.is_training:
             trainer.model = engine.prepare_for_evaluation(trainer.model)
             return
@@ -159,7 +157,7 @@ class Run:
         self.backward_is_plain = distributed.is_plain(trainer._accelerator)
         if self.backward_is_plain:
             # Accelerate's wrapper would do nothing else than cost time.
-            trainer.optimizer = self.plain_optimizer
+            trainer.optimizer = self.prepared.optimizer
         # What an earlier run or a learning rate finder may have left.
         trainer.optimizer.zero_grad()  # type: ignore[union-attr]
 
@@ -446,7 +444,7 @@ class UnderWay:
         self._model = trainer.model
         self._random_states: dict[str, Any] | None = None
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> None:
         """Begin the run."""
         trainer, run, outer = self._trainer, self._run, self._outer
         accelerator = trainer._accelerator
@@ -466,11 +464,10 @@ class UnderWay:
             run.training = outer.training
             run.data_seed = outer.training.data_seed
         if outer.is_under_way:
-            run.prepared, run.plain_optimizer = outer.prepared, outer.plain_optimizer
+            run.prepared = outer.prepared
             self._random_states = checkpoint.get_random_states()
         run.is_under_way = True
         trainer._run = run
-        return run
 
     def __exit__(self, *error: object) -> None:
         """End the run, or go on with the one that it was amid."""
@@ -502,8 +499,8 @@ class UnderWay:
         trainer.model = trainer.get_model(keep_torch_compile=run.prepared.was_compiled)
         run.prepared.restore()
         trainer._engine.release(trainer.get_model(keep_torch_compile=False))
-        trainer.optimizer = run.plain_optimizer
-        run.prepared, run.plain_optimizer = None, None
+        trainer.optimizer = run.prepared.optimizer
+        run.prepared = None
         compat.forget_prepared(trainer._accelerator)
 
 

@@ -312,8 +312,8 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
     """Return what a run works with, as nested dictionaries."""
     model, training = trainer.get_model(keep_torch_compile=False), trainer._run.training
     parameters: Any = getattr(model, "parameters", list)()
-    optimizer = training.plain_optimizer or trainer.optimizer
-    scheduler = training.scheduler
+    scheduler, prepared = training.scheduler, training.prepared
+    optimizer = trainer.optimizer if prepared is None else prepared.optimizer
     config = (training.config or trainer.run_config).to_dict()
     return {
         "model": type(model).__name__,
