@@ -6,9 +6,9 @@ from pytorch_accelerated import step_output
 
 
 def test_a_loss_is_a_mean_over_the_samples_or_over_what_num_items_in_batch_says():
-    assert step_output.num_items({"batch_size": 8}) == 8
-    assert step_output.num_items({"batch_size": 8, "num_items_in_batch": None}) == 8
-    assert step_output.num_items({"batch_size": 8, "num_items_in_batch": 100}) == 100
+    assert step_output.num_items_of({"batch_size": 8}) == 8
+    assert step_output.num_items_of({"batch_size": 8, "num_items_in_batch": None}) == 8
+    assert step_output.num_items_of({"batch_size": 8, "num_items_in_batch": 100}) == 100
 
 
 def test_numbers_and_tensors_without_dimensions_are_scalars():

@@ -129,7 +129,7 @@ class BatchShrinker:
         )
         run.publish_progress()
         run.means = start.means
-        run.resumed = ProcessState(random_states=start.random_states)
+        run.pending = ProcessState(random_states=start.random_states)
         for buffer, value in zip(self._model.buffers(), start.buffers, strict=True):
             buffer.copy_(value)
         run.train_dataloader.use_batch_size(smaller)

@@ -43,7 +43,7 @@ from pytorch_accelerated.state import (
     Stage,
     TrainingState,
 )
-from pytorch_accelerated.step_output import NumItems
+from pytorch_accelerated.step_output import NumItems, num_items_of
 from pytorch_accelerated.window import Accumulation, Window
 
 if TYPE_CHECKING:
@@ -65,12 +65,19 @@ class Run:
         prepared: What gives the user's model and optimizer back at the end; shared by
             the runs inside of this one.
         accumulation: How the losses of its windows weigh.
+        agrees_after_updates: Whether processes ask each other after each update whether
+            one has to stop.
         window: The window that is open.
         means: Those of the epoch under way, or of the last one.
         pace: How long that takes.
+        batch_output: What a step has returned, where an override does not pass it on.
+        noted_error: What this process raises once all of them can act on it.
+        state_to_resume: The folder to go on from, also where "auto" has found it.
+        found: That of "auto", opened.
         loaded: What :meth:`Trainer.load_training_state` has loaded, without what the
             model and the optimizer have now.
-        resumed: What this process has not yet taken up of it.
+        pending: What this process has not yet taken up of it.
+        number: Tells the states of later runs in a folder from those of earlier ones.
     """
 
     is_training: bool = False
@@ -130,7 +137,7 @@ class Run:
     state_to_resume: str | os.PathLike[str] | None = None
     found: checkpoint.Checkpoint | None = None
     loaded: TrainingState | None = None
-    resumed: ProcessState | None = None
+    pending: ProcessState | None = None
     number: int = 0
     epoch_random_states: dict[str, Any] | None = None
     ahead_random_states: dict[str, Any] | None = None
@@ -226,7 +233,7 @@ class Run:
         return limit is not None and self.progress.num_updates >= limit
 
     def epochs_due(self) -> Iterable[int]:
-        """Return what counts the epochs; it ends only where their number was given."""
+        """Return the epochs that are left; they end only if their number was given."""
         # Updates that are not applied count for nothing: it may take more epochs.
         limit = None if self.num_epochs is None else self.config.num_epochs
         done = self.progress.epochs_done
@@ -234,21 +241,21 @@ class Run:
 
     @property
     def size_of_eval_batches(self) -> int:
-        """Samples in an evaluation batch of one process, had it one without asking."""
+        """Samples in an evaluation batch of one process, where no number is given."""
         config, asked = self.config, self.eval_batch_size
         if config is not None:
             asked = config.eval_per_device_batch_size or asked
             asked = asked or config.train_per_device_batch_size
         return asked or self.batch_size
 
-    def take_up_between_steps(self) -> None:
-        """Go on from the random states of a run that was not saved amid its steps."""
+    def resume_outside_steps(self) -> None:
+        """Take up random states that were not saved amid the steps of an epoch."""
         progress = self.progress
-        if self.resumed is not None and (
+        if self.pending is not None and (
             progress.step == 0 or progress.stage is not Stage.TRAINING
         ):
-            self.set_random_states(self.resumed.random_states)
-            self.resumed = None
+            self.set_random_states(self.pending.random_states)
+            self.pending = None
 
     def windows(self, train_dl: Any, epoch: int) -> Iterator[Window]:
         """Yield the windows of an epoch that are due.
@@ -259,21 +266,21 @@ class Run:
             train_dl: The training loader.
             epoch: Its number in the run history.
         """
-        resumed, self.resumed = self.resumed, None
+        pending, self.pending = self.pending, None
         self.set_epoch_of(train_dl, epoch)
         # First, since the length is that of the data at the start of the iteration.
-        batches = loaders.LookAhead(self._start_iteration(train_dl, resumed), self.pace)
+        batches = loaders.LookAhead(self._start_iteration(train_dl, pending), self.pace)
         plan, num_batches = loaders.plan_of(train_dl), loaders.length_of(train_dl)
         accumulation = self.accumulation
         accumulation.start_epoch(
             plan, num_batches, is_exact=getattr(train_dl, "is_exact", False)
         )
-        if resumed is not None:
-            if resumed.ahead_random_states is not None:
-                self.set_random_states(resumed.ahead_random_states)
+        if pending is not None:
+            if pending.ahead_random_states is not None:
+                self.set_random_states(pending.ahead_random_states)
                 self._is_last(batches)
             # In the middle of an epoch they are those after the loader was started.
-            self.set_random_states(resumed.random_states)
+            self.set_random_states(pending.random_states)
 
         def is_last(step: int) -> bool:
             self.ahead_random_states = None
@@ -305,15 +312,15 @@ class Run:
             train_dl.set_epoch(epoch)
 
     def _start_iteration(
-        self, train_dl: Any, resumed: ProcessState | None
+        self, train_dl: Any, pending: ProcessState | None
     ) -> Iterator[Any]:
         if loaders.plan_of(train_dl) is not None:
             return iter(train_dl)
-        resumed, first_step = resumed or ProcessState(), self.progress.step
+        pending, first_step = pending or ProcessState(), self.progress.step
         # An order of the user's may follow from the random states at its start.
-        self.set_random_states(resumed.epoch_random_states)
-        if resumed.place is not None and hasattr(train_dl, "go_to"):
-            train_dl.go_to(resumed.place, first_step)
+        self.set_random_states(pending.epoch_random_states)
+        if pending.place is not None and hasattr(train_dl, "go_to"):
+            train_dl.go_to(pending.place, first_step)
             return iter(train_dl)
         self.epoch_random_states = self.random_states()
         batches: Iterator[Any] = iter(train_dl)
@@ -334,10 +341,8 @@ class Run:
         share = self.share_of(step)
         if share is not None and share.is_filler:
             return 0, True
-        num_items = batch_output.get("num_items_in_batch")
-        if num_items is None:
-            return batch_output["batch_size"], True
-        return num_items, False
+        are_samples = batch_output.get("num_items_in_batch") is None
+        return num_items_of(batch_output), are_samples
 
     def count_step(
         self, step: int, batch: Any, batch_output: Mapping[str, Any] | None
@@ -482,7 +487,7 @@ class UnderWay:
         self._give_back()
         if run.scheduler is not None and trainer.optimizer is not None:
             remember_scheduled_values(trainer.optimizer)
-        run.loaded = run.found = run.resumed = run.shrinker = run.window = None
+        run.loaded = run.found = run.pending = run.shrinker = run.window = None
         run.batch_output = run.stopped_by = None
         run.loaders_made = []
         try:
@@ -581,23 +586,21 @@ def create_run_config(trainer: Trainer, **asked: Any) -> TrainerRunConfig:
     """Record what a run was asked to do, and work out what follows from it."""
     run, accelerator = trainer._run, trainer._accelerator
     num_processes = accelerator.num_processes
-    accumulation, batch_size = (
-        asked["gradient_accumulation_steps"],
-        asked.pop("per_device_batch_size"),
-    )
+    accumulation = asked["gradient_accumulation_steps"]
+    batch_size = asked.pop("per_device_batch_size")
     train_batch_size = loaders.batch_size_of_loader(
         run.train_dataloader, run.train_dl_kwargs, batch_size
     )
     eval_batch_size = loaders.batch_size_of_loader(
         run.eval_dataloader, run.eval_dl_kwargs, batch_size
     )
-    steps = _count_updates_per_epoch(run.train_dataloader, accumulation)
+    updates = _count_updates_per_epoch(run.train_dataloader, accumulation)
     if asked["num_epochs"] is None:
         asked["num_epochs"] = asked["max_num_train_steps"]  # each has an update
-    if steps:
-        in_epochs = asked["num_epochs"] * steps
+    if updates:
+        in_epochs = asked["num_epochs"] * updates
         limit = min(asked["max_num_train_steps"] or in_epochs, in_epochs)
-        asked.update(max_num_train_steps=limit, num_epochs=math.ceil(limit / steps))
+        asked.update(max_num_train_steps=limit, num_epochs=math.ceil(limit / updates))
     return TrainerRunConfig(
         **asked,
         train_per_device_batch_size=train_batch_size,
@@ -607,8 +610,8 @@ def create_run_config(trainer: Trainer, **asked: Any) -> TrainerRunConfig:
         train_total_batch_size=train_batch_size
         and train_batch_size * num_processes * accumulation,
         eval_total_batch_size=eval_batch_size and eval_batch_size * num_processes,
-        num_update_steps_per_epoch=steps,
-        num_local_update_steps_per_epoch=steps,
+        num_update_steps_per_epoch=updates,
+        num_local_update_steps_per_epoch=updates,
         is_local_process_zero=accelerator.is_local_main_process,
         is_world_process_zero=accelerator.is_main_process,
         is_distributed=accelerator.distributed_type != DistributedType.NO,

@@ -397,7 +397,7 @@ def resume(trainer: Trainer) -> None:
     epoch, loaded = metadata.get("current_epoch", 1), run.loaded
     # Only here: a state that a callback loads is not one to go on from.
     if loaded is not None:
-        run.resumed = loaded.processes[0]
+        run.pending = loaded.processes[0]
     if loaded is None or loaded.run is None:
         run.progress.epochs_done = max(epoch - 1, 0)
     else:
@@ -410,6 +410,15 @@ def resume(trainer: Trainer) -> None:
     is_over = run.is_used_up or next(iter(run.epochs_due()), None) is None
     where = ": nothing is left to train" if is_over else f" at epoch {epoch}"
     trainer.print(f"Resuming from {source}{where}")
+
+
+def _check_schedule(run: Run, loaded: TrainingState, source: object) -> None:
+    if (loaded.scheduler is None) != (run.scheduler is None):
+        was, now = ("with", "without") if run.scheduler is None else ("without", "with")
+        raise ValueError(
+            f"{source} was saved by a run {was} a scheduler, but train() was "
+            f"called {now} one. Give the create_scheduler_fn of that run."
+        )
 
 
 def _go_on_from(
@@ -450,12 +459,3 @@ def restore_gradients(trainer: Trainer, gradients: Mapping[str, Tensor]) -> None
     for name, parameter in _named_parameters(trainer):
         if name in gradients:
             parameter.grad = gradients[name].to(parameter)
-
-
-def _check_schedule(run: Run, loaded: TrainingState, source: object) -> None:
-    if (loaded.scheduler is None) != (run.scheduler is None):
-        was, now = ("with", "without") if run.scheduler is None else ("without", "with")
-        raise ValueError(
-            f"{source} was saved by a run {was} a scheduler, but train() was "
-            f"called {now} one. Give the create_scheduler_fn of that run."
-        )

@@ -213,12 +213,12 @@ class TrainingState:
             raise_if_out_of_resources(error, "Could not copy the training state")
             raise
 
-    def write(self, path: str | os.PathLike[str], progress: Mapping[str, Any]) -> None:
+    def write(self, path: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
         """Write a folder that is whole or absent.
 
         Args:
             path: The folder.
-            progress: What its manifest says about the run.
+            summary: What its manifest says about the run.
 
         Raises:
             TypeError: If it holds something that could not be loaded again safely.
@@ -232,7 +232,7 @@ class TrainingState:
             for name, file in _FILES.items():
                 if (part := getattr(self, name)) is not None:
                     writer.write(file, part)
-            writer.commit(progress, world_size=len(self.processes))
+            writer.commit(summary, world_size=len(self.processes))
 
     def of_process(self, index: int, num_processes: int) -> ProcessState:
         """Return what a process takes over from those that were saved.

@@ -16,7 +16,7 @@ NumItems = int | float | Tensor
 RESERVED = frozenset(("loss", "model_outputs", "batch_size", "num_items_in_batch"))
 
 
-def num_items(batch_output: Mapping[str, Any]) -> NumItems:
+def num_items_of(batch_output: Mapping[str, Any]) -> NumItems:
     """Return how many items the loss of a batch is a mean over."""
     num_items = batch_output.get("num_items_in_batch")
     if num_items is None:

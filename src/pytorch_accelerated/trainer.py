@@ -499,7 +499,7 @@ class Trainer:
         """Train and evaluate for an epoch; say whether it must be the last."""
         run = self._run
         is_over = run.is_used_up
-        run.take_up_between_steps()
+        run.resume_outside_steps()
         if run.progress.stage is Stage.TRAINING:
             run.pace = Pace(run.progress.num_samples_seen)
             # Here, for a loop over the loader that the user has written.
@@ -548,8 +548,8 @@ class Trainer:
         if not run.progress.is_amid_epoch:
             run.means = Means(start_metrics(self._train_metrics, self.device))
         events.announce(self, "on_train_epoch_start")
-        if run.resumed is not None:
-            saving.restore_gradients(self, run.resumed.gradients)
+        if run.pending is not None:
+            saving.restore_gradients(self, run.pending.gradients)
         run.agrees_after_updates = self._accelerator.num_processes > 1 and self.agree(
             self.callback_handler.may_stop_alone(_EVENTS_OF_A_STEP)
         )
@@ -707,7 +707,7 @@ class Trainer:
     def _run_eval_step(self, batch: Any) -> None:
         events.tell(self, "on_eval_step_start")
         batch_output = self.calculate_eval_batch_loss(batch)
-        num_items = step_output.num_items(batch_output)
+        num_items = step_output.num_items_of(batch_output)
         self._update_loss_tracker(batch_output["loss"], num_items)
         self._run.add_to_means(self, batch, batch_output, num_items)
         events.tell(self, "on_eval_step_end", batch_output=batch_output, batch=batch)

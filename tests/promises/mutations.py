@@ -59,7 +59,7 @@ modes.py  test_modes_and_gradients.py::test_a_module_that_overrides_train_is_tol
 
 window: a batch that is fetched ahead draws its numbers again
 run.py  ../test_trainer_checkpoints.py::test_a_run_on_a_sampler_and_data_that_draw_numbers_can_be_resumed_found_70
--                self.set_random_states(resumed.ahead_random_states)
+-                self.set_random_states(pending.ahead_random_states)
 
 window: a partial one is weighted as if it were full
 window.py  test_accumulation_equals_the_large_batch.py::test_accumulation_on_two_processes_equals_the_large_batch
@@ -189,8 +189,8 @@ trainer.py  test_schedules_end_right.py::test_each_update_of_one_process_trains_
 
 scheduler: updates of an epoch are those of all processes
 run.py  test_schedules_end_right.py::test_each_update_of_two_processes_trains_with_its_value
-     steps = _count_updates_per_epoch(run.train_dataloader, accumulation)
-+    steps = steps and steps * num_processes
+     updates = _count_updates_per_epoch(run.train_dataloader, accumulation)
++    updates = updates and updates * num_processes
 
 scheduler: ReduceLROnPlateau is stepped at every update
 trainer.py  test_schedules_end_right.py::test_reduce_on_plateau_follows_the_evaluation_loss_of_each_epoch
@@ -298,7 +298,7 @@ memory.py  test_smaller_batches_when_memory_runs_out.py::test_a_run_that_starts_
 
 memory: random states go on from the failed pass
 memory.py  test_smaller_batches_when_memory_runs_out.py::test_a_run_that_starts_too_large_equals_one_with_batches_that_fit
--        run.resumed = ProcessState(random_states=start.random_states)
+-        run.pending = ProcessState(random_states=start.random_states)
 
 memory: losses of the failed window count
 memory.py  test_smaller_batches_when_memory_runs_out.py::test_a_window_in_the_middle_of_an_epoch_is_done_again

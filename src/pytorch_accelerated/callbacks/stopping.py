@@ -20,7 +20,7 @@ from pytorch_accelerated.callbacks.best import (
     latest_value,
 )
 from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
-from pytorch_accelerated.step_output import NumItems, num_items
+from pytorch_accelerated.step_output import NumItems, num_items_of
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -338,7 +338,7 @@ class _Loss(NamedTuple):
             # NaN if any element is NaN or infinite, else 0.
             loss = (loss.detach() * 0).sum()
         return cls(
-            loss.detach(), num_items({"batch_size": 1, **batch_output}), phase, step
+            loss.detach(), num_items_of({"batch_size": 1, **batch_output}), phase, step
         )
 
 
