@@ -156,18 +156,19 @@ def find_batch_size(
     loader_kwargs.pop("batch_size", None)
     # The second batch of an update finds the gradients of the first, the second update
     # the state of the optimizer; more would need no more memory.
-    steps = min(arguments.get("gradient_accumulation_steps", 1), 2)
+    accumulation = min(arguments.get("gradient_accumulation_steps", 1), 2)
 
     def largest_up_to(size: int) -> int:
+        """Train with batches of a size, and return the one that memory left of it."""
         trial: TrainArguments = {
             **arguments,
             "per_device_batch_size": size,
-            "gradient_accumulation_steps": steps,
+            "gradient_accumulation_steps": accumulation,
             "train_dataloader_kwargs": loader_kwargs,
         }
         trainer.train(
             dataset,
-            num_epochs=2 * steps,
+            num_epochs=2 * accumulation,
             max_num_train_steps=2,
             halve_batch_if_out_of_memory=True,
             **trial,
@@ -175,7 +176,8 @@ def find_batch_size(
         return trainer.run_config.train_per_device_batch_size or size
 
     most = max(1, len(dataset) // trainer._accelerator.num_processes)
-    most = min(most, most if max_batch_size is None else max_batch_size)
+    if max_batch_size is not None:
+        most = min(most, max_batch_size)
     with rehearsal(trainer, method, dataset):
         first = min(arguments.get("per_device_batch_size", 8), most)
         tried = found = largest_up_to(first)

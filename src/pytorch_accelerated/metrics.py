@@ -207,7 +207,7 @@ class EpochMetrics:
 
     def _take_part(self) -> None:
         """Let a process without batches have what others have, of no samples."""
-        # On no device tensors of all kinds can be sent, in structures of all classes.
+        # Tensors on no device are pickled: any kind, in structures of any class.
         found = gather_object(
             [
                 distributed.map_tensors(lambda each: each[:0].to("meta"), inputs)

@@ -1,8 +1,8 @@
 """The trainer: a training loop that can be read, and changed one method at a time.
 
-A run of :meth:`Trainer.train`, from top to bottom. Lines that end in ``()`` are methods
-of the trainer, made to be overridden; ``on_...`` are events, which callbacks listen to
-and which come after the method of the same name::
+A run of :meth:`Trainer.train`, from top to bottom. Names with brackets are methods of
+the trainer, made to be overridden. ``on_...`` are events, which callbacks listen to; an
+event comes after the method of the same name::
 
     create the loaders, prepare with Accelerate, run config, scheduler, (resume)
     training_run_start(), on_training_run_start
@@ -477,8 +477,9 @@ class Trainer:
             events.announce(self, "on_training_run_start")
             checks.warn_of_oversights(self)
             for _ in run.epochs_due():
-                at_start = run.progress.is_at_epoch_start
-                if (at_start and run.is_used_up) or self._run_epoch():
+                # Of an epoch that was begun, the evaluation may be left.
+                was_last = run.is_used_up and run.progress.is_at_epoch_start
+                if was_last or self._run_epoch():
                     self.print(
                         f"Stopping after {run.progress.num_updates} updates, "
                         "as max_num_train_steps asks"
@@ -502,11 +503,11 @@ class Trainer:
         run.resume_outside_steps()
         if run.progress.stage is Stage.TRAINING:
             run.pace = Pace(run.progress.num_samples_seen)
-            # Here, for a loop over the loader that the user has written.
+            # Here too, for an override that has a loop of its own.
             run.set_epoch_of(self._train_dataloader, self.run_history.current_epoch)
             num_updates = run.progress.num_updates
             is_over = self._run_train_epoch(self._train_dataloader) or is_over
-            run.progress.finish(Stage.TRAINING)
+            run.progress.finish(Stage.TRAINING)  # likewise
             if run.progress.num_updates == num_updates and not is_over:
                 checks.check_updates_are_counted(self)
         progress = run.progress
@@ -527,7 +528,7 @@ class Trainer:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             name = self._run.plateau_metric
             value = saving.latest_metrics(self).get(name)
-            if value is None:  # to be told which there are
+            if value is None:  # an error says which there are
                 value = self.run_history.get_latest_metric(name)
             self.scheduler.step(value)
 
@@ -578,8 +579,8 @@ class Trainer:
                 return True
         return False
 
-    # A method of its own, so that nothing of a step outlives it.
     def _run_train_step(self, batch: Any, step: int) -> None:
+        # A method of its own, so that nothing of a step outlives it.
         run, engine = self._run, self._engine
         is_complete = run.window.is_complete  # type: ignore[union-attr]
         events.tell(self, "on_train_step_start")
@@ -589,8 +590,8 @@ class Trainer:
         else:
             with _AS_USUAL if is_complete else engine.without_gradient_sync(self.model):
                 batch_output = self._perform_forward_and_backward_passes(batch, step)
-        # An override from 0.1.61 returns nothing, and either lets this class do the
-        # work, or calls the event itself.
+        # An override for 0.1.61 returns nothing: it has called either this class, whose
+        # output is here, or the event itself.
         batch_output, run.batch_output = batch_output or run.batch_output, None
         run.count_step(step, batch, batch_output)
         if is_complete:
@@ -699,7 +700,7 @@ class Trainer:
             events.announce(self, "on_eval_epoch_end", is_intermediate=is_intermediate)
 
     def _run_eval_steps(self, valid_dl: Any) -> None:
-        # On its own: the last batch is not to outlive the steps.
+        # A method of its own, so that the last batch does not outlive the steps.
         with torch.no_grad():
             for batch in islice(valid_dl, self.eval_batch_limit):
                 self._run_eval_step(batch)
@@ -724,6 +725,7 @@ class Trainer:
                 name in place of "loss".
         """
         if self.run_history.metric_name_prefix.endswith(EVALUATION_PREFIX):
+            # The prefix, which evaluate() has set, says it already.
             metric_name = metric_name.removeprefix(EVALUATION_PREFIX)
         for name, value in self._run.results_of_epoch().items():
             full_name = metric_name.replace("loss", name, 1)

@@ -35,9 +35,10 @@ class Recorder(TrainerCallback):
     recorded after every n updates of the run and at the end of each epoch. That waits
     for the device once.
 
-    If a trainer has several such callbacks, one of them records for all, whenever it is
-    time to for any. Subclass it, and override :meth:`keep`, to keep
-    the run history elsewhere while a run goes.
+    With ``train(gradient_clip_norm=math.inf)`` norms are measured and nothing is
+    clipped. If a trainer has several such callbacks, one of them records for all,
+    whenever it is time to for any. Subclass it, and override :meth:`keep`, to keep the
+    run history elsewhere while a run goes.
 
     Args:
         every_n_updates: Updates between two records of the loss, at least 1.
@@ -159,16 +160,8 @@ class Recorder(TrainerCallback):
 class RecordHistoryCallback(Recorder):
     """Records learning rates, gradient norms and times, and writes all to a file.
 
-    Each epoch it records ``learning_rate``, that of the last update (of further
-    parameter groups ``learning_rate_1`` and so on); the mean of the gradient norms as
-    ``train_gradient_norm_epoch``, in runs that know them; ``samples_per_second`` of
-    training; ``train_seconds_epoch``, and with the evaluation ``seconds_epoch``, since
-    the process started or took up the epoch. With
-    ``train(gradient_clip_norm=math.inf)`` norms are measured and nothing is clipped.
-
-    With ``every_n_updates``, it also records these rates, and the means since the last
-    time, as ``train_loss``, ``train_gradient_norm`` and so on, after every n updates of
-    the run and at the end of each epoch. That waits for the device once.
+    What it records, once an epoch and with ``every_n_updates`` more often, is what a
+    :class:`~pytorch_accelerated.callbacks.Recorder` does.
 
     With ``path``, everything in the run history is written there, by one process and as
     soon as a callback that is listed last hears of it: a crash loses nothing of it. A

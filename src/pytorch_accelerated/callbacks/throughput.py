@@ -107,17 +107,18 @@ class ThroughputCallback(TrainerCallback):
             own |= {"step_seconds_p50": p50, "step_seconds_p95": p95}
             own["step_seconds_max"] = max(self._steps)
         own["peak_memory_gib"] = _peak_memory_of(trainer.device) / 2**30
-        found = distributed.objects_of_all((own, num_items, pace.seconds))
-        seconds = max(each[2] for each in found)
+        of_all = distributed.objects_of_all((own, num_items, pace.seconds))
+        measures, counts, times = zip(*of_all, strict=True)
+        seconds = max(times)
         per_second = trainer._run.samples_per_second * pace.seconds / seconds
         metrics = {"samples_per_second": per_second}
         for name in own:
-            metrics[name] = max(each[0][name] for each in found)
-        if num_items := sum(each[1] for each in found):
+            metrics[name] = max(each[name] for each in measures)
+        if num_items := sum(counts):
             metrics["items_per_second"] = num_items / seconds
         if self.peak_flops is not None and self.flops_per_sample is not None:
             used = per_second * self.flops_per_sample
-            metrics["mfu"] = used / (self.peak_flops * len(found))
+            metrics["mfu"] = used / (self.peak_flops * len(times))
         for name, value in metrics.items():
             trainer.run_history.update_metric(f"train_{name}", value)
         words = (f"{name} {rate(value)}" for name, value in metrics.items())
