@@ -133,7 +133,7 @@ def test_training_and_evaluation_are_in_one_chart_with_gaps_for_nan(
         "curve eval",
     ]
     # Epochs 1, 3 and 5 by themselves: dots from the bottom left to the top right.
-    assert page.curves[3]["d"] == "M52.0 180.0h0M198.0 94.0h0M344.0 8.0h0"
+    assert page.curves[3]["d"] == "M66.0 180.0h0M205.0 94.0h0M344.0 8.0h0"
     assert page.curves[4]["d"] == ""
 
 

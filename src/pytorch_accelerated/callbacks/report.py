@@ -51,7 +51,7 @@ _SHARE_OF_TIME = 0.02
 # What tells apart the curves of one chart.
 _ROLE = re.compile(rf"^{INTERMEDIATE_PREFIX}|(?<![A-Za-z])(train|eval)_|_epoch$")
 _ROLES = ("intermediate", "train", "eval")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 200, 52, 16, 8, 20
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 200, 66, 16, 8, 20
 _MAX_POINTS = 500
 
 
