@@ -79,4 +79,4 @@ def test_other_processes_wait_for_the_first(decorator, which, result):
 
 
 def test_training_in_one_process_needs_nothing_of_accelerate_s_wrappers():
-    assert distributed.is_plain(Accelerator())
+    assert distributed.is_plain_torch(Accelerator())

@@ -79,7 +79,7 @@ class Prepared:
             vars(model).update(before)
 
 
-def is_plain(accelerator: Accelerator) -> bool:
+def is_plain_torch(accelerator: Accelerator) -> bool:
     """Say whether backward and optimizer steps are torch's own, with nothing added.
 
     They are not where gradients are scaled (fp16) or owned by another engine.

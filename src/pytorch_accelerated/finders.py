@@ -159,7 +159,7 @@ def find_batch_size(
     accumulation = min(arguments.get("gradient_accumulation_steps", 1), 2)
 
     def largest_up_to(size: int) -> int:
-        """Train with batches of a size, and return the one that memory left of it."""
+        """Train with batches of a size, halved as often as memory demands it."""
         trial: TrainArguments = {
             **arguments,
             "per_device_batch_size": size,

@@ -28,7 +28,6 @@ def iterate(trainer: Trainer, run: Run) -> Generator[Any, None, None]:
         RuntimeError: If another generator was started amid this one.
     """
     checks.check_can_evaluate(run)
-    run.is_iterated = True
     return _iterate(trainer, run)
 
 

@@ -40,7 +40,6 @@ from pytorch_accelerated.state import (
     BatchLayout,
     ProcessState,
     RunProgress,
-    Stage,
     TrainingState,
 )
 from pytorch_accelerated.step_output import NumItems, num_items_of
@@ -64,6 +63,7 @@ class Run:
             one itself if it trains. What is saved is the state of it.
         prepared: What gives the user's model and optimizer back at the end; shared by
             the runs inside of this one.
+        is_plain_torch: Whether Accelerate adds nothing to passes and updates.
         accumulation: How the losses of its windows weigh.
         agrees_after_updates: Whether processes ask each other after each update whether
             one has to stop.
@@ -109,7 +109,7 @@ class Run:
     loaders_made: list[Any] = field(default_factory=list)
     data_seed: int = 0
     prepared: distributed.Prepared | None = None
-    backward_is_plain: bool = False
+    is_plain_torch: bool = False
     scheduler: Any = None
     accumulation: Accumulation = field(default_factory=lambda: Accumulation(1))
     shrinker: BatchShrinker | None = None
@@ -161,8 +161,8 @@ class Run:
         trainer.model, trainer.optimizer = engine.prepare(
             trainer.model, trainer.optimizer
         )
-        self.backward_is_plain = distributed.is_plain(trainer._accelerator)
-        if self.backward_is_plain:
+        self.is_plain_torch = distributed.is_plain_torch(trainer._accelerator)
+        if self.is_plain_torch:
             # Accelerate's wrapper would do nothing else than cost time.
             trainer.optimizer = self.prepared.optimizer
         # What an earlier run or a learning rate finder may have left.
@@ -250,10 +250,7 @@ class Run:
 
     def resume_outside_steps(self) -> None:
         """Take up random states that were not saved amid the steps of an epoch."""
-        progress = self.progress
-        if self.pending is not None and (
-            progress.step == 0 or progress.stage is not Stage.TRAINING
-        ):
+        if self.pending is not None and not self.progress.is_amid_steps:
             self.set_random_states(self.pending.random_states)
             self.pending = None
 
@@ -278,7 +275,7 @@ class Run:
         if pending is not None:
             if pending.ahead_random_states is not None:
                 self.set_random_states(pending.ahead_random_states)
-                self._is_last(batches)
+                self._has_ended(batches)  # fetches what was fetched ahead
             # In the middle of an epoch they are those after the loader was started.
             self.set_random_states(pending.random_states)
 
@@ -286,7 +283,7 @@ class Run:
             self.ahead_random_states = None
             if (step + 1) % accumulation.steps_per_window == 0:
                 return True
-            return self._is_last(batches) if plan is None else step + 1 == num_batches
+            return self._has_ended(batches) if plan is None else step + 1 == num_batches
 
         while not batches.is_exhausted():
             self.window = Window(batches, self.progress.step, is_last)
@@ -295,7 +292,7 @@ class Run:
         if self.progress.is_at_epoch_start:
             raise ValueError("The training loader yielded no batch: it has no data.")
 
-    def _is_last(self, batches: loaders.LookAhead) -> bool:
+    def _has_ended(self, batches: loaders.LookAhead) -> bool:
         """Say whether there is no other batch, by fetching it ahead.
 
         A state that is saved meanwhile has the random states that it is drawn from.

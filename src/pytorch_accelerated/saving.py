@@ -252,7 +252,7 @@ def _save_parts(trainer: Trainer, path: str) -> str | None:
 def _process_state(trainer: Trainer, run: Run) -> ProcessState:
     progress = run.progress
     state = ProcessState(run.random_states(), run.accumulation.state)
-    if progress.stage is not Stage.TRAINING or progress.step == 0:
+    if not progress.is_amid_steps:
         return state
     state.epoch_random_states = run.epoch_random_states
     state.ahead_random_states = run.ahead_random_states

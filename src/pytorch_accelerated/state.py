@@ -32,7 +32,11 @@ _WEIGHTS = {SAFETENSORS_NAME, TORCH_NAME}
 
 
 class Stage(Enum):
-    """How far an epoch has come: the next thing to do in it."""
+    """How far an epoch has come.
+
+    What is next is its training, its evaluation, the step of a scheduler that goes by a
+    metric of it, or nothing but events.
+    """
 
     TRAINING = "training"
     EVALUATION = "evaluation"
@@ -72,6 +76,11 @@ class RunProgress:
     def is_amid_epoch(self) -> bool:
         """Whether some of the training of the current epoch is done."""
         return self.step > 0 or self.first_sample > 0
+
+    @property
+    def is_amid_steps(self) -> bool:
+        """Whether some batches of the epoch are trained on, and others may be left."""
+        return self.stage is Stage.TRAINING and self.step > 0
 
     def finish(self, stage: Stage) -> None:
         """Move on from a part of the epoch, if that is where the run stands."""

@@ -462,6 +462,7 @@ class Trainer:
             ValueError: If there is nothing to predict.
         """
         run = Run(
+            is_iterated=True,
             eval_dataset=dataset,
             batch_size=per_device_batch_size or self._run.size_of_eval_batches,
             eval_dataloader_kwargs=dataloader_kwargs,
@@ -641,7 +642,7 @@ class Trainer:
         self.optimizer_step()
         # A scaled fp16 update whose gradients overflowed did not take place.
         was_applied = (
-            run.backward_is_plain or not self._accelerator.optimizer_step_was_skipped
+            run.is_plain_torch or not self._accelerator.optimizer_step_was_skipped
         )
         if was_applied:
             run.progress.num_updates += 1
@@ -770,7 +771,7 @@ class Trainer:
         Args:
             loss: The loss of a batch, 0-dim.
         """
-        if self._run.backward_is_plain:
+        if self._run.is_plain_torch:
             # Accelerate would add a node to the graph that divides the loss by 1.
             loss.backward()  # type: ignore[no-untyped-call]
         else:

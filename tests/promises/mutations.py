@@ -91,8 +91,8 @@ window.py  test_accumulation_equals_the_large_batch.py::test_accumulation_on_two
 
 window: the last one of an epoch is not closed
 run.py  test_counting.py::test_one_process_counts_what_it_did
--            return self._is_last(batches) if plan is None else step + 1 == num_batches
-+            return self._is_last(batches) if plan is None else False
+-            return self._has_ended(batches) if plan is None else step + 1 == num_batches
++            return self._has_ended(batches) if plan is None else False
 
 window: token counts are divided in single precision
 window.py  test_accumulation_equals_the_large_batch.py::test_accumulation_in_one_process_equals_the_large_batch
@@ -101,7 +101,7 @@ window.py  test_accumulation_equals_the_large_batch.py::test_accumulation_in_one
 
 update: it is counted although it was skipped
 trainer.py  test_schedules_end_right.py::test_a_skipped_update_is_made_up_for_with_the_same_value
--            run.backward_is_plain or not self._accelerator.optimizer_step_was_skipped
+-            run.is_plain_torch or not self._accelerator.optimizer_step_was_skipped
 +            True
 
 update: gradients are clipped before they are whole
