@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def tell(trainer: Trainer, event: str, **kwargs: Any) -> None:
-    """Call the callbacks for an event within an epoch."""
+    """Call the callbacks for an event."""
     handler = trainer.callback_handler
     if handler.listeners(event):
         call(trainer, handler.call_event, event, trainer, **kwargs)

@@ -103,7 +103,7 @@ class _Before:
     """
 
     def __init__(self, undo: ExitStack) -> None:
-        self._undo = undo.callback
+        self._on_undo = undo.callback
         # Kept alive, so that no other object gets their ids.
         self._seen: dict[int, Any] = {}
 
@@ -121,7 +121,7 @@ class _Before:
             self.note(vars(value))
         elif isinstance(value, tuple) or type(value) in _PLAIN_CONTAINERS:
             if not isinstance(value, tuple):
-                self._undo(_refill, value, value.copy())
+                self._on_undo(_refill, value, value.copy())
             for member in value.values() if isinstance(value, dict) else value:
                 self.note(member)
         else:
@@ -130,7 +130,7 @@ class _Before:
     def note_data(self, data: Any) -> None:
         """Note the members of a dataset or loader, which is too large to be copied."""
         members = getattr(data, "__dict__", {})
-        self._undo(_refill, members, dict(members))
+        self._on_undo(_refill, members, dict(members))
         for name, member in members.items():
             if name in ("dataset", "sampler", "batch_sampler"):
                 self.note_data(member)
@@ -139,17 +139,17 @@ class _Before:
     def _note_generator(self, value: Any) -> None:
         """Copy the state of a random generator; leave everything else."""
         if isinstance(value, torch.Generator | np.random.RandomState):
-            self._undo(value.set_state, value.get_state())  # type: ignore[arg-type]
+            self._on_undo(value.set_state, value.get_state())  # type: ignore[arg-type]
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator
-            self._undo(setattr, bits, "state", bits.state)
+            self._on_undo(setattr, bits, "state", bits.state)
         elif type(value) is random.Random:
-            self._undo(value.setstate, value.getstate())
+            self._on_undo(value.setstate, value.getstate())
 
     def _note_tensor(self, tensor: Tensor) -> None:
         values = _local(tensor).detach().to("cpu", copy=True)
         grad = tensor.grad if tensor.is_leaf else None
-        self._undo(_put_back, tensor, values, tensor.requires_grad, grad)
+        self._on_undo(_put_back, tensor, values, tensor.requires_grad, grad)
         self.note(grad)
 
 

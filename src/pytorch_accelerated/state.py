@@ -1,4 +1,4 @@
-"""What a run saves and takes up again: a dataclass for each part, and their files."""
+"""What a run saves and takes up again: dataclasses, and their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytorch_accelerated.checkpoint.folder import SAFETENSORS_NAME, TORCH_NAME
 from pytorch_accelerated.errors import CheckpointError, warn
 from pytorch_accelerated.window import WindowState
 
-Part = TypeVar("Part")
+Stored = TypeVar("Stored")
 
 _FILES = {
     "optimizer": "optimizer.bin",
@@ -239,8 +239,8 @@ class TrainingState:
             if self.parts is not None:
                 os.rename(self.parts, writer.folder / _PARTS)
             for name, file in _FILES.items():
-                if (part := getattr(self, name)) is not None:
-                    writer.write(file, part)
+                if (contents := getattr(self, name)) is not None:
+                    writer.write(file, contents)
             writer.commit(summary, world_size=len(self.processes))
 
     def of_process(self, index: int, num_processes: int) -> ProcessState:
@@ -304,7 +304,7 @@ class TrainingState:
         )
 
 
-# How the values of these fields are stored.
+# The dataclasses whose values these fields hold.
 _STORED_AS: dict[str, Any] = {
     "progress": RunProgress,
     "layout": BatchLayout,
@@ -314,19 +314,19 @@ _STORED_AS: dict[str, Any] = {
 }
 
 
-def from_plain(kind: type[Part], values: Mapping[str, Any]) -> Part:
+def from_plain(kind: type[Stored], values: Mapping[str, Any]) -> Stored:
     """Make a dataclass of what has been stored of one, by this or an older version.
 
     What an older version did not save has its default.
     """
     known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
     arguments = {name: value for name, value in values.items() if name in known}
-    for name, part in _STORED_AS.items():
+    for name, inner in _STORED_AS.items():
         value = arguments.get(name)
         if isinstance(value, list):
-            arguments[name] = [from_plain(part, each) for each in value]
+            arguments[name] = [from_plain(inner, each) for each in value]
         elif value is not None:
-            arguments[name] = from_plain(part, value)
+            arguments[name] = from_plain(inner, value)
     if "stage" in arguments:
         arguments["stage"] = Stage(arguments["stage"])
     return kind(**arguments)

@@ -146,7 +146,7 @@ class Accumulation:
                 "one of the run. Return it for every batch, on every process."
             )
         if self.state.counts_items and not self.corrects_gradients:
-            return loss * self._share_of_step(step, num_items)
+            return loss * self._weight_of_equal_steps(step, num_items)
         self.state.items = self.state.items + num_items
         weight = num_items / self._unit_of(step)
         if isinstance(weight, float) and weight == 1.0:
@@ -203,7 +203,7 @@ class Accumulation:
             return self.state.unit
         return self._planned_items(step) / self.num_processes
 
-    def _share_of_step(self, step: int, num_items: NumItems) -> Tensor:
+    def _weight_of_equal_steps(self, step: int, num_items: NumItems) -> Tensor:
         """Return the weight of a batch, where all steps of a window count the same."""
         total = distributed.add_up(torch.as_tensor(num_items, dtype=torch.float64))
         first, last = self._window_around(step)
