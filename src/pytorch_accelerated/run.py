@@ -224,6 +224,15 @@ class Run:
             accumulation=self.config.gradient_accumulation_steps,
         )
 
+    @property
+    def size_of_eval_batches(self) -> int:
+        """Samples in an evaluation batch of one process, where no number is given."""
+        config, asked = self.config, self.eval_batch_size
+        if config is not None:
+            asked = config.eval_per_device_batch_size or asked
+            asked = asked or config.train_per_device_batch_size
+        return asked or self.batch_size
+
     # ---------------------------------------------------------------- where it stands
 
     @property
@@ -240,19 +249,31 @@ class Run:
         return count(done) if limit is None else range(done, limit)
 
     @property
-    def size_of_eval_batches(self) -> int:
-        """Samples in an evaluation batch of one process, where no number is given."""
-        config, asked = self.config, self.eval_batch_size
-        if config is not None:
-            asked = config.eval_per_device_batch_size or asked
-            asked = asked or config.train_per_device_batch_size
-        return asked or self.batch_size
+    def samples_per_second(self) -> float:
+        """Training samples in a second of the epoch; 0 where none has been seen."""
+        return self.pace.samples_per_second(self.progress.num_samples_seen)
+
+    def publish_progress(self) -> None:
+        """Let scripts read where the run stands; what they set goes no further."""
+        self.num_updates = self.progress.num_updates
+        self.num_steps = self.progress.num_steps
+        self.num_samples_seen = self.progress.num_samples_seen
+
+    # -------------------------------------------------------------------- its steps
 
     def resume_outside_steps(self) -> None:
         """Take up random states that were not saved amid the steps of an epoch."""
         if self.pending is not None and not self.progress.is_amid_steps:
             self.set_random_states(self.pending.random_states)
             self.pending = None
+
+    def set_epoch_of(self, train_dl: Any, epoch: int) -> None:
+        """Tell a training loader which epoch it is to yield, and from where."""
+        progress = self.progress
+        if loaders.plan_of(train_dl) is not None:
+            train_dl.set_epoch(epoch, progress.step, progress.first_sample)
+        elif hasattr(train_dl, "set_epoch"):
+            train_dl.set_epoch(epoch)
 
     def windows(self, train_dl: Any, epoch: int) -> Iterator[Window]:
         """Yield the windows of an epoch that are due.
@@ -292,22 +313,6 @@ class Run:
         if self.progress.is_at_epoch_start:
             raise ValueError("The training loader yielded no batch: it has no data.")
 
-    def _has_ended(self, batches: loaders.LookAhead) -> bool:
-        """Say whether there is no other batch, by fetching it ahead.
-
-        A state that is saved meanwhile has the random states that it is drawn from.
-        """
-        self.ahead_random_states = self.random_states()
-        return batches.is_exhausted()
-
-    def set_epoch_of(self, train_dl: Any, epoch: int) -> None:
-        """Tell a training loader which epoch it is to yield, and from where."""
-        progress = self.progress
-        if loaders.plan_of(train_dl) is not None:
-            train_dl.set_epoch(epoch, progress.step, progress.first_sample)
-        elif hasattr(train_dl, "set_epoch"):
-            train_dl.set_epoch(epoch)
-
     def _start_iteration(
         self, train_dl: Any, pending: ProcessState | None
     ) -> Iterator[Any]:
@@ -323,6 +328,14 @@ class Run:
         batches: Iterator[Any] = iter(train_dl)
         _skip_batches(batches, first_step, train_dl)
         return batches
+
+    def _has_ended(self, batches: loaders.LookAhead) -> bool:
+        """Say whether there is no other batch, by fetching it ahead.
+
+        A state that is saved meanwhile has the random states that it is drawn from.
+        """
+        self.ahead_random_states = self.random_states()
+        return batches.is_exhausted()
 
     def share_of(self, step: int) -> Share | None:
         """Return what this process has of a step, if it shares the data with others."""
@@ -340,6 +353,20 @@ class Run:
             return 0, True
         are_samples = batch_output.get("num_items_in_batch") is None
         return num_items_of(batch_output), are_samples
+
+    def add_to_means(
+        self,
+        trainer: Trainer,
+        batch: Any,
+        batch_output: Mapping[str, Any],
+        num_items: NumItems,
+    ) -> None:
+        """Add the scalars of a batch, and what the metrics are given of it."""
+        self.means.add_scalars(batch_output, num_items)
+        if self.means.metrics is not None:
+            inputs = trainer.calculate_metric_inputs(batch, batch_output)
+            self._refuse_names_of_scalars(self.means.metrics.names)
+            self.means.metrics.update(num_items, inputs)
 
     def count_step(
         self, step: int, batch: Any, batch_output: Mapping[str, Any] | None
@@ -359,11 +386,6 @@ class Run:
         progress.num_samples_seen = progress.num_samples_seen + number
         self.publish_progress()
 
-    @property
-    def samples_per_second(self) -> float:
-        """Training samples in a second of the epoch; 0 where none has been seen."""
-        return self.pace.samples_per_second(self.progress.num_samples_seen)
-
     def note_learning_rates(self, optimizer: Any) -> None:
         """Keep the rates that an update was made with."""
         # Tensors are changed in place later; reading them would wait for the device.
@@ -372,26 +394,6 @@ class Run:
             rate.detach().clone() if isinstance(rate, Tensor) else rate
             for rate in rates
         ]
-
-    def publish_progress(self) -> None:
-        """Let scripts read where the run stands; what they set goes no further."""
-        self.num_updates = self.progress.num_updates
-        self.num_steps = self.progress.num_steps
-        self.num_samples_seen = self.progress.num_samples_seen
-
-    def add_to_means(
-        self,
-        trainer: Trainer,
-        batch: Any,
-        batch_output: Mapping[str, Any],
-        num_items: NumItems,
-    ) -> None:
-        """Add the scalars of a batch, and what the metrics are given of it."""
-        self.means.add_scalars(batch_output, num_items)
-        if self.means.metrics is not None:
-            inputs = trainer.calculate_metric_inputs(batch, batch_output)
-            self._refuse_names_of_scalars(self.means.metrics.names)
-            self.means.metrics.update(num_items, inputs)
 
     def results_of_epoch(self) -> dict[str, Any]:
         """Return the means over all items, and the metrics, of all processes."""
@@ -619,17 +621,6 @@ def create_run_config(trainer: Trainer, **asked: Any) -> TrainerRunConfig:
     )
 
 
-def create_accumulation(trainer: Trainer) -> Accumulation:
-    """Return what weights the losses of a run."""
-    accelerator = trainer._accelerator
-    return Accumulation(
-        trainer.run_config.gradient_accumulation_steps,
-        accelerator.num_processes,
-        accelerator.process_index,
-        corrects_gradients=not trainer._engine.owns_gradients,
-    )
-
-
 def _count_updates_per_epoch(train_dataloader: Any, accumulation: int) -> int | None:
     if train_dataloader is None:
         return 0
@@ -643,6 +634,17 @@ def _count_updates_per_epoch(train_dataloader: Any, accumulation: int) -> int | 
             "batch size."
         )
     return math.ceil(num_batches / accumulation)
+
+
+def create_accumulation(trainer: Trainer) -> Accumulation:
+    """Return what weights the losses of a run."""
+    accelerator = trainer._accelerator
+    return Accumulation(
+        trainer.run_config.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+        corrects_gradients=not trainer._engine.owns_gradients,
+    )
 
 
 def _skip_batches(batches: Iterator[Any], number: int, loader: Any) -> None:
