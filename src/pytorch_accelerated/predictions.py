@@ -27,7 +27,7 @@ def iterate(trainer: Trainer, run: Run) -> Generator[Any, None, None]:
         ValueError: If there is nothing to predict.
         RuntimeError: If another generator was started amid this one.
     """
-    checks.check_can_evaluate(run)
+    checks.check_can_evaluate(run)  # here too, since a generator has not started yet
     return _iterate(trainer, run)
 
 

@@ -62,12 +62,14 @@ class LogMetricsCallback(TrainerCallback):
                     mlflow.log_metrics(metrics, step=trainer.run_history.current_epoch)
     """
 
+    # How many values of each metric have been logged, and what is in the next row.
     _num_logged: Mapping[str, int] = MappingProxyType({})
     _row: Mapping[str, Any] = MappingProxyType({})
     _best: Mapping[str, BestSoFar] = MappingProxyType({})
     _table: Table | None = None
+    # When training started, and how many updates and epochs were done then.
     _start: tuple[float, int, int] | None = None
-    # What is put aside during an evaluation, which may be amid a run of training.
+    # What an evaluation run, which may be amid a training run, has put aside.
     _around: tuple[Any, ...] | None = None
     _place: progress.NotebookPlace | None = None
     _next_show: float = 0.0

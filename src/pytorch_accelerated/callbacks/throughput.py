@@ -61,7 +61,7 @@ class ThroughputCallback(TrainerCallback):
     flops_per_sample: float | None = None
     # When the last step had ended, in seconds of training.
     _last: float = 0.0
-    _steps: Sequence[float] = ()
+    _step_seconds: Sequence[float] = ()
     _num_items: Any = 0
 
     def __init__(
@@ -78,7 +78,7 @@ class ThroughputCallback(TrainerCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Start to measure."""
-        self._steps, self._num_items = deque(maxlen=_NUM_STEPS_KEPT), 0
+        self._step_seconds, self._num_items = deque(maxlen=_NUM_STEPS_KEPT), 0
         self._last = trainer._run.pace.seconds
 
     @event_with_data
@@ -88,8 +88,8 @@ class ThroughputCallback(TrainerCallback):
         """Note how long the step took, and how many items it had."""
         run, before = trainer._run, self._last
         self._last = run.pace.seconds
-        if isinstance(self._steps, deque):
-            self._steps.append(self._last - before)
+        if isinstance(self._step_seconds, deque):
+            self._step_seconds.append(self._last - before)
         # Perhaps on the device: read at the end of the epoch.
         share = run.share_of(kwargs.get("step", 0))
         if share is None or not share.is_filler:
@@ -102,10 +102,10 @@ class ThroughputCallback(TrainerCallback):
         if pace.num_batches == 0:  # the epoch was resumed at its end
             return
         own = {"data_wait_share": pace.waited / pace.seconds}
-        if self._steps:
-            p50, p95 = np.percentile(self._steps, (50, 95)).tolist()
+        if self._step_seconds:
+            p50, p95 = np.percentile(self._step_seconds, (50, 95)).tolist()
             own |= {"step_seconds_p50": p50, "step_seconds_p95": p95}
-            own["step_seconds_max"] = max(self._steps)
+            own["step_seconds_max"] = max(self._step_seconds)
         own["peak_memory_gib"] = _peak_memory_of(trainer.device) / 2**30
         of_all = distributed.objects_of_all((own, num_items, pace.seconds))
         measures, counts, times = zip(*of_all, strict=True)
