@@ -104,6 +104,7 @@ class Run:
     config: TrainerRunConfig = None  # type: ignore[assignment]
     train_dataloader: Any = None
     eval_dataloader: Any = None
+    # What they were made with; None where they came ready.
     train_dl_kwargs: dict[str, Any] | None = None
     eval_dl_kwargs: dict[str, Any] | None = None
     loaders_made: list[Any] = field(default_factory=list)

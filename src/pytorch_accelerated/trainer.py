@@ -963,7 +963,7 @@ class Trainer:
         defaults: Mapping[str, Any],
         given: Mapping[str, Any] | None,
     ) -> tuple[Iterable[Any], dict[str, Any] | None]:
-        """Return a loader, and the arguments that it was made with, if it was."""
+        """Return a loader, and what it was made with; None if it came ready."""
         if loaders.yields_batches(dataset):
             checks.check_no_loader_arguments(given, self.collate_fn)
             return dataset, None
