@@ -528,6 +528,7 @@ class Trainer:
         """Step a scheduler that goes by a metric of the epoch."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             name = self._run.plateau_metric
+            # After an evaluate() amid the epoch, get_latest_metric returns its value.
             value = saving.latest_metrics(self).get(name)
             if value is None:  # an error says which there are
                 value = self.run_history.get_latest_metric(name)
