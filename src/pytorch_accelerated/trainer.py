@@ -511,7 +511,7 @@ class Trainer:
             run.progress.finish(Stage.TRAINING)  # likewise
             if run.progress.num_updates == num_updates and not is_over:
                 checks.check_updates_are_counted(self)
-        progress = run.progress
+        progress = run.progress  # another one, if batches were made smaller
         if progress.stage is not Stage.ENDED:
             if progress.stage is Stage.EVALUATION and self.eval_dataset is not None:
                 self._run_eval_epoch(self._eval_dataloader)
