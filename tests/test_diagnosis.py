@@ -69,6 +69,23 @@ class Raises(Ragged):
         raise self.error
 
 
+def test_inputs_in_double_precision():
+    dataset = TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1]))
+    assert "return inputs.float()" in advice_on(dataset)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("Trying to resize storage that is not resizable", "give a collate_fn"),
+        ("'DistributedDataParallel' object has no attribute 'g'", "get_model()"),
+        ("Input type (double) and bias type (float) should be the same", "float()"),
+    ],
+)
+def test_what_torch_says_elsewhere(error, advice):
+    assert advice in advice_on(Raises(RuntimeError(error)))
+
+
 @pytest.mark.parametrize(
     ("error", "is_of_the_job"),
     [

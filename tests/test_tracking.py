@@ -537,3 +537,17 @@ def test_a_summary_has_the_last_and_the_first_best_value_of_each_metric(run_hist
     assert text[0].split() == ["metric", "last", "best", "epoch", "update"]
     assert ["eval_loss_epoch", "1.75", "1.5", "2", "20"] in map(str.split, text)
     assert ["lr", "0.1"] in map(str.split, text)
+
+
+def test_a_history_says_what_it_has_in_a_line():
+    history = InMemoryRunHistory()
+    assert repr(history) == "InMemoryRunHistory(epoch 1, update 0: nothing recorded)"
+    history.update_metric("f1", 1.0)
+    assert repr(history) == "InMemoryRunHistory(epoch 1, update 0: f1)"
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text("name,value,epoch,step,unix_time\n")
+    with pytest.raises(ValueError, match=r"metrics.csv has a line .*read_csv"):
+        InMemoryRunHistory.load_jsonl(file)

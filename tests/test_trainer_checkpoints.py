@@ -892,3 +892,12 @@ def test_what_safetensors_cannot_hold_is_named(tmp_path):
     trainer.save_model(tmp_path / "model.pt")
     trainer.load_model(tmp_path / "model.pt")
     assert trainer.model.extra == {"calls": 3}
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_what_to_do_with(
+    create_trainer, tmp_path
+):
+    trainer = create_trainer()
+    trainer.save_training_state(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"is a folder.* load_model\(...\)"):
+        trainer.load_checkpoint(tmp_path / "state")

@@ -73,9 +73,9 @@ class Table:
         # The star of one column has its place before the next one.
         texts = [t.rjust(w + t.endswith("*")).ljust(w + 1) for w, t in cells]
         lines = [" ".join(texts).rstrip()]
-        rest = {n: text for n, text in row.items() if text and n not in columns}
-        if rest.keys() - _AROUND.keys():  # the learning rate alone is not worth a line
-            lines += _grid([f"{n}={text}" for n, text in rest.items()], width)
+        left = row.keys() - columns - _AROUND.keys()  # these are not worth a line
+        if rest := [f"{n}={text}" for n, text in row.items() if text and n in left]:
+            lines += _grid(rest, width)
         if is_styled:
             lines = [
                 re.sub(r"\S+\*", rf"{_GREEN}\g<0>{_PLAIN}", line) for line in lines
@@ -127,18 +127,21 @@ def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
 
     They lack what the place in the table says already, so that evaluations amid epochs
     and at their end share their columns. The numbers of a dictionary are metrics of
-    their own, so it is left out.
+    their own, so it is left out; so is the last mean of an interval, where that of the
+    epoch is there.
     """
-    amid_epochs = {name for name in metrics if f"{name}_epoch" in metrics}
+    metrics = {
+        name: value
+        for name, value in metrics.items()
+        if not isinstance(value, Mapping) and f"{name}_epoch" not in metrics
+    }
     labels: dict[str, str] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            continue
-        label = f"latest_{name}" if name in amid_epochs else name.removesuffix("_epoch")
+    for name in metrics:
+        label = name.removesuffix("_epoch")
         for prefix in (INTERMEDIATE_PREFIX, EVALUATION_PREFIX):
             label = label.replace(prefix, "", 1)
         taken = {*labels.values(), *_AROUND}
-        if label in taken.union(metrics.keys() - amid_epochs - {name}):
+        if label in taken.union(metrics.keys() - {name}):
             label = name
         while label in taken:
             label += "_"

@@ -30,7 +30,7 @@ _HINTS = {
         "prefetch_factor or smaller batches. Of anything else num_workers=0 shows "
         "where it happens."
     ),
-    r"stack expects each tensor to be equal size": (
+    r"stack expects each tensor to be equal size|storage that is not resizable": (
         "The samples have different shapes, and the default collate_fn can only stack "
         "equal ones. Bring them to one shape in the dataset, or give a collate_fn: for "
         "sequences, one that pads with torch.nn.utils.rnn.pad_sequence. A tuple of "
@@ -41,6 +41,15 @@ _HINTS = {
         "1 of the model's outputs; a class that is to be left out needs "
         "CrossEntropyLoss(ignore_index=...). On a GPU, CUDA_LAUNCH_BLOCKING=1 shows "
         "where an index is out of range."
+    ),
+    r"[Ii]nput type \(.*\) and .*type \(.*\) should be the same"
+    r"|must have the same dtype, but got Double": (
+        "The inputs have another type than the weights, as arrays of numpy do, which "
+        "are in double precision: return inputs.float() from the dataset."
+    ),
+    r"'(DistributedDataParallel|FullyShardedDataParallel)' object has no attribute": (
+        "On several processes the model is wrapped: its own attributes are those of "
+        "trainer.get_model()."
     ),
     r"expected target dtype to be Long|expected scalar type Long but found"
     r"|multi-target not supported|result type Float can't be cast to .* Long": (

@@ -20,7 +20,16 @@ _EVENT_OR_METHOD = re.compile(r"\bon_\w+|\b\w+(?=\()")
 _INDENT = " " * 4
 
 
-def loop_of(trainer: Trainer, map_of_run: str) -> str:
+class Shown(str):
+    """A text that has been printed, and that a notebook shows no second time."""
+
+    __slots__ = ()
+
+    def _ipython_display_(self) -> None:
+        """Show nothing."""
+
+
+def loop_of(trainer: Trainer, map_of_run: str) -> Shown:
     """Return the loop of a trainer as text.
 
     Args:
@@ -30,7 +39,7 @@ def loop_of(trainer: Trainer, map_of_run: str) -> str:
     rows = list(_rows(trainer, map_of_run))
     width = max((len(left) for left, right in rows if right), default=0) + 2
     lines = [f"{left:{width}}{right}" if right else left for left, right in rows]
-    return "\n".join([*lines, "", "* not of the library"])
+    return Shown("\n".join([*lines, "", "* not of the library"]))
 
 
 def _rows(trainer: Trainer, map_of_run: str) -> Iterator[tuple[str, str]]:

@@ -225,6 +225,10 @@ class Run:
             accumulation=self.config.gradient_accumulation_steps,
         )
 
+    def last_epoch(self, epoch: int) -> int:
+        """Return the number of the last epoch, from that of the present one."""
+        return epoch - self.progress.epochs_done + self.config.num_epochs - 1
+
     @property
     def size_of_eval_batches(self) -> int:
         """Samples in an evaluation batch of one process, where no number is given."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class ModelSummary:
         depth: How far the table goes into the model.
     """
 
-    layers: tuple[LayerSummary, ...]
+    layers: tuple[LayerSummary, ...] = field(repr=False)
     memory: Mapping[str, int]
     forward_flops: int
     step_flops: int
@@ -89,6 +89,9 @@ class ModelSummary:
     def flops_per_sample(self) -> float:
         """Those of forward and backward pass, for one sample of the batch."""
         return self.step_flops / max(self.num_samples, 1)
+
+    def _ipython_display_(self) -> None:
+        """Show nothing: it has been printed."""
 
     def __str__(self) -> str:
         """Return the table, 80 columns wide."""

@@ -245,6 +245,13 @@ class InMemoryRunHistory(RunHistory):
         # Metrics whose newest value is one of `evaluate()`: where it is.
         self._evaluated: dict[str, str] = {}
 
+    def __repr__(self) -> str:
+        names = ", ".join(self._names()) or "nothing recorded"
+        return (
+            f"{type(self).__name__}(epoch {self._current_epoch}, update "
+            f"{self.current_step}: {names})"
+        )
+
     def get_metric_names(self) -> AbstractSet[str]:
         """Return the names of all metrics, in the order of their first recording.
 
@@ -444,7 +451,13 @@ class InMemoryRunHistory(RunHistory):
         history = cls()
         with open(path, encoding="utf-8") as file:
             for line in filter(str.strip, file):
-                record = MetricRecord(**json.loads(line))
+                try:
+                    record = MetricRecord(**json.loads(line))
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"{path} has a line that is no record in JSON: {line[:60]!r}. "
+                        "A .csv file is read with pandas.read_csv()."
+                    ) from error
                 history._add(record.name, record.value, record[2:])
                 history._current_epoch = max(history._current_epoch, record.epoch or 1)
                 history.current_step = max(history.current_step, record.step or 0)

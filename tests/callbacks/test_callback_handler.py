@@ -60,6 +60,11 @@ def test_something_that_is_no_callback_is_refused(wrong):
         CallbackHandler([wrong])
 
 
+def test_callbacks_in_a_list_of_the_list_are_to_be_unpacked():
+    with pytest.raises(TypeError, match=r"Unpack it with \*"):
+        CallbackHandler([(Recorder, Recorder)])
+
+
 @pytest.mark.parametrize("alone", [Recorder, Recorder()])
 def test_a_callback_that_is_not_in_a_list_is_refused(alone):
     with pytest.raises(TypeError, match=r"must be a list, got .*Recorder.*put it in"):

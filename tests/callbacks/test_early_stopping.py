@@ -124,10 +124,10 @@ def test_it_says_what_it_does(train_with_scores, capsys):
     stopping = EarlyStoppingCallback(2, watch_metric="score")
     train_with_scores([stopping], [3, 2.5, 2.75, 2.5])
     assert capsys.readouterr().out.splitlines() == [
-        "score improved by 0.5 to 2.5",
-        "score has not improved on 2.5 for 1 of 2 epochs",
-        "score has not improved on 2.5 for 2 of 2 epochs",
-        "Stopping early: score has not improved on 2.5 for 2 epochs",
+        "score improved by 0.5000 to 2.500",
+        "score has not improved on 2.500 for 1 of 2 epochs",
+        "score has not improved on 2.500 for 2 of 2 epochs",
+        "Stopping early: score has not improved on 2.500 for 2 epochs",
     ]
 
 

@@ -8,10 +8,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import At, create_trainer, ones, overriding, seeded
 
 from pytorch_accelerated.callbacks import (
+    SaveBestModelCallback,
     SaveTrainingStateCallback,
     StopTrainingError,
     SwaCallback,
 )
+from pytorch_accelerated.errors import TrainingWarning
 
 DATA = TensorDataset(*torch.randn(2, 12, 1, generator=torch.Generator().manual_seed(0)))
 
@@ -136,7 +138,18 @@ def test_a_run_that_ends_early_has_the_mean_so_far_and_one_that_fails_its_own_we
     assert weight_after(ZeroDivisionError(), epoch=4) == 0.5**4
 
 
+def test_a_best_model_that_would_be_loaded_for_nothing_is_warned_of(tmp_path):
+    best = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="train_loss_epoch")
+    trainer = create_trainer([best, SwaCallback(1)])
+    with pytest.warns(TrainingWarning, match="mean in place of .* load_saved_checkp"):
+        trainer.train(ones(1), 1)
+    best.load_saved_checkpoint = False
+    trainer.train(ones(1), 1)
+
+
 def test_a_start_after_the_end_is_refused_before_the_run():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        SwaCallback(0)
     trainer = create_trainer([SwaCallback(start_epoch=4)])
 
     with pytest.raises(ValueError, match=r"from epoch 4 on, .* of this run is 3"):

@@ -248,6 +248,7 @@ class CallbackHandler:
             raise TypeError(
                 f"A callback must be a TrainerCallback, or have a method for an event "
                 f"such as on_train_epoch_end, got {instance!r}."
+                + (" Unpack it with *." if isinstance(instance, list | tuple) else "")
             )
         if any(instance is present for present in self.callbacks):
             raise ValueError(

@@ -27,7 +27,13 @@ from pytorch_accelerated.checkpoint import (
     list_checkpoints,
     prune,
 )
-from pytorch_accelerated.checkpoint.files import absolute, check_storable
+from pytorch_accelerated.checkpoint.files import (
+    absolute,
+    check_storable,
+    make_folder,
+    write_errors_explained,
+)
+from pytorch_accelerated.console import brief
 from pytorch_accelerated.errors import CheckpointError, warn
 
 if TYPE_CHECKING:
@@ -94,8 +100,15 @@ class SaveBestModelCallback(TrainerCallback):
             self.best_metric = self.best_metric_epoch = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check that the metric can be watched."""
+        """Check that the metric can be watched, and that there is a folder to save to.
+
+        Raises:
+            ValueError: If the metric will not be there.
+            CheckpointError: If the folder cannot be created.
+        """
         self._check_metric(trainer)
+        with write_errors_explained(Path(self.save_path)):
+            make_folder(absolute(self.save_path).parent)
 
     def _check_metric(self, trainer: Trainer) -> None:
         check_watch_metric(
@@ -144,7 +157,7 @@ class SaveBestModelCallback(TrainerCallback):
         else:
             trainer.print(
                 f"Loading the best model, of epoch {self.best_metric_epoch} with "
-                f"{self.watch_metric}: {self.best_metric}"
+                f"{self.watch_metric}: {brief(self.best_metric)}"
             )
             trainer.load_checkpoint(self.save_path)
 

@@ -214,7 +214,7 @@ def epoch_of(trainer: Trainer) -> str:
         and config.num_update_steps_per_epoch is None
     ):
         return str(epoch)  # how many there will be is not known
-    last = epoch - run.progress.epochs_done + config.num_epochs - 1
+    last = run.last_epoch(epoch)
     return f"{min(epoch, last):>{len(str(last))}}/{last}"
 
 

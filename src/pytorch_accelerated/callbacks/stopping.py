@@ -19,6 +19,7 @@ from pytorch_accelerated.callbacks.best import (
     is_of_intermediate_evaluations,
     latest_value,
 )
+from pytorch_accelerated.console import brief
 from pytorch_accelerated.errors import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.step_output import NumItems, num_items_of
 
@@ -129,14 +130,16 @@ class EarlyStoppingCallback(TrainerCallback):
         if best.update(value):
             if self.best_metric is not None:
                 gain = abs(value - self.best_metric)
-                trainer.print(f"{self.watch_metric} improved by {gain:.4g} to {value}")
+                trainer.print(
+                    f"{self.watch_metric} improved by {brief(gain)} to {brief(value)}"
+                )
             self.best_metric = value
             self.early_stopping_patience_counter = 0
         else:
             self.early_stopping_patience_counter += 1
             trainer.print(
-                f"{self.watch_metric} has not improved on {self.best_metric} for "
-                f"{self.early_stopping_patience_counter} of "
+                f"{self.watch_metric} has not improved on {brief(self.best_metric)} "
+                f"for {self.early_stopping_patience_counter} of "
                 f"{self.early_stopping_patience} {self._unit}s"
             )
         self._stop_if_patience_is_over(trainer)
@@ -152,7 +155,9 @@ class EarlyStoppingCallback(TrainerCallback):
         if decided_by_main_process(trainer, is_over):
             raise StopTrainingError(
                 f"Stopping early: {self.watch_metric} has not improved on "
-                f"{self.best_metric} for {counter} {self._unit}{'s' * (counter != 1)}"
+                f"{brief(self.best_metric)} for {counter} {self._unit}"
+                + "s"
+                * (counter != 1)
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import update_bn
 from pytorch_accelerated import compat, distributed, modes
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.ema import ModelMean, copy_tensors
+from pytorch_accelerated.errors import warn
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
@@ -39,7 +40,10 @@ class SwaCallback(TrainerCallback):
         average: The mean, None before the first epoch that is part of it.
 
     Raises:
-        ValueError: If ``start_epoch`` comes after the last epoch, when a run starts.
+        ValueError: If ``start_epoch`` is below 1, or comes after the last epoch.
+
+    Warns:
+        TrainingWarning: If another callback loads the best weights, for nothing.
     """
 
     called_last: tuple[str, ...] = ("on_training_run_end",)
@@ -48,6 +52,8 @@ class SwaCallback(TrainerCallback):
     _saved: dict[str, Any] | None = None
 
     def __init__(self, start_epoch: int) -> None:
+        if start_epoch < 1:
+            raise ValueError(f"start_epoch must be at least 1, got {start_epoch}.")
         self.start_epoch = start_epoch
 
     def _forget_earlier_runs(self, trainer: Trainer) -> None:
@@ -55,13 +61,19 @@ class SwaCallback(TrainerCallback):
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check that there is an epoch to average."""
-        num_left = trainer.run_config.num_epochs - trainer._run.progress.epochs_done
-        last = trainer.run_history.current_epoch + num_left - 1
+        last = trainer._run.last_epoch(trainer.run_history.current_epoch)
         if self.start_epoch > last:
             raise ValueError(
                 f"SwaCallback averages from epoch {self.start_epoch} on, but the last "
                 f"epoch of this run is {last}. Start earlier, or train for longer."
             )
+        for each in trainer.callback_handler:
+            if getattr(each, "load_saved_checkpoint", False):
+                warn(
+                    "SwaCallback gives the model the mean in place of the best weights "
+                    f"that {type(each).__name__} loads. Give the latter "
+                    "load_saved_checkpoint=False if that is meant."
+                )
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Add the weights to the mean."""

@@ -107,10 +107,10 @@ class ThroughputCallback(TrainerCallback):
             own |= {"step_seconds_p50": p50, "step_seconds_p95": p95}
             own["step_seconds_max"] = max(self._step_seconds)
         own["peak_memory_gib"] = _peak_memory_of(trainer.device) / 2**30
-        of_all = distributed.objects_of_all((own, num_items, pace.seconds))
-        measures, counts, times = zip(*of_all, strict=True)
-        seconds = max(times)
-        per_second = trainer._run.samples_per_second * pace.seconds / seconds
+        per_second = trainer._run.samples_per_second  # over all, by the clock of this
+        of_all = distributed.objects_of_all((own, num_items, pace.seconds, per_second))
+        measures, counts, times, rates = zip(*of_all, strict=True)
+        seconds, per_second = max(times), min(rates)
         metrics = {"samples_per_second": per_second}
         for name in own:
             metrics[name] = max(each[name] for each in measures)

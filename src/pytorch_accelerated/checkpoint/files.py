@@ -298,6 +298,11 @@ def read_errors_explained(path: Path) -> Iterator[None]:
         raise CheckpointNotFoundError(
             f"There is no file {path}. Check the path, or save a checkpoint first."
         ) from error
+    except IsADirectoryError as error:
+        raise CheckpointError(
+            f"{path} is a folder. If it is a training state, go on from it with "
+            "train(resume_from=...), or load its weights with load_model(...)."
+        ) from error
     except pickle.UnpicklingError as error:
         # torch's own message is long and advises to load with weights_only=False; the
         # reason is behind this mark
