@@ -288,7 +288,8 @@ def _epochs(history: RunHistory, paces: Mapping[int, Mapping[str, str]]) -> str:
             for record in records:
                 rows[record.epoch or 1][name] = record
     labels = labels_of(dict.fromkeys(best))
-    for epoch, row in sorted(rows.items()):
+    for epoch, records_by_name in sorted(rows.items()):
+        row = {name: r for name, r in records_by_name.items() if name in labels}
         cells = {labels[name]: record.value for name, record in row.items()}
         stars = [labels[name] for name, record in row.items() if record is best[name]]
         table.add({"epoch": str(epoch), **cells, **paces.get(epoch, {})}, stars)
