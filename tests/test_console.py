@@ -114,6 +114,8 @@ def test_labels_leave_out_what_the_place_says_and_stay_apart():
         "f1": 1,
         "time": 77,
         "scores": {"f1": 1},
+        "rate": 1,
+        "rate_epoch": 1,
     }
     assert labels_of(metrics) == {
         "train_loss_epoch": "train_loss",
@@ -121,6 +123,8 @@ def test_labels_leave_out_what_the_place_says_and_stay_apart():
         "evaluation_f1": "evaluation_f1",
         "f1": "f1",
         "time": "time_",
+        "rate": "rate",
+        "rate_epoch": "rate_epoch",
     }
 
 

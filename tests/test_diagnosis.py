@@ -72,6 +72,8 @@ class Raises(Ragged):
 def test_inputs_in_double_precision():
     dataset = TensorDataset(torch.ones(2, 1).double(), torch.tensor([0, 1]))
     assert "return inputs.float()" in advice_on(dataset)
+    error = "Input type (float) and bias type (c10::Half) should be the same"
+    assert "inputs.float()" not in advice_on(Raises(RuntimeError(error)))
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,26 @@ class Batches:
         return 3
 
 
-def test_any_iterable_of_batches_is_a_ready_loader(create_trainer):
+class OwnIterator(Batches):
+    """Starts again each time it is asked for its iterator, which it is itself."""
+
+    def __iter__(self):
+        self.rest = list(super().__iter__())
+        return self
+
+    def __next__(self):
+        if not self.rest:
+            raise StopIteration
+        return self.rest.pop(0)
+
+
+@pytest.mark.parametrize("loader", [Batches, OwnIterator])
+def test_any_iterable_of_batches_is_a_ready_loader(create_trainer, loader):
     trainer = create_trainer(trainer_class=KeepsInputs, lr=0.0)
 
-    trainer.train(Batches(), num_epochs=2, eval_dataset=Batches())
+    trainer.summary(loader())
+    trainer.inputs = []
+    trainer.train(loader(), num_epochs=2, eval_dataset=loader())
 
     assert trainer.inputs == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]] * 2
     # The mean of 0, 1, 4, 9, 16 and 25.

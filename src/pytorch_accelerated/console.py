@@ -127,13 +127,14 @@ def labels_of(metrics: Mapping[str, Any]) -> dict[str, str]:
 
     They lack what the place in the table says already, so that evaluations amid epochs
     and at their end share their columns. The numbers of a dictionary are metrics of
-    their own, so it is left out; so is the last mean of an interval, where that of the
-    epoch is there.
+    their own, so it is left out; so is the last mean of an interval of training, where
+    that of the epoch is there.
     """
     metrics = {
         name: value
         for name, value in metrics.items()
-        if not isinstance(value, Mapping) and f"{name}_epoch" not in metrics
+        if not isinstance(value, Mapping)
+        and not (name.startswith("train_") and f"{name}_epoch" in metrics)
     }
     labels: dict[str, str] = {}
     for name in metrics:

@@ -42,7 +42,7 @@ _HINTS = {
         "CrossEntropyLoss(ignore_index=...). On a GPU, CUDA_LAUNCH_BLOCKING=1 shows "
         "where an index is out of range."
     ),
-    r"[Ii]nput type \(.*\) and .*type \(.*\) should be the same"
+    r"[Ii]nput type \((double|torch\.(cuda\.)?DoubleTensor)\) and .* should be the same"
     r"|must have the same dtype, but got Double": (
         "The inputs have another type than the weights, as arrays of numpy do, which "
         "are in double precision: return inputs.float() from the dataset."

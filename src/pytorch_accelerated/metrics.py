@@ -120,7 +120,7 @@ class EpochMetrics:
         device: Where the batches are.
 
     Attributes:
-        names: Those of the metrics; a function that returns a dictionary has more.
+        names: Those in collections; of the other metrics they are known at the end.
     """
 
     def __init__(self, metrics: Mapping[str, Any], device: torch.device) -> None:
@@ -128,7 +128,8 @@ class EpochMetrics:
         self.names: set[str] = {
             _join(name, key)
             for name, metric in metrics.items()
-            for key in (metric.keys() if hasattr(metric, "keys") else [""])
+            if hasattr(metric, "keys")
+            for key in metric.keys()  # noqa: SIM118
         }
         self._functions = {k: v for k, v in metrics.items() if not _has_state(v)}
         # What they are given: for each batch the predictions and the targets.

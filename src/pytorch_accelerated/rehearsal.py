@@ -20,6 +20,7 @@ from pytorch_accelerated.callbacks import (
     MoveModulesToDeviceCallback,
     TrainerCallback,
 )
+from pytorch_accelerated.data import loaders
 from pytorch_accelerated.run import Run, UnderWay
 from pytorch_accelerated.tracking import InMemoryRunHistory
 
@@ -80,7 +81,7 @@ def _check_can_be_undone(trainer: Trainer, method: str, data: Any) -> None:
             f"{method} cannot be used with DeepSpeed, whose state cannot be put back. "
             "Use it without, for example with a smaller model."
         )
-    if isinstance(data, Iterator):
+    if isinstance(data, Iterator) and loaders.length_of(data) is None:
         raise ValueError(
             f"{method} needs data that can be read again, got a {type(data).__name__}, "
             "which a look uses up. Pass a dataset or a DataLoader."

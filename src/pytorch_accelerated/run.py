@@ -475,6 +475,7 @@ class UnderWay:
         if outer.is_under_way:
             run.prepared = outer.prepared
             self._random_states = checkpoint.get_random_states()
+            self._was_timed = outer.training.pace.pause()
         run.is_under_way = True
         trainer._run = run
 
@@ -487,6 +488,8 @@ class UnderWay:
         if self._random_states is not None:
             trainer._run, trainer.model = self._outer, self._model
             checkpoint.set_random_states(self._random_states)
+            if self._was_timed:
+                self._outer.training.pace.go_on()
             return
         self._give_back()
         if run.scheduler is not None and trainer.optimizer is not None:

@@ -243,7 +243,7 @@ class _MeasuredStep(TrainerCallback):
             memory=memory,
             forward_flops=self._forward_flops,
             step_flops=self._step_flops,
-            num_samples=(trainer.num_samples_seen or 0)
+            num_samples=int(trainer.num_samples_seen or 0)
             // trainer._accelerator.num_processes,
             depth=depth,
         )

@@ -546,7 +546,7 @@ class Trainer:
         run = self._run
         if run.progress.stage is not Stage.TRAINING:
             run.progress.start_next_epoch()  # a run of the user's own does not say so
-            run.pace = Pace(run.progress.num_samples_seen)
+        run.pace = Pace(run.progress.num_samples_seen)
         events.call(self, self.train_epoch_start)
         if not run.progress.is_amid_epoch:
             run.means = Means(start_metrics(self._train_metrics, self.device))

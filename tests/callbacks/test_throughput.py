@@ -55,8 +55,8 @@ class Takes(Trainer):
     def calculate_train_batch_loss(self, batch):
         self.clock.now += 50.0 if self.num_steps % 4 == 2 else 3.0
         output = super().calculate_train_batch_loss(batch)
-        items = {"num_items_in_batch": torch.tensor(5)} if self.with_items else {}
-        return {**output, **items}
+        items = torch.tensor(5) if self.with_items else None
+        return {**output, "num_items_in_batch": items}
 
     def calculate_eval_batch_loss(self, batch):
         self.clock.now += 7.0
@@ -129,6 +129,9 @@ def test_evaluations_amid_the_epoch_are_not_counted(clock):
         def on_train_step_end(self, trainer, **kwargs):
             trainer.evaluate(Timed(clock, 2), 2, dataloader_kwargs={"num_workers": 0})
 
+        def on_evaluation_run_start(self, trainer, **kwargs):
+            clock.now += 11.0
+
     plain = train(create(clock, [ThroughputCallback]))
     callbacks = [StepBasedEvaluationCallback(2), ThroughputCallback, Evaluates]
     evaluated = train(create(clock, callbacks), eval_dataset=Timed(clock, 2))
@@ -164,6 +167,7 @@ def test_a_resumed_epoch_is_measured_from_where_it_goes_on(clock, tmp_path):
 def test_epochs_of_a_loop_of_the_user_s_are_measured_one_by_one(clock):
     class OwnRun(Takes):
         def _run_training(self):
+            self.clock.now += 5.0
             for _ in range(2):
                 self._run_train_epoch(self._train_dataloader)
 

@@ -89,6 +89,23 @@ class Backwards(Sampler):
         return iter(range(self.count - 1, -1, -1))
 
 
+class BatchesOfItsOwn(Backwards):
+    """Likewise its own iterator, of batches."""
+
+    def __len__(self):
+        return -(-self.count // BATCH_SIZE)
+
+    def __iter__(self):
+        self.rest = list(range(self.count))
+        return self
+
+    def __next__(self):
+        if not self.rest:
+            raise StopIteration
+        batch, self.rest = self.rest[:BATCH_SIZE], self.rest[BATCH_SIZE:]
+        return batch
+
+
 class Drawn(Backwards):
     """Draws its order from torch's global generator."""
 
@@ -110,6 +127,10 @@ def drawn_batches(numbers):
 
 def batch_sampler(numbers):
     return map_style(numbers, batch_sampler=drawn_batches(numbers))
+
+
+def batches_of_its_own(numbers):
+    return map_style(numbers, batch_sampler=BatchesOfItsOwn(len(numbers)))
 
 
 class ByLists(Samples):
@@ -147,6 +168,19 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return map(sample, self.numbers)
+
+
+class OwnIterator(Stream):
+    """Starts again each time it is asked for its iterator, which it is itself."""
+
+    def __iter__(self):
+        self.rest = list(self.numbers)
+        return self
+
+    def __next__(self):
+        if not self.rest:
+            raise StopIteration
+        return sample(self.rest.pop(0))
 
 
 class ShuffledStream(Stream):
@@ -435,11 +469,13 @@ DATA = [
     loaded_again("`sampler=`", sampler),
     loaded_again("`sampler=` that draws from torch's generator", drawn_sampler, 11),
     loaded_again("`batch_sampler=`", batch_sampler),
+    loaded_again("`batch_sampler=` that is its own iterator", batches_of_its_own),
     loaded_again("a ready `DataLoader`", ready_loader),
     loaded_again(
         "a ready `DataLoader` with a `DistributedSampler`", distributed_sampler, 10
     ),
     loaded_again("a stream", just(Stream), in_order=True),
+    loaded_again("a stream that is its own iterator", just(OwnIterator), in_order=True),
     loaded_again("a stream with a length", just(SizedStream), 11, in_order=True),
     Use("a stream with a `state_dict()`", just(StreamWithPlace)),
     loaded_again("a stream marked as split by process", just(SplitStream), 10),

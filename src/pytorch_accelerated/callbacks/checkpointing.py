@@ -30,8 +30,6 @@ from pytorch_accelerated.checkpoint import (
 from pytorch_accelerated.checkpoint.files import (
     absolute,
     check_storable,
-    make_folder,
-    write_errors_explained,
 )
 from pytorch_accelerated.console import brief
 from pytorch_accelerated.errors import CheckpointError, warn
@@ -100,15 +98,8 @@ class SaveBestModelCallback(TrainerCallback):
             self.best_metric = self.best_metric_epoch = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check that the metric can be watched, and that there is a folder to save to.
-
-        Raises:
-            ValueError: If the metric will not be there.
-            CheckpointError: If the folder cannot be created.
-        """
+        """Check that the metric can be watched."""
         self._check_metric(trainer)
-        with write_errors_explained(Path(self.save_path)):
-            make_folder(absolute(self.save_path).parent)
 
     def _check_metric(self, trainer: Trainer) -> None:
         check_watch_metric(

@@ -154,7 +154,8 @@ class Recorder(TrainerCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self._sums, self._num_recorded = state["sums"], state["num_recorded"]
+        self._sums = state.get("sums", {})
+        self._num_recorded = state.get("num_recorded", 0)
 
 
 class RecordHistoryCallback(Recorder):

@@ -93,8 +93,8 @@ class ThroughputCallback(TrainerCallback):
         # Perhaps on the device: read at the end of the epoch.
         share = run.share_of(kwargs.get("step", 0))
         if share is None or not share.is_filler:
-            num_items = batch_output.get("num_items_in_batch", 0)
-            self._num_items = self._num_items + num_items
+            num_items = batch_output.get("num_items_in_batch")
+            self._num_items = self._num_items + (0 if num_items is None else num_items)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record and print what was measured."""

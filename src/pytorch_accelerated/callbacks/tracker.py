@@ -261,9 +261,8 @@ class TrackerCallback(Recorder):
         for record in tracking.records_of(history, skip=self._num_sent):
             values = by_step[now if record.step is None else record.step]
             values[record.name] = record.value
-            epoch = history.current_epoch if record.step is None else record.epoch
-            if epoch is not None:
-                values["epoch"] = epoch
+            if record.epoch is not None:
+                values["epoch"] = record.epoch
         self._num_sent = counts
         # One that has failed may take its time, so it is tried at the ends of epochs.
         is_amid_epoch = trainer._run.training.progress.stage is Stage.TRAINING

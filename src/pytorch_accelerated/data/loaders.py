@@ -95,7 +95,7 @@ def generators_of(loader: Any) -> list[torch.Generator]:
 
 def with_parts(loader: DataLoader[Any], **parts: Any) -> DataLoader[Any]:
     """Return a loader as it is, but for some of its parts, and in order."""
-    if not getattr(loader, "in_order", True):
+    if loader.num_workers and not getattr(loader, "in_order", True):
         warn(
             "in_order=False is not followed: the batches of a run come in the order "
             "that its place in an epoch is known by."
@@ -351,6 +351,9 @@ def _one_ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     yield from moved
 
 
+_NO_MORE = object()
+
+
 class LookAhead(Iterator[Any]):
     """Batches of which it can be said whether there are more.
 
@@ -374,7 +377,9 @@ class LookAhead(Iterator[Any]):
         """Say whether there is no other batch."""
         if not self._ahead:
             pace, start = self._pace, time.monotonic()
-            self._ahead = list(islice(self._batches, 1))
+            # Not islice, which would ask the loader for its iterator each time.
+            batch = next(self._batches, _NO_MORE)
+            self._ahead = [] if batch is _NO_MORE else [batch]
             pace.waited += time.monotonic() - start
             pace.num_batches += len(self._ahead)
         return not self._ahead

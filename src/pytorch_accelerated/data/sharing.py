@@ -221,7 +221,7 @@ class SharedBatches(Sampler[Any]):
         self._own = chain([*islice(batches, 1)], batches)
 
     def _own_batches(self) -> Iterator[list[Any]]:
-        undrawn, each, step = iter(self._batches), self._num_processes, 0
+        undrawn, each, step = (b for b in self._batches), self._num_processes, 0
         has_length = length_of(self._batches) is not None
         number = None if has_length else _STEPS_AT_A_TIME * each
         while True:
@@ -297,7 +297,7 @@ class SharedStream(IterableDataset[Any]):
         self, loader: DataLoader[Any], num_processes: int, process_index: int
     ) -> None:
         assert loader.batch_size is not None
-        self._stream = loader.dataset
+        self._stream: Any = loader.dataset
         self._collate = loader.collate_fn
         self._step_size = loader.batch_size * num_processes
         self._drop_last = loader.drop_last
@@ -314,7 +314,7 @@ class SharedStream(IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Return the number of samples of this process; TypeError if it is unknown."""
-        whole, rest = divmod(len(self._stream), self._step_size)  # type: ignore[arg-type]
+        whole, rest = divmod(len(self._stream), self._step_size)
         first, last = self._bounds(self._step_size)
         own = whole * (last - first)
         if self._drop_last:
@@ -350,7 +350,8 @@ class SharedStream(IterableDataset[Any]):
         seed, epoch, step = self._place.tolist()
         place = (seed, epoch, 0 if worker is None else worker.id)
         with seeded(derive_seed(*place, step)):
-            stream = iter(self._stream)
+            # islice would ask the stream of a user for its iterator again each time.
+            stream = (sample for sample in self._stream)
         while True:
             with seeded(derive_seed(*place, step)):
                 samples = list(islice(stream, self._step_size))
