@@ -27,10 +27,7 @@ from pytorch_accelerated.checkpoint import (
     list_checkpoints,
     prune,
 )
-from pytorch_accelerated.checkpoint.files import (
-    absolute,
-    check_storable,
-)
+from pytorch_accelerated.checkpoint.files import absolute, check_storable
 from pytorch_accelerated.console import brief
 from pytorch_accelerated.errors import CheckpointError, warn
 

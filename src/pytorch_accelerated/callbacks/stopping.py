@@ -153,11 +153,10 @@ class EarlyStoppingCallback(TrainerCallback):
         counter = self.early_stopping_patience_counter
         is_over = counter >= self.early_stopping_patience
         if decided_by_main_process(trainer, is_over):
+            plural = "" if counter == 1 else "s"
             raise StopTrainingError(
                 f"Stopping early: {self.watch_metric} has not improved on "
-                f"{brief(self.best_metric)} for {counter} {self._unit}"
-                + "s"
-                * (counter != 1)
+                f"{brief(self.best_metric)} for {counter} {self._unit}{plural}"
             )
 
     def state_dict(self) -> dict[str, Any]:
