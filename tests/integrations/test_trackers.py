@@ -174,7 +174,9 @@ def wandb(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
-    return pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # the session of another test has its folder and its settings
+    return wandb
 
 
 def runs_of_wandb(wandb, folder):
